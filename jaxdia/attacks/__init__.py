@@ -1,0 +1,48 @@
+"""Gradient inversion attacks as pairs of pure functions."""
+
+from jaxdia.attacks.attack import (
+  Attack,
+  Best,
+  Info,
+  State,
+  Status,
+  create_attack,
+  project,
+)
+from jaxdia.attacks.objective import (
+  Candidate,
+  Known,
+  Terms,
+  complete,
+  mask_prior,
+  objective,
+  total_variation,
+)
+from jaxdia.attacks.presets import PRESETS, create, dia, dlg, idlg, ig, wiig
+from jaxdia.attacks.settings import CHOICES, AttackSettings
+
+__all__ = [
+  "CHOICES",
+  "PRESETS",
+  "Attack",
+  "AttackSettings",
+  "Best",
+  "Candidate",
+  "Info",
+  "Known",
+  "State",
+  "Status",
+  "Terms",
+  "complete",
+  "create",
+  "create_attack",
+  "dia",
+  "dlg",
+  "idlg",
+  "ig",
+  "mask_prior",
+  "objective",
+  "project",
+  "total_variation",
+  "wiig",
+]

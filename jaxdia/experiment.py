@@ -1,0 +1,347 @@
+"""Runs a configured experiment in a work directory."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from jaxdia import data, engine, evaluation, models, outcomes, reporting
+from jaxdia.attacks import Attack, AttackSettings, create_attack
+from jaxdia.client import Observation, Secret, observe
+from jaxdia.closed_form import recover_labels
+from jaxdia.config import ExperimentSettings, validate
+from jaxdia.errors import InputError
+from jaxdia.files import write_json, write_json_lines, write_npz
+from jaxdia.models import DropoutModel
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  *,
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Attacks the configured victims, and writes and returns what came of it.
+
+  In the work directory are afterwards `config.json`, `results.jsonl` (one object
+  an image), `summary.json`, `reconstructions.npz` and `grid.png`; `trials/` keeps
+  finished trials, and `checkpoint/` running ones while they run. The same call
+  goes on where it was interrupted.
+
+  Args:
+    config: as made by the files in `configs/`.
+    workdir: made if needed; refused if it belongs to another experiment.
+    say: called with what a person should read.
+
+  Returns:
+    The summary: by attack, counts and statistics of each metric.
+
+  Raises:
+    InputError: something about the input; nothing has been written then, but
+      for what was finished before a checkpoint turned out to be damaged.
+  """
+  settings = validate(config)
+  workdir = pathlib.Path(workdir)
+  _check_workdir(workdir, settings)
+  victims = data.load(
+    settings.data.source,
+    settings.data.count,
+    settings.data.offset,
+    image_size=settings.data.image_size,
+    num_classes=settings.data.num_classes,
+    statistics=settings.data.statistics,
+  )
+  options = dict(settings.model)
+  model = models.create(
+    options.pop("name"), victims.images.shape[1:], victims.num_classes, **options
+  )
+  for attack_settings in settings.attacks.values():
+    _check_labels(attack_settings, model, settings.data.batch_size)
+  observations, secrets = _observe(settings, model, victims)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", settings.to_json())
+  except OSError as error:
+    raise InputError(
+      f"cannot write in the work directory {workdir} ({error}). Choose another --workdir."
+    ) from error
+  say(describe(settings, model, observations[0]))
+  experiment = _Experiment(settings, workdir, model, victims, observations, secrets)
+  for name in settings.attacks:
+    experiment.attack(name, say)
+  return experiment.finish(say)
+
+
+def describe(settings: ExperimentSettings, model: DropoutModel, observation: Observation) -> str:
+  """Returns what is about to be attempted, for a person to read.
+
+  Args:
+    settings: of the experiment.
+    model: the client's network.
+    observation: one of those that are attacked.
+  """
+  d, size = settings.data, settings.data.batch_size
+  batches = d.count // size
+  gradient = sum(leaf.size for leaf in jax.tree.leaves(observation.gradient))
+  masks = sum(int(np.prod(shape)) for shape in model.mask_shapes(size).values())
+  pixels = size * int(np.prod(model.image_shape))
+  shape = "x".join(str(n) for n in model.image_shape)
+  device = jax.local_devices()[0]
+  lines = [
+    f"jaxdia: {d.count} images of {d.source} ({shape}) in {batches} batches of {size}",
+    f"  model    {settings.model['name']}, dropout rate {settings.model['dropout_rate']} at"
+    f" {len(model.sites)} sites, random weights",
+    "  threat   an honest-but-curious server knows the weights, the dropout rates and one"
+    " client gradient",
+    f"  known    {gradient:,} gradient entries a batch",
+  ]
+  for name, attack in settings.attacks.items():
+    unknowns = [f"{pixels:,} pixels"]
+    if attack.masks == "free":
+      unknowns.append(f"{masks:,} mask entries")
+    if attack.labels != "given":
+      unknowns.append(f"{size} labels")
+    assumed = {
+      "expected": "no dropout assumed",
+      "known": "the client's masks are given to it",
+      "free": "masks searched",
+    }[attack.masks]
+    labels = {"given": "labels given", "recovered": "labels read from the gradient"}
+    assumed += ", " + labels.get(attack.labels, "labels searched")
+    lines.append(f"  {name:8} unknown: {' + '.join(unknowns)} ({assumed})")
+  lanes = _num_lanes(settings, model, observation)
+  lines.append(
+    f"  run      {batches} x {settings.restarts} trials, {lanes} lanes on each of"
+    f" {jax.local_device_count()} {device.platform} device(s) ({device.device_kind})"
+  )
+  return "\n".join(lines)
+
+
+def _num_lanes(settings, model, observation) -> int:
+  if settings.engine.lanes is not None:
+    return settings.engine.lanes
+  jobs = settings.data.count // settings.data.batch_size * settings.restarts
+  return engine.choose_lanes(model, observation, jobs, jax.local_device_count())
+
+
+def _check_workdir(workdir: pathlib.Path, settings: ExperimentSettings) -> None:
+  """Refuses a work directory that belongs to another experiment."""
+  path = workdir / "config.json"
+  try:
+    if workdir.exists() and not workdir.is_dir():
+      raise InputError(f"the work directory {workdir} is a file. Choose another --workdir.")
+    if not path.exists():
+      return
+    there = json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError) as error:
+    raise InputError(
+      f"cannot use the work directory {workdir} ({error}). Choose another --workdir."
+    ) from error
+  here = json.loads(json.dumps(settings.to_json()))
+  for config in (there, here):
+    config.pop("engine", None)  # changes no result
+  differing = sorted(_differences(there, here))
+  if differing:
+    name, old, new = differing[0]
+    more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+    raise InputError(
+      f"the work directory {workdir} holds another experiment: its {name} is {old}, this one's"
+      f" is {new}{more}. Choose another --workdir, or delete that one."
+    )
+
+
+def _differences(there: Any, here: Any, name: str = ""):
+  if isinstance(there, dict) and isinstance(here, dict):
+    for key in sorted(set(there) | set(here)):
+      yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+  elif there != here:
+    yield name, repr(there), repr(here)
+
+
+def _check_labels(settings: AttackSettings, model: DropoutModel, batch_size: int) -> None:
+  """Lets an attack that cannot read its labels say so before anything is written."""
+  if settings.labels == "recovered":
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    zeros = jax.ShapeDtypeStruct((1,), np.float32)
+    observation = Observation(shapes, shapes, None, zeros, zeros, batch_size)
+    jax.eval_shape(lambda o: recover_labels(model, o), observation)
+
+
+def _observe(settings, model, victims) -> tuple[list[Observation], list[Secret]]:
+  """Draws the weights and lets each client compute its gradient."""
+  key = jax.random.key(settings.seed)
+  params = jax.jit(model.init)(jax.random.fold_in(key, 0))
+  client_key = jax.random.fold_in(key, 1)
+  images = data.normalize(victims.images, victims.statistics)
+  size = settings.data.batch_size
+  pairs = [
+    observe(
+      jax.random.fold_in(client_key, i),
+      model,
+      params,
+      images[i * size : (i + 1) * size],
+      victims.labels[i * size : (i + 1) * size],
+      statistics=victims.statistics,
+    )
+    for i in range(len(images) // size)
+  ]
+  observations, secrets = zip(*pairs, strict=True)
+  return list(observations), list(secrets)
+
+
+class _Experiment:
+  """The attacks of one experiment, and what is written of them."""
+
+  def __init__(self, settings, workdir, model, victims, observations, secrets):
+    self._settings: ExperimentSettings = settings
+    self._workdir: pathlib.Path = workdir
+    self._model: DropoutModel = model
+    self._victims: data.Victims = victims
+    self._observations: list[Observation] = observations
+    self._secrets: list[Secret] = secrets
+    self._rows: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by attack and batch
+    self._images: dict[str, np.ndarray] = {}
+    self._times: dict[str, dict[str, float]] = {}
+    self._trial_key = jax.random.fold_in(jax.random.key(settings.seed), 2)
+
+  def _outcome_path(self, name: str, batch: int) -> pathlib.Path:
+    return self._workdir / "trials" / name / f"{batch:05d}.npz"
+
+  def attack(self, name: str, say: Callable[[str], None]) -> None:
+    """Runs one attack on all batches, or what is left of it."""
+    settings = self._settings
+    attack = create_attack(self._model, settings.attacks[name])
+    batches = range(len(self._observations))
+    found = {i: outcomes.load(self._outcome_path(name, i)) for i in batches}
+    done = {i: outcome for i, outcome in found.items() if outcome is not None}
+    finished = {
+      engine.Job(i, record.restart) for i, outcome in done.items() for record in outcome.records
+    }
+    if finished:
+      total = len(batches) * settings.restarts
+      say(f"{name}: {len(finished)} of {total} trials were finished before")
+    self._rows[name] = {}
+    self._images[name] = np.full_like(self._victims.images, np.nan)
+    for batch, outcome in done.items():
+      self._evaluate(name, attack, batch, outcome)
+    self._write_results()
+    progress = reporting.ProgressReport(name, attack.settings.max_iterations)
+    start = time.monotonic()
+    compile_seconds = 0.0
+
+    def on_progress(report):
+      nonlocal compile_seconds
+      compile_seconds = report.compile_seconds
+      progress.update(report)
+
+    trials = engine.run(
+      self._trial_key,
+      attack,
+      [self._shown_to(attack.settings, o) for o in self._observations],
+      restarts=settings.restarts,
+      # The one place where an attack is handed something of the secret: WIIG is defined by it.
+      masks=[s.masks for s in self._secrets] if attack.settings.masks == "known" else None,
+      lanes=settings.engine.lanes,
+      finished=finished,
+      checkpoint_path=self._workdir / "checkpoint" / f"{name}.npz",
+      checkpoint_seconds=settings.engine.checkpoint_seconds,
+      on_progress=on_progress,
+    )
+    try:
+      for trial in trials:
+        batch = trial.job.victim
+        done[batch] = outcomes.merge(done.get(batch), trial)
+        outcomes.save(self._outcome_path(name, batch), done[batch])
+        if len(done[batch].records) == settings.restarts:
+          self._evaluate(name, attack, batch, done[batch])
+          self._write_results()
+    finally:
+      progress.close()
+    seconds = time.monotonic() - start
+    self._times[name] = {"compile_seconds": compile_seconds, "wall_seconds": seconds}
+
+  def _shown_to(self, settings: AttackSettings, observation: Observation) -> Observation:
+    """Returns an observation without the labels unless the attack is given them."""
+    if settings.labels == "given":
+      return observation
+    return dataclasses.replace(observation, labels=None)
+
+  def _evaluate(self, name, attack: Attack, batch: int, outcome: outcomes.Outcome) -> None:
+    """Scores one batch and keeps its rows and images."""
+    if len(outcome.records) < self._settings.restarts:
+      return
+    settings, size = self._settings, self._settings.data.batch_size
+    record, secret = outcome.best, self._secrets[batch]
+    recovered = None
+    if attack.settings.labels == "recovered":
+      recovered = recover_labels(self._model, self._observations[batch])
+    result = evaluation.evaluate(
+      secret,
+      outcome.candidate,
+      self._victims.statistics,
+      evaluation.found_labels(outcome.candidate, recovered),
+    )
+    rows = []
+    for i, score in enumerate(result.scores):
+      rows.append(
+        {
+          "victim": settings.data.offset + batch * size + i,
+          "batch": batch,
+          "label": int(secret.labels[i]),
+          "attack": name,
+          "model": settings.model["name"],
+          "dropout_rate": settings.model["dropout_rate"],
+          "batch_size": size,
+        }
+        | {key: None if outcome.failed else value for key, value in score.items()}
+        | {
+          "objective": None if outcome.failed else record.objective,
+          "gradient_distance": None if outcome.failed else record.distance,
+          "iterations": record.iterations,
+          "best_iteration": record.best_iteration,
+          "restart": record.restart,
+          "seconds": round(record.seconds, 3),
+          "status": "failed" if outcome.failed else record.status.name.lower(),
+        }
+      )
+    self._rows[name][batch] = rows
+    if not outcome.failed:
+      self._images[name][batch * size : (batch + 1) * size] = result.reconstructions
+
+  def _rows_of(self, name: str) -> list[dict[str, Any]]:
+    return [row for _, rows in sorted(self._rows[name].items()) for row in rows]
+
+  def _write_results(self) -> None:
+    rows = [row for name in self._rows for row in self._rows_of(name)]
+    write_json_lines(self._workdir / "results.jsonl", rows)
+
+  def finish(self, say: Callable[[str], None]) -> dict[str, Any]:
+    """Writes what is made of all results, and shows the table."""
+    summary = {
+      name: reporting.summarize(self._rows_of(name), self._settings.data.count) | self._times[name]
+      for name in self._rows
+    }
+    write_json(self._workdir / "summary.json", summary)
+    write_npz(
+      self._workdir / "reconstructions.npz",
+      {"originals": self._victims.images, "labels": self._victims.labels} | self._images,
+    )
+    captions = {name: [_caption(row) for row in self._rows_of(name)] for name in self._rows}
+    reporting.write_grid(self._workdir / "grid.png", self._victims.images, self._images, captions)
+    say("\n" + reporting.table(summary))
+    say(f"\npictures: {self._workdir / 'grid.png'}")
+    say(f"numbers:  {self._workdir / 'results.jsonl'}, {self._workdir / 'summary.json'}")
+    return summary
+
+
+def _caption(row: dict[str, Any]) -> str:
+  if row["status"] == "failed":
+    return "failed"
+  return f"MSE {row['mse_normalized']:.1e}\nSSIM {row['ssim']:.2f}"

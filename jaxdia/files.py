@@ -1,0 +1,45 @@
+"""Files that are either whole or not there."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
+  """Writes a file beside its place and moves it there once it is whole.
+
+  Args:
+    path: where the file shall be; its folder is made if needed.
+    write: called with the open binary file.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.tmp")
+  try:
+    with open(temporary, "wb") as file:
+      write(file)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a value as indented JSON; NaN and infinity are refused, as JSON has none."""
+  text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+  write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json_lines(path: pathlib.Path, rows: Iterable[Any]) -> None:
+  """Writes one JSON object a line; NaN and infinity are refused."""
+  text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+  write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes arrays as an npz file."""
+  write_atomically(path, lambda file: np.savez(file, **arrays))

@@ -1,0 +1,140 @@
+"""A dropout model is a tuple of pure functions with the masks as an argument."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdia.errors import InputError
+from jaxdia.typing import Images, Key, Logits, Masks, Params
+
+
+class Site(NamedTuple):
+  """One place in a network where dropout acts.
+
+  Attributes:
+    name: where it is, such as "block_0/hidden_dropout"; its key in the masks.
+    rate: the probability of an entry to be dropped, in (0, 1).
+  """
+
+  name: str
+  rate: float
+
+
+class DropoutModel(NamedTuple):
+  """A classifier whose dropout masks are an explicit argument.
+
+  It knows nothing of the library that the network was written in. A network
+  without dropout has no sites, and its masks are the empty dictionary.
+
+  Attributes:
+    init: `init(key) -> params`.
+    apply: `apply(params, masks, images) -> logits`, where a site computes
+      `h * mask / (1 - rate)`. Pure: no random key inside.
+    mask_shapes: `mask_shapes(batch_size) -> {site name: shape}`.
+    sites: the dropout sites, in the order in which the network meets them.
+    image_shape: (height, width, channels).
+    num_classes: number of logits.
+    classifier: path in `params` of the dense layer that gives the logits, whose
+      gradient tells the labels; None if there is none or it is not known.
+  """
+
+  init: Callable[[Key], Params]
+  apply: Callable[[Params, Masks, Images], Logits]
+  mask_shapes: Callable[[int], dict[str, tuple[int, ...]]]
+  sites: tuple[Site, ...]
+  image_shape: tuple[int, int, int]
+  num_classes: int
+  classifier: tuple[str, ...] | None = None
+
+
+def drop(inputs: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
+  """Applies one dropout mask: the only place that scales by 1 / (1 - rate).
+
+  Args:
+    inputs: f[...], the activations.
+    mask: f[...], broadcastable to `inputs`; 1 = kept, 0 = dropped, and what an
+      attack tries lies between.
+    rate: the probability of an entry to be dropped.
+
+  Returns:
+    f[...]: with the expected mask, 1 - rate, exactly the inputs.
+  """
+  # The division comes first so that the expected mask gives a factor of exactly 1.
+  return inputs * (mask / jnp.asarray(1 - rate, mask.dtype))
+
+
+def sample_masks(key: Key, model: DropoutModel, batch_size: int, dtype=jnp.float32) -> Masks:
+  """Draws masks as training does: each entry is kept with probability 1 - rate.
+
+  Args:
+    key: random key.
+    model: whose sites to draw for.
+    batch_size: number of images.
+    dtype: floating-point type of the masks.
+
+  Returns:
+    {site name: f[shape]} of zeros and ones.
+  """
+  shapes = model.mask_shapes(batch_size)
+  return {
+    site.name: jax.random.bernoulli(
+      jax.random.fold_in(key, i), 1 - site.rate, shapes[site.name]
+    ).astype(dtype)
+    for i, site in enumerate(model.sites)
+  }
+
+
+def expected_masks(model: DropoutModel, batch_size: int, dtype=jnp.float32) -> Masks:
+  """Returns the masks that make every site the identity: the evaluation mode.
+
+  Args:
+    model: whose sites to fill.
+    batch_size: number of images.
+    dtype: floating-point type of the masks.
+
+  Returns:
+    {site name: f[shape]}, everywhere 1 - rate.
+  """
+  shapes = model.mask_shapes(batch_size)
+  return {s.name: jnp.full(shapes[s.name], 1 - s.rate, dtype) for s in model.sites}
+
+
+def check_image_shape(image_shape: object) -> tuple[int, int, int]:
+  """Returns `image_shape` as a tuple of three positive integers.
+
+  Args:
+    image_shape: (height, width, channels).
+
+  Raises:
+    InputError: it is not that.
+  """
+  try:
+    shape = tuple(int(n) for n in image_shape)
+  except (TypeError, ValueError):
+    shape = ()
+  if len(shape) != 3 or min(shape) < 1:
+    raise InputError(
+      f"image_shape is {image_shape!r}; expected three positive integers (height, width,"
+      " channels), such as (32, 32, 3)."
+    )
+  return shape
+
+
+def check_rate(rate: float, where: str = "dropout_rate") -> float:
+  """Returns a dropout rate that lies in [0, 1).
+
+  Args:
+    rate: the probability of an entry to be dropped.
+    where: what the message calls it.
+
+  Raises:
+    InputError: it lies outside, or is no number.
+  """
+  if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+    raise InputError(
+      f"{where} is {rate!r}; expected a number in [0, 1): 0 is no dropout, and 1 would drop"
+      " everything."
+    )
+  return float(rate)
