@@ -102,7 +102,8 @@ def create_program(
     lanes = jax.tree.map(
       one_lane, Lanes(*_shapes((observation.gradient, observation.labels)), state_shape)
     )
-    status = jnp.full((lanes_per_device,), Status.MAX_ITERATIONS, jnp.int32)
+    # Any status but RUNNING. (An IntEnum as it is would make the array weakly typed.)
+    status = jnp.full((lanes_per_device,), int(Status.MAX_ITERATIONS), jnp.int32)
     return lanes._replace(state=lanes.state._replace(status=status))
 
   def load_on_device(shared, lanes, here, lane, key, gradient, labels, masks):
