@@ -6,8 +6,11 @@ python launch/attack.py --config=configs/vit.py:cifar10
 import ml_collections
 
 from jaxdia.config import config_for
+from jaxdia.errors import InputError
 
 
 def get_config(dataset: str = "cifar10") -> ml_collections.ConfigDict:
-  """Returns the config for mnist, fashion_mnist, cifar10, cifar100 or imagenet."""
+  """Returns the config for mnist, fashion_mnist, cifar10 or cifar100."""
+  if dataset == "imagenet":
+    raise InputError("patches of 4 pixels are too many at 224; use configs/vit_b16.py:imagenet.")
   return config_for("vit", dataset, patch_size=4, width=256, depth=4, num_heads=16, mlp_size=256)

@@ -217,6 +217,8 @@ def config_for(model: str, dataset: str, **options: Any) -> ml_collections.Confi
     raise unknown("data set of the config:", dataset, STATISTICS)
   config = default_config()
   config.data.source = f"samples:{dataset}"
+  if dataset == "imagenet":
+    config.data.image_size = 224
   config.model.name = model
   config.model.update(options)
   return config

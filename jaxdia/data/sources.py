@@ -108,12 +108,14 @@ def _npz(name: str, wanted: slice) -> Raw:
     raise InputError(f"{path} is no file; expected an npz with the arrays images and labels.")
   try:
     with np.load(path, allow_pickle=False) as file:
-      missing = [key for key in ("images", "labels") if key not in getattr(file, "files", ())]
+      missing = [key for key in ("images", "labels") if key not in file]
       if missing:
         raise InputError(f"{path} lacks {missing}; expected an npz with images and labels.")
       images, labels = file["images"], file["labels"]
   except InputError:
     raise
+  except TypeError as error:  # a single array is no context manager
+    raise InputError(f"{path} is no npz; expected one with images and labels.") from error
   except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:
     raise InputError(
       f"{path} cannot be read ({_one_line(error)}). It may be truncated, or contain pickled"

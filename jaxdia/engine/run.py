@@ -148,6 +148,7 @@ def run(
   jobs = [Job(v, r) for v in range(len(observations)) for r in range(restarts)]
   queue = collections.deque(job for job in jobs if job not in set(finished))
   if not queue:
+    _remove(checkpoint_path)
     return
   if lanes is None:
     # From all jobs, not from those that are left, so that a resumed run finds its lanes.
@@ -182,8 +183,12 @@ def run(
     if checkpoint_path is not None and time.monotonic() - saved >= checkpoint_seconds:
       loop.save(checkpoint_path)
       saved = time.monotonic()
-  if checkpoint_path is not None:
-    checkpoint_path.unlink(missing_ok=True)
+  _remove(checkpoint_path)
+
+
+def _remove(path: pathlib.Path | None) -> None:
+  if path is not None:
+    path.unlink(missing_ok=True)
 
 
 class _Loop:

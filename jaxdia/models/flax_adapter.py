@@ -158,9 +158,10 @@ def _refusing(name, function):
   try:
     return function()
   except flax_errors.InvalidRngError as error:
+    what = str(error).split(" (http")[0]
     raise InputError(
       f"{name} draws random numbers that are no dropout site, which cannot be made an"
-      f" explicit mask: {error}. Use nn.Dropout, or turn that part off."
+      f" explicit mask: {what}. Use nn.Dropout, or turn that part off."
     ) from error
 
 

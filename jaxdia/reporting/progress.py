@@ -28,14 +28,12 @@ class ProgressReport:
     self._stream = stream or sys.stderr
     self._last_line = -_LINE_SECONDS
     self._bar = None
-    self._first: Progress | None = None
     if self._stream.isatty():
-      bar = "{desc} {percentage:3.0f}%|{bar:20}| {postfix}"
+      bar = "{percentage:3.0f}%|{bar:20}| {desc}"
       self._bar = tqdm(total=1.0, desc=name, bar_format=bar, file=self._stream)
 
   def update(self, progress: Progress) -> None:
     """Shows the newest progress."""
-    self._first = self._first or progress
     share, left = self._estimate(progress)
     text = (
       f"iteration {progress.iteration}, objective {progress.objective:.3g},"
@@ -49,7 +47,7 @@ class ProgressReport:
       )
     if self._bar is not None:
       self._bar.n = share
-      self._bar.set_postfix_str(text)
+      self._bar.set_description_str(f"{self._name}: {text}")
     elif time.monotonic() - self._last_line >= _LINE_SECONDS or progress.finished == progress.total:
       self._last_line = time.monotonic()
       print(f"{self._name}: {text}", file=self._stream, flush=True)
@@ -64,16 +62,16 @@ class ProgressReport:
     if progress.finished == progress.total:
       return 1.0, ""
     unfinished = progress.total - progress.finished
-    # Trials that end early tell how long the others may take; until one has, take the longest.
-    expected = self._max_iterations
-    if progress.finished:
-      expected = min(expected, max(progress.steps / progress.total, progress.iteration))
-    remaining = max(unfinished * expected - progress.iteration, 1)
+    # Trials that ended tell how long the others may take; a trial that outlasts them, and all
+    # trials until one has ended, may take the longest.
+    bound, expected = "at most", self._max_iterations
+    mean = progress.steps / progress.total
+    if progress.finished and progress.iteration < mean:
+      bound, expected = "about", mean
+    remaining = max(unfinished * (expected - progress.iteration), 1)
     share = progress.steps / (progress.steps + remaining)
     seconds = progress.run_seconds * remaining / max(progress.steps, 1)
-    return share, f"at most {_duration(seconds)} left" if not progress.finished else (
-      f"about {_duration(seconds)} left"
-    )
+    return share, f"{bound} {_duration(seconds)} left"
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,32 @@
+"""Small victims that the tests share, on eight virtual CPU devices."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
+
+import numpy as np
+import pytest
+
+from jaxdia import models
+from jaxdia.client import observe
+
+IMAGE_SHAPE = (6, 6, 1)
+
+
+@pytest.fixture(scope="session")
+def model():
+  """A small MLP with two dropout sites."""
+  return models.create("mlp", IMAGE_SHAPE, 5, 0.25, hidden_sizes=(24, 24))
+
+
+def make_victims(model, count, batch_size=1, seed=0, **options):
+  """Returns params, observations and secrets of smooth random images."""
+  params = model.init(jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  pairs = []
+  for i in range(count):
+    images = rng.uniform(size=(batch_size, *model.image_shape)).astype(np.float32)
+    labels = rng.integers(0, model.num_classes, batch_size)
+    pairs.append(observe(jax.random.key(100 + i), model, params, images, labels, **options))
+  observations, secrets = zip(*pairs, strict=True)
+  return params, list(observations), list(secrets)

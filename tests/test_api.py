@@ -1,0 +1,80 @@
+"""Rules that hold for the whole package, checked by looking at it."""
+
+import ast
+import inspect
+import pathlib
+import re
+
+import pytest
+
+import jaxdia
+
+PACKAGE = pathlib.Path(jaxdia.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        yield f"{node.module}.{alias.name}"
+    elif isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name
+
+
+def _public_functions(path):
+  tree = ast.parse(path.read_text())
+  bodies = [tree.body] + [n.body for n in tree.body if isinstance(n, ast.ClassDef)]
+  for body in bodies:
+    for node in body:
+      if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+        yield node
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_public_functions_have_types_and_docstrings(path):
+  for node in _public_functions(path):
+    arguments = [a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
+    assert all(a.annotation for a in arguments) or arguments[-1].arg == "dtype", node.name
+    assert node.returns is not None, node.name
+    assert ast.get_docstring(node), node.name
+
+
+def test_attacks_never_reach_the_secret():
+  for room in ("attacks", "closed_form", "engine", "models"):
+    for path in (PACKAGE / room).rglob("*.py"):
+      for name in _imports(path):
+        assert not name.endswith(".Secret"), path
+        assert not name.startswith(("jaxdia.evaluation", "jaxdia.experiment")), path
+      assert "secret" not in path.read_text().lower().replace("# secret", ""), path
+  assert (PACKAGE / "matching.py").exists()
+
+
+def test_rooms_import_only_from_the_rooms_below_them():
+  order = [
+    "errors", "typing", "files", "models", "client", "matching", "closed_form", "attacks", "engine",
+    "data", "evaluation", "reporting", "outcomes", "config", "experiment", "command_line",
+  ]  # fmt: skip
+  for path in FILES:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+      continue
+    for name in _imports(path):
+      if match := re.match(r"jaxdia\.(\w+)", name):
+        other = match[1]
+        assert other == room or order.index(other) < order.index(room), f"{path}: {name}"
+
+
+def test_all_names_that_are_exported_exist():
+  import importlib
+
+  for path in PACKAGE.rglob("__init__.py"):
+    module = importlib.import_module(".".join(path.relative_to(PACKAGE.parent).parent.parts))
+    for name in getattr(module, "__all__", []):
+      assert inspect.getattr_static(module, name) is not None
+
+
+def test_files_can_be_read_in_one_sitting():
+  lengths = {path.name: len(path.read_text().splitlines()) for path in FILES}
+  assert max(lengths.values()) <= 400, lengths

@@ -1,0 +1,230 @@
+"""One suite that every preset passes, then what is special to one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_victims
+
+from jaxdia import attacks, models
+from jaxdia.attacks import PRESETS, AttackSettings, Status
+from jaxdia.errors import InputError
+
+STEPS = 60
+
+
+@functools.cache
+def _compiled(name, model, **overrides):
+  attack = attacks.create(name, model, **overrides)
+
+  def run(key, observation, masks):
+    def body(state, _):
+      state, info = attack.step(observation, state)
+      return state, (info.objective, state.candidate)
+
+    return jax.lax.scan(body, attack.init(key, observation, masks), length=STEPS)
+
+  return attack, jax.jit(run)
+
+
+@pytest.fixture(scope="module")
+def victims(model):
+  return make_victims(model, 2)
+
+
+def _run(name, model, victims, key=0, victim=0, **overrides):
+  _, observations, secrets = victims
+  _, run = _compiled(name, model, **overrides)
+  masks = secrets[victim].masks if PRESETS[name].masks == "known" else None
+  return run(jax.random.key(key), observations[victim], masks)
+
+
+@pytest.fixture(params=PRESETS)
+def name(request):
+  return request.param
+
+
+def test_decreases_its_objective(name, model, victims):
+  state, (objectives, _) = _run(name, model, victims)
+  assert float(state.best.objective) < 0.7 * float(objectives[0])
+  assert float(state.best.objective) == float(jnp.min(objectives))
+
+
+def test_keeps_the_bounds(name, model, victims):
+  _, (_, candidates) = _run(name, model, victims)
+  assert float(jnp.min(candidates.images)) >= 0 and float(jnp.max(candidates.images)) <= 1
+  for mask in jax.tree.leaves(candidates.masks):
+    assert float(jnp.min(mask)) >= 0 and float(jnp.max(mask)) <= 1
+
+
+def test_best_is_the_very_point_that_was_measured(name, model, victims):
+  state, _ = _run(name, model, victims)
+  attack, _ = _compiled(name, model)
+  value, terms = attacks.objective(
+    model, attack.settings, victims[1][0], state.best.candidate, state.known
+  )
+  np.testing.assert_allclose(value, state.best.objective, rtol=1e-3, atol=2e-6)
+  np.testing.assert_allclose(terms.distance, state.best.distance, rtol=1e-3, atol=2e-6)
+
+
+def test_is_deterministic_in_its_key(name, model, victims):
+  _, (first, _) = _run(name, model, victims, key=1)
+  _, (again, _) = _run(name, model, victims, key=1)
+  _, (other, _) = _run(name, model, victims, key=2)
+  np.testing.assert_array_equal(first, again)
+  assert not np.array_equal(first, other)
+
+
+def test_does_not_compile_again(name, model, victims):
+  _run(name, model, victims, key=3, victim=0)
+  _, run = _compiled(name, model)
+  before = run._cache_size()
+  _run(name, model, victims, key=4, victim=1)
+  assert run._cache_size() == before == 1
+
+
+def test_survives_nan_without_harm_to_its_neighbour(name, model, victims):
+  _, observations, secrets = victims
+  attack, _ = _compiled(name, model)
+  sick = dataclasses.replace(
+    observations[0],
+    gradient=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), observations[0].gradient),
+  )
+  pair = jax.tree.map(lambda *x: jnp.stack(x), sick, observations[0])
+  masks = secrets[0].masks if PRESETS[name].masks == "known" else None
+  keys = jnp.stack([jax.random.key(0)] * 2)
+  state = jax.vmap(lambda k, o: attack.init(k, o, masks))(keys, pair)
+  step = jax.jit(jax.vmap(lambda o, s: attack.step(o, s)[0]))
+  for _ in range(5):
+    state = step(pair, state)
+  assert state.status.tolist() == [Status.DIVERGED, Status.RUNNING]
+  assert state.iteration.tolist() == [1, 5]
+  assert np.isfinite(state.best.candidate.images).all()
+  _, (alone, _) = _run(name, model, victims, key=0)
+  np.testing.assert_allclose(state.best.objective[1], np.min(alone[:5]), rtol=1e-3)
+
+
+def test_true_images_and_masks_have_zero_distance(model, victims):
+  _, observations, secrets = victims
+  candidate = attacks.Candidate(secrets[0].images, secrets[0].masks, None)
+  known = attacks.Known(None, secrets[0].labels)
+  for distance in ("cosine", "squared_l2"):
+    settings = AttackSettings(distance=distance)
+    _, terms = attacks.objective(model, settings, observations[0], candidate, known)
+    assert abs(float(terms.distance)) < 1e-6
+
+
+def test_without_dropout_dia_is_ig():
+  model = models.create("mlp", (6, 6, 1), 5, 0.0, hidden_sizes=(8,))
+  victims = make_victims(model, 1)
+  _, (dia, _) = _run("dia", model, victims)
+  _, (ig, _) = _run("ig", model, victims)
+  np.testing.assert_array_equal(dia, ig)
+
+
+def test_dia_sees_through_dropout_and_ig_does_not(model):
+  _, observations, secrets = make_victims(model, 1, seed=5)
+  errors = {}
+  for name in ("ig", "dia"):
+    attack = attacks.create(name, model, max_iterations=3000)
+    step = jax.jit(attack.step)
+    state = attack.init(jax.random.key(0), observations[0])
+    while int(state.status) == Status.RUNNING:
+      state, _ = step(observations[0], state)
+    images = state.best.candidate.images
+    errors[name] = float(jnp.mean(jnp.square(images - secrets[0].images)))
+  assert errors["dia"] < 1e-3 < errors["ig"]
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_labels_are_recovered(use_bias):
+  model = models.create("mlp", (6, 6, 1), 7, 0.5, hidden_sizes=(16,), use_bias=use_bias)
+  _, observations, secrets = make_victims(model, 20, reveal_labels=False)
+  attack = attacks.idlg(model)
+  init = jax.jit(attack.init)
+  for observation, secret in zip(observations, secrets, strict=True):
+    state = init(jax.random.key(0), observation)
+    np.testing.assert_array_equal(state.known.labels, secret.labels)
+
+
+def test_free_labels_are_found(model):
+  _, observations, secrets = make_victims(model, 1, reveal_labels=False)
+  attack = attacks.ig(model, labels="free")
+  step = jax.jit(attack.step)
+  state = attack.init(jax.random.key(0), observations[0])
+  for _ in range(200):
+    state, _ = step(observations[0], state)
+  label = jnp.argmax(state.best.candidate.labels, axis=-1)
+  np.testing.assert_array_equal(label, secrets[0].labels)
+
+
+@pytest.mark.parametrize(
+  "schedule, expected",
+  [
+    ("constant", [0.1] * 8),
+    ("step", [1e-1, 1e-1, 1e-1, 1e-2, 1e-2, 1e-3, 1e-3, 1e-4]),  # at 3, 5 and 7 of 8
+    ("cosine", 0.05 * (1 + np.cos(np.pi * np.arange(8) / 8))),
+  ],
+)
+def test_schedules(schedule, expected, model, victims):
+  attack = attacks.ig(model, schedule=schedule, max_iterations=8)
+  state, rates = attack.init(jax.random.key(0), victims[1][0]), []
+  step = jax.jit(attack.step)
+  for _ in range(8):
+    state, info = step(victims[1][0], state)
+    rates.append(float(info.learning_rate))
+  assert int(state.status) == Status.MAX_ITERATIONS
+  np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_a_trial_that_does_not_improve_stalls(model, victims):
+  attack = attacks.ig(model, patience=3, learning_rate=1e-20)
+  step = jax.jit(attack.step)
+  state = attack.init(jax.random.key(0), victims[1][0])
+  state = attack.start(attacks.project(victims[1][0], state.candidate), state.known)
+  for _ in range(10):
+    state, _ = step(victims[1][0], state)
+  assert int(state.status) == Status.STALLED
+  assert int(state.iteration) == 4  # the first improves on nothing, then three do not
+
+
+def test_total_variation():
+  images = jnp.array([[0.0, 1.0], [0.0, 4.0]]).reshape(1, 2, 2, 1)
+  assert float(attacks.total_variation(images)) == (1 + 4) / 2 + (0 + 3) / 2
+  assert float(attacks.total_variation(jnp.ones((1, 1, 1, 3)))) == 0  # a single pixel
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"learing_rate": 1.0}, "'learing_rate'. Did you mean 'learning_rate'"),
+    ({"distance": "l3"}, "attack.distance: 'l3'"),
+    ({"max_iterations": 0}, "max_iterations is 0"),
+    ({"max_iterations": 1.5}, "max_iterations is 1.5"),
+    ({"tv_weight": -1.0}, "tv_weight is -1.0"),
+    ({"mask_weight": float("nan")}, "mask_weight is nan"),
+    ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ({"plateau_factor": 1.0}, "plateau_factor is 1.0"),
+    ({"optimizer": "lbfgs"}, "schedule=constant"),
+  ],
+)
+def test_settings_refuse(settings, message, model):
+  with pytest.raises(InputError, match=message):
+    attacks.dia(model, **settings)
+
+
+def test_what_an_attack_needs_it_asks_for(model):
+  _, observations, _ = make_victims(model, 1, reveal_labels=False)
+  with pytest.raises(InputError, match="grants no labels"):
+    attacks.dia(model).init(jax.random.key(0), observations[0])
+  _, observations, _ = make_victims(model, 1)
+  with pytest.raises(InputError, match="client's masks"):
+    attacks.wiig(model).init(jax.random.key(0), observations[0])
+  _, observations, _ = make_victims(model, 1, batch_size=2)
+  with pytest.raises(InputError, match="not for a batch of 2"):
+    attacks.idlg(model).init(jax.random.key(0), observations[0])
+  with pytest.raises(InputError, match="Unknown attack 'dai'. Did you mean 'dia'"):
+    attacks.create("dai", model)

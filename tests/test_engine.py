@@ -1,0 +1,238 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_victims
+
+from jaxdia import attacks, engine
+from jaxdia.attacks import Status
+from jaxdia.engine import Job, checkpoint
+from jaxdia.errors import InputError
+
+ONE_DEVICE = jax.local_devices()[:1]
+
+
+@pytest.fixture(scope="module")
+def victims(model):
+  return make_victims(model, 3)
+
+
+def _run(attack, victims, **options):
+  options = {"devices": ONE_DEVICE, "restarts": 2} | options
+  masks = [s.masks for s in victims[2]] if attack.settings.masks == "known" else None
+  return list(engine.run(jax.random.key(7), attack, victims[1], masks=masks, **options))
+
+
+def _by_job(trials):
+  jobs = {trial.job: trial for trial in trials}
+  assert len(jobs) == len(trials)
+  return jobs
+
+
+def test_each_trial_is_what_it_is_alone(model, victims):
+  attack = attacks.dia(model, max_iterations=25)
+  trials = _by_job(_run(attack, victims, lanes=4))
+  assert set(trials) == {Job(v, r) for v in range(3) for r in range(2)}
+  step = jax.jit(attack.step)
+  for job, trial in trials.items():
+    observation = victims[1][job.victim]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), job.victim), job.restart)
+    state = attack.init(key, observation)
+    while int(state.status) == Status.RUNNING:
+      state, _ = step(observation, state)
+    np.testing.assert_allclose(trial.objective, state.best.objective, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+      trial.candidate.images, state.best.candidate.images, rtol=1e-2, atol=1e-2
+    )
+    assert trial.iterations == 25 and trial.status == Status.MAX_ITERATIONS
+    assert trial.best_iteration == int(state.best.iteration)
+
+
+def test_one_device_and_eight_give_the_same(model):
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), model.init(jax.random.key(0)))
+    _, observations, secrets = make_victims(model, 3)
+    observations = [
+      dataclasses.replace(
+        o, params=params, gradient=jax.tree.map(lambda x: x.astype(jnp.float64), o.gradient)
+      )
+      for o in observations
+    ]
+    attack = attacks.dia(model, max_iterations=40)
+    cases = [
+      {"devices": ONE_DEVICE, "lanes": 1},
+      {"devices": ONE_DEVICE, "lanes": 6},
+      {"devices": jax.local_devices(), "lanes": 1},
+    ]
+    results = [_by_job(_run(attack, (params, observations, secrets), **case)) for case in cases]
+  assert len(jax.local_devices()) == 8
+  for other in results[1:]:
+    for job, trial in results[0].items():
+      assert trial.candidate.images.dtype == np.float64
+      np.testing.assert_allclose(other[job].objective, trial.objective, rtol=1e-9)
+      jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, 1e-7, 1e-9),
+        other[job].candidate,
+        trial.candidate,
+      )
+
+
+def test_the_well_informed_attacker_gets_the_masks_of_its_victim(model, victims):
+  attack = attacks.wiig(model, max_iterations=300)
+  for trial in _run(attack, victims, lanes=2, restarts=1):
+    images = victims[2][trial.job.victim].images
+    assert np.mean(np.square(trial.candidate.images - images)) < 0.02
+
+
+def test_a_lane_that_is_done_gets_the_next_job(model, victims, monkeypatch):
+  """One lane runs three victims of which the second diverges at once."""
+  _, observations, secrets = victims
+  sick = dataclasses.replace(
+    observations[1], gradient=jax.tree.map(lambda x: x * jnp.nan, observations[1].gradient)
+  )
+  attack = attacks.dia(model, max_iterations=20)
+  reports = []
+  trials = _run(
+    attack,
+    (None, [observations[0], sick, observations[2]], secrets),
+    lanes=1,
+    restarts=1,
+    on_progress=reports.append,
+  )
+  assert [t.status for t in trials] == [
+    Status.MAX_ITERATIONS,
+    Status.DIVERGED,
+    Status.MAX_ITERATIONS,
+  ]
+  assert trials[1].iterations == 1 and not np.isfinite(trials[1].objective)
+  assert reports[-1].finished == reports[-1].total == 3
+  assert reports[-1].steps == 41
+
+
+def test_nothing_is_compiled_in_a_run(model, victims):
+  attack = attacks.dia(model, max_iterations=20)
+  program = engine.lanes.create_program(attack, victims[1][0], None, 2, ONE_DEVICE)
+  lanes = program.empty()
+  keys = [jax.random.key(i) for i in range(3)]
+
+  def turn(lanes, lane, key, victim, steps):
+    lanes = program.load(lanes, 0, lane, key, victims[1][victim], None)
+    lanes, gauge = program.advance(lanes, steps)
+    program.read(lanes, 0, lane)
+    return lanes, gauge
+
+  lanes, _ = turn(lanes, 0, keys[0], 0, 3)
+  with jax.log_compiles(), _no_compilation():
+    lanes, _ = turn(lanes, 1, keys[1], 1, 5)
+    lanes, gauge = turn(lanes, 0, keys[2], 2, 50)
+  assert gauge.iteration.tolist() == [[20, 20]]
+
+
+class _no_compilation:
+  """Fails if anything is compiled inside."""
+
+  def __enter__(self):
+    self._compiled = []
+
+    def listen(name, seconds, **kwargs):
+      if name == "/jax/core/compile/backend_compile_duration":
+        self._compiled.append(name)
+
+    self._listen = listen
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+  def __exit__(self, *exc):
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+    assert not self._compiled
+
+
+def test_the_listener_above_would_notice():
+  with pytest.raises(AssertionError), _no_compilation():
+    jax.jit(lambda x: x * 3.25)(jnp.ones(17))
+
+
+def test_an_interrupted_run_ends_like_one_left_alone(model, victims, tmp_path):
+  attack = attacks.dia(model, max_iterations=400)
+  options = {"lanes": 2, "restarts": 1}
+  alone = _by_job(_run(attack, victims, **options))
+  path = tmp_path / "checkpoint.npz"
+  done = {}
+  for _ in range(20):  # interrupted after each trial but the last
+    trials = engine.run(
+      jax.random.key(7),
+      attack,
+      victims[1],
+      devices=ONE_DEVICE,
+      finished=list(done),
+      checkpoint_path=path,
+      checkpoint_seconds=0.0,
+      **options,
+    )
+    trial = next(trials, None)
+    trials.close()
+    if trial is None:
+      break
+    done[trial.job] = trial
+  assert set(done) == set(alone)
+  for job, trial in alone.items():
+    assert done[job].iterations == trial.iterations
+    np.testing.assert_array_equal(done[job].candidate.images, trial.candidate.images)
+  assert not path.exists()
+
+
+def test_a_checkpoint_is_removed_at_the_end(model, victims, tmp_path):
+  path = tmp_path / "checkpoint.npz"
+  attack = attacks.ig(model, max_iterations=5)
+  _run(attack, victims, lanes=2, checkpoint_path=path, checkpoint_seconds=0.0)
+  assert not path.exists()
+
+
+@pytest.fixture
+def saved(tmp_path):
+  tree = {"a": np.arange(5000.0), "b": (jnp.ones((2, 3)), np.int32(4))}
+  path = tmp_path / "deep" / "checkpoint.npz"
+  checkpoint.save(path, tree)
+  return path, jax.tree.map(np.asarray, tree)
+
+
+def test_checkpoint_round_trip(saved):
+  path, tree = saved
+  restored = checkpoint.restore(path, tree)
+  jax.tree.map(np.testing.assert_array_equal, restored, tree)
+  assert checkpoint.restore(path.with_name("none.npz"), tree) is None
+  assert [p.name for p in path.parent.iterdir()] == ["checkpoint.npz"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
+def test_a_damaged_checkpoint_is_found(saved, damage):
+  path, tree = saved
+  content = bytearray(path.read_bytes())
+  if damage == "flip":
+    content[len(content) // 2] ^= 1
+  path.write_bytes(
+    {"truncate": content[:-200], "flip": content, "empty": b"", "text": b"hello"}[damage]
+  )
+  with pytest.raises(InputError, match=f"{path} is damaged.*Delete it"):
+    checkpoint.restore(path, tree)
+
+
+def test_a_checkpoint_of_other_lanes_is_refused(saved):
+  path, tree = saved
+  with pytest.raises(InputError, match="made with other lanes"):
+    checkpoint.restore(path, tree | {"a": np.zeros(3)})
+
+
+def test_lanes_are_chosen_from_jobs_and_memory(model, victims):
+  observation = victims[1][0]
+  assert engine.choose_lanes(model, observation, 3, 1) == 3
+  assert engine.choose_lanes(model, observation, 100, 1) == 16
+  assert engine.choose_lanes(model, observation, 100, 8) == 13
+  huge = jax.tree.map(lambda x: jax.ShapeDtypeStruct((10**9,), x.dtype), observation.params)
+  assert engine.choose_lanes(model, dataclasses.replace(observation, params=huge), 100, 1) == 1
+
+
+def test_nothing_to_attack_is_refused(model):
+  with pytest.raises(InputError, match="0 observations"):
+    list(engine.run(jax.random.key(0), attacks.dia(model), []))

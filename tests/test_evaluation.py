@@ -1,0 +1,113 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdia import data, evaluation
+from jaxdia.attacks import Candidate
+from jaxdia.client import Secret
+from jaxdia.typing import Statistics
+
+PIXELS = Statistics((0.0,), (1.0,))
+
+
+@pytest.fixture(scope="module")
+def images():
+  return data.load("samples:cifar10", 4).images
+
+
+def test_assignment_undoes_a_permutation(images):
+  order = np.array([2, 0, 3, 1])
+  noisy = images[order] + 0.05 * np.random.default_rng(0).normal(size=images.shape)
+  found = evaluation.assign(noisy, images)
+  np.testing.assert_array_equal(order[found], np.arange(4))
+
+
+def test_assignment_is_the_best_in_all_not_the_nearest_each():
+  originals = np.array([0.0, 1.0]).reshape(2, 1, 1, 1)
+  reconstructions = np.array([0.9, 3.0]).reshape(2, 1, 1, 1)  # both are nearest to 1.0
+  np.testing.assert_array_equal(evaluation.assign(reconstructions, originals), [0, 1])
+
+
+def test_metrics_by_hand():
+  a, b = np.zeros((2, 16, 16, 3), np.float32), np.full((2, 16, 16, 3), 0.1, np.float32)
+  np.testing.assert_allclose(evaluation.mse(a, b), [0.01, 0.01], rtol=1e-5)
+  np.testing.assert_allclose(evaluation.psnr(a, b), [20, 20], rtol=1e-5)
+  # Of constant images only the luminance term of SSIM is left: c1 / (0.1^2 + c1).
+  np.testing.assert_allclose(evaluation.ssim(a, b), [1e-4 / (0.01 + 1e-4)] * 2, rtol=1e-3)
+
+
+def test_equal_images_get_finite_scores(images):
+  np.testing.assert_array_equal(evaluation.mse(images, images), 0)
+  np.testing.assert_array_equal(evaluation.psnr(images, images), 150)
+  np.testing.assert_allclose(evaluation.ssim(images, images), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 8, 10, 11, 12])
+def test_ssim_of_images_smaller_than_its_window(side):
+  image = np.random.default_rng(0).uniform(size=(1, side, 13, 1)).astype(np.float32)
+  np.testing.assert_allclose(evaluation.ssim(image, image), 1, rtol=1e-5)
+  assert evaluation.ssim(image, 1 - image)[0] < 0.9
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_lpips_orders_distortions(name):
+  images = data.load(f"samples:{name}", 3).images
+  lpips = evaluation.lpips()
+  noise = np.random.default_rng(0).normal(size=images.shape).astype(np.float32)
+  distances = [lpips(images, np.clip(images + s * noise, 0, 1)) for s in (0, 0.05, 0.5)]
+  np.testing.assert_allclose(distances[0], 0, atol=1e-6)
+  assert (distances[0] < distances[1]).all() and (distances[1] < distances[2]).all()
+  assert distances[2].shape == (3,) and np.all(distances[2] < 2)
+
+
+def test_lpips_may_be_missing(monkeypatch, images):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  assert evaluation.lpips() is None
+
+
+def test_mask_accuracy():
+  true = {"own": jnp.array([[1, 0, 1, 1], [0, 0, 0, 1]]), "shared": jnp.array([[1.0, 0.0]])}
+  masks = {
+    "own": jnp.array([[0.4, 0.2, 0.1, 0.9], [0.9, 0.1, 0.3, 0.8]]),
+    "shared": jnp.array([[0.7, 0.6]]),
+  }
+  accuracy = evaluation.mask_accuracy(masks, true, np.array([1, 0]))
+  np.testing.assert_allclose(accuracy["own"], [0.75, 1.0])
+  np.testing.assert_allclose(accuracy["shared"], [0.5, 0.5])
+
+
+def test_mask_accuracy_where_tokens_are_folded_into_the_batch():
+  true = {"site": np.array([[1], [1], [0], [0]])}  # two images of two tokens
+  masks = {"site": np.array([[0], [0], [1], [0]])}
+  accuracy = evaluation.mask_accuracy(masks, true, np.array([1, 0]))
+  np.testing.assert_allclose(accuracy["site"], [0.5, 1.0])
+
+
+def test_evaluate_a_shuffled_batch(images):
+  order = np.array([3, 1, 0, 2])
+  masks = {"site": (np.arange(24).reshape(4, 6) % 5 > 1).astype(float)}
+  secret = Secret(images, np.array([5, 6, 7, 8]), masks)
+  candidate = Candidate(images[order], {"site": masks["site"][order]}, None)
+  result = evaluation.evaluate(secret, candidate, PIXELS, np.array([5, 6, 7, 8])[order])
+  np.testing.assert_array_equal(result.reconstructions, images)
+  for score in result.scores:
+    assert score["mse_normalized"] == 0 and score["mask_accuracy"] == 1
+    assert score["label_accuracy"] == 1 and score["mask_accuracy_by_site"] == {"site": 1.0}
+
+
+def test_evaluate_scores_in_normalised_space_and_in_pixels(images):
+  statistics = data.STATISTICS["cifar10"]
+  normalized = data.normalize(images, statistics)
+  secret = Secret(normalized, np.zeros(4, int), {})
+  result = evaluation.evaluate(secret, Candidate(normalized + 0.1, None, None), statistics)
+  for score in result.scores:
+    np.testing.assert_allclose(score["mse_normalized"], 0.01, rtol=1e-3)
+    assert 0 < score["mse"] < 0.01 * 0.27**2  # std of the data set, and clipped
+    assert score["mask_accuracy"] is None and score["label_accuracy"] is None
+
+
+def test_found_labels():
+  soft = np.array([[0.0, 3.0], [2.0, 1.0]])
+  candidate = Candidate(np.zeros((2, 1, 1, 1)), None, soft)
+  np.testing.assert_array_equal(evaluation.found_labels(candidate, None), [1, 0])
+  assert evaluation.found_labels(candidate._replace(labels=None), None) is None

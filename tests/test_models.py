@@ -1,0 +1,319 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from jaxdia import models
+from jaxdia.client import client_gradient, client_loss
+from jaxdia.errors import InputError
+from jaxdia.models import networks
+
+SMALL_VIT = {"width": 16, "depth": 1, "num_heads": 4, "mlp_size": 24}
+
+
+class Attention(nn.Module):
+  """A user's module: Flax's attention, a shared Dropout, and broadcast masks."""
+
+  broadcast: bool
+
+  @nn.compact
+  def __call__(self, x, *, deterministic):
+    x = x.reshape(x.shape[0], 4, -1)
+    attention = nn.MultiHeadDotProductAttention(
+      2, qkv_features=8, dropout_rate=0.3, broadcast_dropout=self.broadcast
+    )
+    x = attention(x, deterministic=deterministic)
+    shared = nn.Dropout(0.2, broadcast_dims=(1,), name="shared")
+    x = shared(x, deterministic)
+    x = shared(nn.Dense(8)(x), deterministic)
+    x = nn.Dropout(0.0)(x, deterministic=deterministic)  # no site
+    return nn.Dense(5)(x.reshape(x.shape[0], -1))
+
+
+CASES = {
+  "mlp": (networks.MLP(5, 0.25, (8, 8)), {"train": True}, (8, 8, 3)),
+  "lenet": (networks.LeNet(5, 0.25, 3, 8), {"train": True}, (8, 8, 3)),
+  "resnet18": (networks.ResNet18(5, 0.25, 4, 2), {"train": True}, (8, 8, 3)),
+  "vit": (networks.ViT(5, 0.25, 4, **SMALL_VIT), {"train": True}, (8, 8, 3)),
+  "attention": (Attention(broadcast=False), {"deterministic": False}, (4, 4, 1)),
+  "broadcast": (Attention(broadcast=True), {"deterministic": False}, (4, 4, 1)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+  module, kwargs, image_shape = CASES[request.param]
+  model = models.from_flax(module, image_shape)
+  params = jax.jit(model.init)(jax.random.key(0))
+  images = jax.random.normal(jax.random.key(1), (3, *image_shape))
+  return module, kwargs, model, params, images
+
+
+def test_expected_masks_are_the_network_without_dropout_exactly(case):
+  module, kwargs, model, params, images = case
+  evaluation = {name: not value for name, value in kwargs.items()}
+  expected = module.apply({"params": params}, images, **evaluation)
+  actual = model.apply(params, models.expected_masks(model, 3), images)
+  np.testing.assert_array_equal(actual, expected)
+
+
+def test_gradient_is_that_of_the_plain_module_with_the_same_masks(case, monkeypatch):
+  module, kwargs, model, params, images = case
+  masks = models.sample_masks(jax.random.key(2), model, 3)
+  labels = jnp.array([0, 3, 4])
+  actual = jax.jit(client_gradient, static_argnums=0)(model, params, masks, images, labels)
+
+  # The plain module draws its masks with bernoulli, site by site: hand it ours.
+  draws = iter(model.sites)
+
+  def bernoulli(key, p, shape):
+    site = next(draws)
+    assert tuple(shape) == masks[site.name].shape
+    np.testing.assert_allclose(p, 1 - site.rate)
+    return masks[site.name] == 1
+
+  monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+
+  def loss(params):
+    logits = module.apply({"params": params}, images, rngs={"dropout": jax.random.key(0)}, **kwargs)
+    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(3), labels])
+
+  expected = jax.jit(jax.grad(loss))(params)
+  assert next(draws, None) is None
+  jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-4, 1e-6), actual, expected)
+
+
+def test_sites_of_the_papers_vit():
+  model = models.create("vit", (32, 32, 3), 10, 0.5)
+  shapes = model.mask_shapes(1)
+  assert len(model.sites) == 17
+  assert sum(np.prod(shape) for shape in shapes.values()) == 486_720
+  assert model.classifier == ("classifier",)
+  assert {site.rate for site in model.sites} == {0.5}
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  assert set(params["block_0"]["qkv"]) == {"kernel"}  # no bias
+
+
+def test_sites_of_vit_b16():
+  model = models.create("vit_b16", (224, 224, 3), 1000)
+  entries = sum(np.prod(shape) for shape in model.mask_shapes(1).values())
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  assert len(model.sites) == 49
+  assert round(entries / 1e6, 1) == 16.6
+  assert round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6) == 87
+
+
+def test_initial_weights_are_as_in_the_paper():
+  model = models.create("vit", (16, 16, 3), 10, **SMALL_VIT)
+  params = jax.jit(model.init)(jax.random.key(0))
+  assert abs(float(jnp.std(params["position_embedding"])) - 1) < 0.1
+  assert abs(float(jnp.std(params["class_token"])) - 1) < 0.5
+  layer = params["block_0"]["mlp_output"]  # fan_in 24
+  for leaf in layer.values():
+    assert float(jnp.max(jnp.abs(leaf))) <= 24**-0.5
+  assert float(jnp.max(jnp.abs(layer["kernel"]))) > 0.95 * 24**-0.5
+
+
+def test_a_site_that_is_called_twice_has_two_masks():
+  model = models.from_flax(Attention(broadcast=True), (4, 4, 1))
+  shapes = model.mask_shapes(3)
+  assert shapes == {
+    "MultiHeadDotProductAttention_0": (1, 1, 4, 4),
+    "shared": (3, 1, 4),
+    "shared#2": (3, 1, 8),
+  }
+  assert [site.rate for site in model.sites] == [0.3, 0.2, 0.2]
+  assert model.classifier == ("Dense_1",)
+
+
+def test_sampled_masks_keep_one_minus_rate(model):
+  masks = models.sample_masks(jax.random.key(0), model, 400)
+  for mask in masks.values():
+    assert set(np.unique(mask)) == {0, 1}
+    assert abs(float(jnp.mean(mask)) - 0.75) < 0.02
+  again = models.sample_masks(jax.random.key(1), model, 400)
+  assert not np.array_equal(masks["dropout_0"], again["dropout_0"])
+
+
+def test_a_network_without_dropout_has_no_sites():
+  model = models.create("mlp", (4, 4, 1), 3, 0)
+  assert model.sites == () and model.mask_shapes(2) == {}
+  images = jnp.ones((2, 4, 4, 1))
+  assert model.apply(model.init(jax.random.key(0)), {}, images).shape == (2, 3)
+
+
+def test_a_module_wrapped_in_remat_works():
+  class Remat(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+      x = nn.remat(nn.Dense)(6)(x.reshape(len(x), -1))
+      return nn.Dense(3)(nn.Dropout(0.5)(x, deterministic=not train))
+
+  model = models.from_flax(Remat(), (2, 2, 1))
+  params, masks = model.init(jax.random.key(0)), models.sample_masks(jax.random.key(1), model, 2)
+  gradient = client_gradient(model, params, masks, jnp.ones((2, 2, 2, 1)), jnp.array([0, 1]))
+  assert jax.tree.structure(gradient) == jax.tree.structure(params)
+
+
+def test_plain_functions_are_models_too():
+  def apply(params, masks, images):
+    hidden = jnp.tanh(images.reshape(len(images), -1) @ params["w"])
+    return models.drop(hidden, masks["only"], 0.5) @ params["v"]
+
+  model = models.DropoutModel(
+    init=lambda key: {"w": jax.random.normal(key, (4, 6)), "v": jnp.ones((6, 3))},
+    apply=apply,
+    mask_shapes=lambda batch_size: {"only": (batch_size, 6)},
+    sites=(models.Site("only", 0.5),),
+    image_shape=(2, 2, 1),
+    num_classes=3,
+  )
+  masks = models.sample_masks(jax.random.key(0), model, 2)
+  params = model.init(jax.random.key(1))
+  loss = client_loss(model, params, masks, jnp.ones((2, 2, 2, 1)), jnp.array([0, 1]))
+  np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)  # equal columns of v: equal logits
+
+
+# What the adapter cannot make explicit.
+
+
+class Noise(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=True):
+    x = nn.Dense(3)(x.reshape(len(x), -1))
+    return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+class NoiseFromDropoutKey(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=True):
+    x = nn.Dense(3)(x.reshape(len(x), -1))
+    return x + jax.random.normal(self.make_rng("dropout"), x.shape)
+
+
+class StepWithDropout(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.Dropout(0.5, deterministic=False)(nn.Dense(4)(x)), None
+
+
+class Scan(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    layers = nn.scan(
+      StepWithDropout,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      length=3,
+    )
+    return layers()(x.reshape(len(x), -1), None)[0]
+
+
+class Normed(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=True):
+    return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x.reshape(len(x), -1)))
+
+
+class OwnDropout(nn.Dropout):
+  @nn.compact
+  def __call__(self, inputs, deterministic=None, rng=None):
+    return inputs * 2
+
+
+class UsesOwnDropout(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(OwnDropout(0.5, name="mine")(x.reshape(len(x), -1), deterministic=False))
+
+
+class CustomAttention(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    def attend(query, key, value, **kwargs):
+      return value
+
+    x = x.reshape(len(x), 2, -1)
+    layer = nn.MultiHeadDotProductAttention(
+      2, dropout_rate=0.5, deterministic=False, attention_fn=attend, name="attend"
+    )
+    return nn.Dense(3)(layer(x).reshape(len(x), -1))
+
+
+class Rate(nn.Module):
+  rate: float
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dropout(self.rate, deterministic=False, name="all")(x.reshape(len(x), -1))
+    return nn.Dense(3)(x)
+
+
+class Undecided(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(nn.Dropout(0.5, name="undecided")(x.reshape(len(x), -1)))
+
+
+@pytest.mark.parametrize(
+  "module, message",
+  [
+    (Noise(), "Noise draws random numbers"),
+    (NoiseFromDropoutKey(), 'needs PRNG for "dropout"'),
+    (Scan(), "nn.scan"),
+    (Normed(), "batch_stats"),
+    (UsesOwnDropout(), "'mine' is a OwnDropout"),
+    (CustomAttention(), "'attend' has a custom attention_fn"),
+    (Rate(1.0), "'all' is 1.0; expected a number in"),
+    (Rate(-0.5), "'all' is -0.5"),
+    (Undecided(), "'undecided' is not told"),
+    (nn.Dense(3), "expected one array of logits"),
+    (nnx.Linear(2, 3, rngs=nnx.Rngs(0)), "expected an instance of flax.linen.Module"),
+  ],
+)
+def test_from_flax_refuses_by_name(module, message):
+  with pytest.raises(InputError, match=message):
+    models.from_flax(module, (2, 2, 1))
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (("mpl", (8, 8, 1), 10), "Unknown model 'mpl'. Did you mean 'mlp'"),
+    (("mlp", (8, 8), 10), "image_shape is"),
+    (("mlp", (8, 0, 1), 10), "image_shape is"),
+    (("mlp", (8, 8, 1), 1), "num_classes is 1"),
+    (("mlp", (8, 8, 1), 10, 1.0), "dropout_rate is 1.0"),
+    (("mlp", (8, 8, 1), 10, -0.1), "dropout_rate is -0.1"),
+    (("mlp", (8, 8, 1), 10, float("nan")), "dropout_rate is nan"),
+    (("vit", (30, 30, 3), 10), "patches of 4x4"),
+  ],
+)
+def test_create_refuses(arguments, message):
+  with pytest.raises(InputError, match=message):
+    models.create(*arguments)
+
+
+@pytest.mark.parametrize(
+  "name, options, message",
+  [
+    ("mlp", {"hiden_sizes": (3,)}, "'hiden_sizes'. Did you mean 'hidden_sizes'"),
+    ("mlp", {"hidden_sizes": (0,)}, "hidden_sizes of the model mlp"),
+    ("mlp", {"use_bias": 3}, "use_bias of the model mlp is 3"),
+    ("vit", {"num_heads": 5}, "num_heads is 5"),
+    ("resnet18", {"width": 6}, "width is 6"),
+  ],
+)
+def test_create_refuses_options(name, options, message):
+  with pytest.raises(InputError, match=message):
+    models.create(name, (8, 8, 3), 10, **options)
+
+
+def test_masks_of_another_model_or_batch_are_refused(model):
+  params, images = model.init(jax.random.key(0)), jnp.zeros((2, 6, 6, 1))
+  with pytest.raises(InputError, match="masks have the sites"):
+    model.apply(params, {}, images)
+  with pytest.raises(InputError, match="'dropout_0' has shape"):
+    model.apply(params, models.expected_masks(model, 3), images)
