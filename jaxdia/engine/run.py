@@ -146,7 +146,8 @@ def run(
     )
   devices = list(devices or jax.local_devices())
   jobs = [Job(v, r) for v in range(len(observations)) for r in range(restarts)]
-  queue = collections.deque(job for job in jobs if job not in set(finished))
+  finished = set(finished)
+  queue = collections.deque(job for job in jobs if job not in finished)
   if not queue:
     _remove(checkpoint_path)
     return

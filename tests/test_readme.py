@@ -1,0 +1,34 @@
+"""The README's Python runs as it stands, and its links lead somewhere."""
+
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run(capsys):
+  blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  assert len(blocks) == 3
+  namespace = {}
+  for block in blocks:
+    exec(compile(block, "README.md", "exec"), namespace)
+  assert capsys.readouterr().out.count("Job(victim=") == 4
+  assert namespace["objectives"].shape == (8, 100)
+  assert (namespace["objectives"][:, -1] < namespace["objectives"][:, 0]).all()
+  assert namespace["logits"].shape == (4, 10)
+
+
+def test_links_lead_somewhere():
+  links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+  assert links
+  for link in links:
+    assert (ROOT / link).exists(), link
+
+
+def test_config_fields_that_it_names_exist():
+  from jaxdia.config import default_config
+
+  config = default_config()
+  for group, field in re.findall(r"config\.(data|attack|engine|model)\.(\w+)", README):
+    assert field in config[group], f"{group}.{field}"
