@@ -10,7 +10,7 @@ import optax
 
 from jaxdia.errors import InputError
 from jaxdia.models import DropoutModel, sample_masks
-from jaxdia.typing import Gradient, Images, Key, Labels, Masks, Params, Statistics
+from jaxdia.typing import Gradient, Images, Key, Labels, Logits, Masks, Params, Statistics
 
 # Images whose normalised values are the pixels themselves.
 _PIXELS = Statistics(mean=(0.0,), std=(1.0,))
@@ -27,7 +27,8 @@ class Observation:
 
   Attributes:
     params: the model's parameters, which the server sent.
-    gradient: of the client's loss, a tree like `params`.
+    gradient: of the client's loss, a tree like `params`; or what
+      `jaxdia.matching.prepare` made of it.
     labels: i[B], where the threat model grants them; otherwise None.
     mean: f[C] or f[1], public statistics of the kind of data.
     std: f[C] or f[1].
@@ -82,7 +83,19 @@ def client_loss(
   Returns:
     f[], the loss.
   """
-  logits = model.apply(params, masks, images)
+  return loss_of_logits(model.apply(params, masks, images), labels)
+
+
+def loss_of_logits(logits: Logits, labels: Labels) -> jax.Array:
+  """Returns the mean cross-entropy of logits.
+
+  Args:
+    logits: f[B, num_classes].
+    labels: i[B] classes, or f[B, num_classes] probabilities.
+
+  Returns:
+    f[], the loss.
+  """
   if jnp.issubdtype(labels.dtype, jnp.integer):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
   return optax.softmax_cross_entropy(logits, labels).mean()

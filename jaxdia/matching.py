@@ -1,47 +1,295 @@
-"""How far a dummy gradient is from the gradient that the client sent."""
+"""How far a dummy gradient is from the gradient that the client sent.
 
-from collections.abc import Callable
+The kernel gradient of a dense layer need not be formed to be compared. With the
+inputs a of its calls and the derivatives δ of the loss by its outputs, one row an
+image and position, the kernel gradient is G = Σ_rows aᵀδ, so
+
+    <G, T> = Σ (a T) ∘ δ        |G|² = Σ (a aᵀ) ∘ (δ δᵀ)
+
+(in differential privacy known as ghost clipping; mixed by cost for each layer: Bu
+et al. 2022). The client's T itself has no more rank than its batch had rows, so it
+is kept as thin factors. What is not a dense layer is formed.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdia.typing import Gradient
+from jaxdia.client import Observation, loss_of_logits
+from jaxdia.models import DenseLayer, DropoutModel
+from jaxdia.typing import Gradient, Images, Labels, Masks, Params
+
+Method = Literal["auto", "formed", "factored"]
+_Path = tuple[str, ...]
 
 
-def _dot(a: Gradient, b: Gradient) -> jax.Array:
-  products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
-  return jax.tree.reduce(jnp.add, products)
+class Factors(NamedTuple):
+  """A matrix of low rank, `left @ right.T`.
+
+  Attributes:
+    left: f[inputs, rank].
+    right: f[outputs, rank].
+  """
+
+  left: jax.Array
+  right: jax.Array
 
 
-def cosine_distance(gradient: Gradient, target: Gradient) -> jax.Array:
+class Target(NamedTuple):
+  """A client's gradient, prepared to be matched.
+
+  Attributes:
+    formed: the gradient without the kernels that are not formed; {path: array}.
+    kernels: {path of a dense layer: its kernel gradient, whole or as `Factors`}.
+    squared_norm: f[], of the whole gradient.
+  """
+
+  formed: dict[_Path, jax.Array]
+  kernels: dict[_Path, jax.Array | Factors]
+  squared_norm: jax.Array
+
+
+class Comparison(NamedTuple):
+  """What a dummy gradient g and a target T have to do with each other; each f[].
+
+  Attributes:
+    inner: <g, T>.
+    squared_norm: |g|².
+    target_squared_norm: |T|².
+    squared_distance: |g - T|².
+  """
+
+  inner: jax.Array
+  squared_norm: jax.Array
+  target_squared_norm: jax.Array
+  squared_distance: jax.Array
+
+
+def cosine_distance(comparison: Comparison) -> jax.Array:
   """Returns 1 - cosine of the angle between two gradients (Geiping et al. 2020).
 
   Args:
-    gradient: a tree of arrays, taken as one vector.
-    target: a tree like `gradient`.
+    comparison: of the gradients, each taken as one vector.
 
   Returns:
     f[], in [0, 2].
   """
-  norms = jnp.sqrt(_dot(gradient, gradient)) * jnp.sqrt(_dot(target, target))
-  return 1 - _dot(gradient, target) / (norms + 1e-8)
+  norms = jnp.sqrt(comparison.squared_norm) * jnp.sqrt(comparison.target_squared_norm)
+  return 1 - comparison.inner / (norms + 1e-8)
 
 
-def squared_l2_distance(gradient: Gradient, target: Gradient) -> jax.Array:
-  """Returns the squared Euclidean distance of two gradients (Zhu et al. 2019).
+def squared_l2_distance(comparison: Comparison) -> jax.Array:
+  """Returns the squared Euclidean distance of two gradients (Zhu et al. 2019)."""
+  return comparison.squared_distance
+
+
+DISTANCES = {"cosine": cosine_distance, "squared_l2": squared_l2_distance}
+
+
+def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple[DenseLayer, ...]:
+  """Chooses the dense layers whose kernel gradients are not formed.
 
   Args:
-    gradient: a tree of arrays, taken as one vector.
-    target: a tree like `gradient`.
+    model: the network.
+    batch_size: number of images.
+    method: "factored" takes all that the model can tap, "formed" none, "auto"
+      those for which it costs less.
 
   Returns:
-    f[], at least 0.
+    The layers; none for a model that cannot be tapped.
   """
-  difference = jax.tree.map(jnp.subtract, gradient, target)
-  return _dot(difference, difference)
+  if method == "formed" or model.dense is None:
+    return ()
+  layers = model.dense(batch_size)
+  return layers if method == "factored" else tuple(x for x in layers if _is_cheaper(x))
 
 
-DISTANCES: dict[str, Callable[[Gradient, Gradient], jax.Array]] = {
-  "cosine": cosine_distance,
-  "squared_l2": squared_l2_distance,
-}
+def _is_cheaper(layer: DenseLayer) -> bool:
+  rows, size = sum(layer.rows), layer.inputs * layer.outputs
+  rank = min(rows, layer.inputs, layer.outputs)
+  # Multiplications; and the formed gradient is written and read twice with T, which costs about
+  # as much as eight multiplications an entry.
+  formed = rows * size + 8 * size
+  factored = (rows + rank) * rows * (layer.inputs + layer.outputs)
+  return factored < formed
+
+
+def prepare(
+  model: DropoutModel, observation: Observation, method: Method = "auto", compress: bool = True
+) -> Observation:
+  """Prepares an observation's gradient to be matched many times.
+
+  Args:
+    model: the network.
+    observation: of one client.
+    method: see `choose_layers`.
+    compress: whether to look for thin factors of the kernels' gradients, which
+      needs concrete values; otherwise they are kept whole.
+
+  Returns:
+    The observation with a `Target` in place of the gradient. Already prepared
+    ones are returned as they are.
+  """
+  if isinstance(observation.gradient, Target):
+    return observation
+  gradient = _flatten(observation.gradient)
+  squared_norm = sum(_dot(leaf, leaf) for leaf in gradient.values())
+  kernels = {}
+  for layer in choose_layers(model, observation.batch_size, method):
+    kernel = gradient.pop((*layer.path, "kernel"))
+    factors = factorize(kernel, sum(layer.rows)) if compress else None
+    kernels[layer.path] = kernel if factors is None else factors
+  return dataclasses.replace(observation, gradient=Target(gradient, kernels, squared_norm))
+
+
+def prepare_alike(
+  model: DropoutModel, observations: list[Observation], method: Method = "auto"
+) -> list[Observation]:
+  """Prepares observations so that one compiled program serves all.
+
+  Args:
+    model: the network.
+    observations: of one model and batch size.
+    method: see `choose_layers`.
+
+  Returns:
+    The prepared observations. A kernel that is not of low rank for all of them
+    (of a noised gradient, say) is kept whole for all.
+  """
+  prepared = [prepare(model, o, method) for o in observations]
+  whole = {
+    path for o in prepared for path, k in o.gradient.kernels.items() if not isinstance(k, Factors)
+  }
+
+  def unify(raw, observation):
+    if not whole or isinstance(raw.gradient, Target):
+      return observation
+    gradient = _flatten(raw.gradient)
+    kernels = dict(observation.gradient.kernels)
+    kernels |= {path: gradient[(*path, "kernel")] for path in whole}
+    return dataclasses.replace(observation, gradient=observation.gradient._replace(kernels=kernels))
+
+  return [unify(raw, o) for raw, o in zip(observations, prepared, strict=True)]
+
+
+def factorize(matrix: jax.Array, rank: int) -> Factors | None:
+  """Returns thin factors of a matrix, if it has no more than the given rank.
+
+  Args:
+    matrix: f[inputs, outputs], concrete.
+    rank: the largest that is worth it.
+
+  Returns:
+    Factors that reproduce the matrix to a few units of rounding, or None if it
+    has a higher rank or the factors would be no thinner than the matrix.
+  """
+  inputs, outputs = matrix.shape
+  if rank * (inputs + outputs) >= inputs * outputs or not bool(jnp.isfinite(matrix).all()):
+    return None
+  return _factorize(matrix, min(rank, inputs, outputs))
+
+
+def _factorize(matrix, rank):
+  # A random sketch with a few more columns than the rank spans the column space.
+  columns = min(rank + 8, *matrix.shape)
+  sketch = jax.random.normal(jax.random.key(0), (matrix.shape[1], columns), matrix.dtype)
+  with jax.default_matmul_precision("highest"):
+    basis, _ = jnp.linalg.qr(matrix @ sketch)
+    u, s, vt = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)
+    factors = Factors(basis @ (u[:, :rank] * s[:rank]), vt[:rank].T)
+    error = jnp.linalg.norm(matrix - factors.left @ factors.right.T)
+  tolerance = 50 * jnp.finfo(matrix.dtype).eps * jnp.linalg.norm(matrix)
+  return factors if bool(error <= tolerance) else None
+
+
+def compare(
+  model: DropoutModel,
+  params: Params,
+  target: Target,
+  masks: Masks,
+  images: Images,
+  labels: Labels,
+) -> Comparison:
+  """Compares the gradient of a dummy batch with the client's.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    target: the client's gradient, prepared.
+    masks: of the dummy batch.
+    images: f[B, H, W, C], of the dummy batch.
+    labels: i[B], or f[B, num_classes] probabilities.
+
+  Returns:
+    The comparison; differentiable by masks, images and labels.
+  """
+  layers = []
+  if target.kernels:
+    layers = [x for x in model.dense(images.shape[0]) if x.path in target.kernels]
+  leaves = _flatten(params)
+  fixed = {path: leaves[path] for path in leaves if path not in target.formed}
+  free = {path: leaves[path] for path in target.formed}
+  dtype = images.dtype
+  taps = {x.path: tuple(jnp.zeros((rows, x.outputs), dtype) for rows in x.rows) for x in layers}
+
+  def loss(free, taps):
+    merged = _unflatten(params, fixed | free)
+    if not taps:
+      return loss_of_logits(model.apply(merged, masks, images), labels), {}
+    logits, inputs = model.apply_tapped(merged, masks, images, taps)
+    return loss_of_logits(logits, labels), inputs
+
+  (formed, deltas), inputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(free, taps)
+  inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
+  squared_norm = sum(_dot(g, g) for g in formed.values())
+  squared_distance = sum(
+    _dot(d, d) for d in (formed[path] - target.formed[path] for path in formed)
+  )
+  for layer in layers:
+    kernel = target.kernels[layer.path]
+    a, delta = (jnp.concatenate(x[layer.path]) for x in (inputs, deltas))
+    if isinstance(kernel, Factors):
+      layer_inner = _dot(a @ kernel.left, delta @ kernel.right)
+      kernel_norm = _dot(kernel.left.T @ kernel.left, kernel.right.T @ kernel.right)
+    else:
+      layer_inner = _dot(a @ kernel, delta)
+      kernel_norm = _dot(kernel, kernel)
+    layer_norm = _dot(a @ a.T, delta @ delta.T)
+    inner += layer_inner
+    squared_norm += layer_norm
+    squared_distance += layer_norm - 2 * layer_inner + kernel_norm
+  return Comparison(inner, squared_norm, target.squared_norm, squared_distance)
+
+
+def layer_gradient(gradient: Gradient | Target, path: tuple[str, ...]) -> dict[str, jax.Array]:
+  """Returns the gradient of one dense layer.
+
+  Args:
+    gradient: of the whole network, prepared or not.
+    path: of the layer.
+
+  Returns:
+    {"kernel": f[inputs, outputs]}, with "bias" if the layer has one.
+  """
+  leaves = gradient.formed if isinstance(gradient, Target) else _flatten(gradient)
+  layer = {name[-1]: leaf for name, leaf in leaves.items() if name[:-1] == path}
+  if "kernel" not in layer:
+    kernel = gradient.kernels[path]
+    factored = isinstance(kernel, Factors)
+    layer["kernel"] = kernel.left @ kernel.right.T if factored else kernel
+  return layer
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.sum(a * b)
+
+
+def _flatten(tree: Gradient) -> dict[_Path, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {tuple(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
+
+
+def _unflatten(like: Params, leaves: dict[_Path, Any]) -> Params:
+  return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _flatten(like)])

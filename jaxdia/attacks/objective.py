@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.client import Observation, client_gradient
-from jaxdia.matching import DISTANCES
+from jaxdia.client import Observation
+from jaxdia.matching import DISTANCES, compare, prepare
 from jaxdia.models import DropoutModel, expected_masks
 from jaxdia.typing import Images, Labels, Masks
 
@@ -124,10 +124,12 @@ def objective(
     searched.
   """
   masks, labels = complete(model, observation, candidate, known)
-  gradient = client_gradient(model, observation.params, masks, candidate.images, labels)
+  # Without concrete values the target's kernels stay whole; the engine prepares them once.
+  target = prepare(model, observation, compress=False).gradient
+  comparison = compare(model, observation.params, target, masks, candidate.images, labels)
   zero = jnp.zeros((), candidate.images.dtype)
   terms = Terms(
-    distance=DISTANCES[settings.distance](gradient, observation.gradient),
+    distance=DISTANCES[settings.distance](comparison),
     total_variation=total_variation(candidate.images),
     mask_prior=mask_prior(model, candidate.masks) if candidate.masks else zero,
   )

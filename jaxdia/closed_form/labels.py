@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jaxdia.client import Observation
 from jaxdia.errors import InputError
+from jaxdia.matching import layer_gradient
 from jaxdia.models import DropoutModel
 from jaxdia.typing import Labels
 
@@ -39,9 +40,7 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
       "labels=recovered reads the gradient of a dense layer that gives the logits; this model"
       " has none. Use labels=free or labels=given."
     )
-  layer = observation.gradient
-  for name in model.classifier:
-    layer = layer[name]
+  layer = layer_gradient(observation.gradient, model.classifier)
   if "bias" in layer:
     label = jnp.argmin(layer["bias"])
   else:

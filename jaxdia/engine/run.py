@@ -14,6 +14,7 @@ from jaxdia.client import Observation
 from jaxdia.engine import checkpoint
 from jaxdia.engine.lanes import Gauge, LaneProgram, create_program
 from jaxdia.errors import InputError
+from jaxdia.matching import Method, prepare_alike
 from jaxdia.models import DropoutModel
 from jaxdia.typing import Key, Masks
 
@@ -114,6 +115,7 @@ def run(
   finished: Collection[Job] = (),
   checkpoint_path: pathlib.Path | None = None,
   checkpoint_seconds: float = 30.0,
+  matching: Method = "auto",
   on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Iterator[Trial]:
   """Runs an attack on many observations, many trials at once.
@@ -131,6 +133,7 @@ def run(
     checkpoint_path: where running trials are saved, and found again; the file is
       removed at the end.
     checkpoint_seconds: how often.
+    matching: how gradients are compared; see `jaxdia.matching.choose_layers`.
     on_progress: called once a chunk.
 
   Yields:
@@ -154,6 +157,7 @@ def run(
   if lanes is None:
     # From all jobs, not from those that are left, so that a resumed run finds its lanes.
     lanes = choose_lanes(attack.model, observations[0], len(jobs), len(devices))
+  observations = prepare_alike(attack.model, list(observations), matching)
   program = create_program(
     attack, observations[0], masks[0] if masks is not None else None, lanes, devices
   )

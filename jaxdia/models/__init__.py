@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxdia.errors import InputError, unknown
 from jaxdia.models import networks
 from jaxdia.models.base import (
+  DenseLayer,
   DropoutModel,
   Site,
   check_image_shape,
@@ -21,6 +22,7 @@ from jaxdia.models.flax_adapter import from_flax
 
 __all__ = [
   "MODELS",
+  "DenseLayer",
   "DropoutModel",
   "Site",
   "create",

@@ -22,6 +22,26 @@ class Site(NamedTuple):
   rate: float
 
 
+class DenseLayer(NamedTuple):
+  """A dense layer `z = a @ kernel (+ bias)` whose inputs and outputs can be tapped.
+
+  Attributes:
+    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one.
+    rows: rows of `a` in each call of the layer: images times positions.
+    inputs: columns of `a`.
+    outputs: columns of `z`.
+  """
+
+  path: tuple[str, ...]
+  rows: tuple[int, ...]
+  inputs: int
+  outputs: int
+
+
+# {path of a dense layer: one array for each of its calls}
+Taps = dict[tuple[str, ...], tuple[jax.Array, ...]]
+
+
 class DropoutModel(NamedTuple):
   """A classifier whose dropout masks are an explicit argument.
 
@@ -38,6 +58,12 @@ class DropoutModel(NamedTuple):
     num_classes: number of logits.
     classifier: path in `params` of the dense layer that gives the logits, whose
       gradient tells the labels; None if there is none or it is not known.
+    dense: `dense(batch_size)` gives the dense layers that can be tapped; None if
+      there are none or they are not known, as in a model of plain functions.
+    apply_tapped: `apply_tapped(params, masks, images, taps) -> (logits, inputs)`
+      adds to the outputs of each call of the dense layers in `taps` the array
+      that is there, f[rows, outputs], and returns the inputs f[rows, inputs] of
+      the same calls; None where `dense` is.
   """
 
   init: Callable[[Key], Params]
@@ -47,6 +73,8 @@ class DropoutModel(NamedTuple):
   image_shape: tuple[int, int, int]
   num_classes: int
   classifier: tuple[str, ...] | None = None
+  dense: Callable[[int], tuple[DenseLayer, ...]] | None = None
+  apply_tapped: Callable[[Params, Masks, Images, Taps], tuple[Logits, Taps]] | None = None
 
 
 def drop(inputs: jax.Array, mask: jax.Array, rate: float) -> jax.Array:

@@ -9,8 +9,8 @@ would draw one. So a user's module needs no rewriting.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,28 @@ from flax import linen as nn
 from jax.extend import core as jex_core
 
 from jaxdia.errors import InputError
-from jaxdia.models.base import DropoutModel, Site, check_image_shape, check_rate, drop
+from jaxdia.models.base import DenseLayer, DropoutModel, Site, Taps, check_image_shape, drop
+from jaxdia.models.flax_interception import ignore_sites, interceptor
 from jaxdia.typing import Images, Key, Logits, Masks, Params
 
 # How modules name the argument of __call__ that turns dropout on.
 _TRAINING_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False}
 
-# on_site(name, rate, mask shape, activations) -> activations after dropout
-_OnSite = Callable[[str, float, tuple[int, ...], jax.Array], jax.Array]
+
+class _Discovery(NamedTuple):
+  """What one call of a module showed.
+
+  Attributes:
+    sites: {name: (rate, mask shape)}, in the order of the call.
+    dense: {path: [(input shape, output shape) of each call]}, without those that cannot be tapped.
+    classifier: path of the last dense layer whose outputs have the logits' shape.
+    logits: their shape and type.
+  """
+
+  sites: dict[str, tuple[float, tuple[int, ...]]]
+  dense: dict[tuple[str, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]
+  classifier: tuple[str, ...] | None
+  logits: Any
 
 
 def from_flax(
@@ -69,13 +83,12 @@ def from_flax(
   kwargs = _training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
   name = type(module).__name__
 
-  def call(variables, images, on_site, on_dense=None, **options):
-    interceptor = _interceptor(on_site, on_dense)
-    with nn.intercept_methods(interceptor):
-      return module.apply(variables, images, **kwargs, **options)
+  def call(params, images, on_site, on_dense=None):
+    with nn.intercept_methods(interceptor(on_site, on_dense)):
+      return module.apply({"params": params}, images, **kwargs)
 
   def init(key: Key) -> Params:
-    with nn.intercept_methods(_interceptor(lambda name, rate, shape, inputs: inputs)):
+    with nn.intercept_methods(interceptor(ignore_sites)):
       variables = module.init(key, jnp.zeros((1, *image_shape)), **kwargs)
     extra = sorted(set(variables) - {"params"})
     if extra:
@@ -89,38 +102,27 @@ def from_flax(
   params_shape = _refusing(name, lambda: jax.eval_shape(init, jax.random.key(0)))
 
   @functools.lru_cache
-  def discover(batch_size: int):
-    sites: dict[str, tuple[float, tuple[int, ...]]] = {}
-    dense: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
+  def discover(batch_size: int) -> _Discovery:
+    return _discover(call, params_shape, (batch_size, *image_shape))
 
-    def record_site(name, rate, shape, inputs):
-      sites[name] = (rate, shape)
-      return inputs
-
-    def record_dense(path, outputs):
-      dense.append((path, outputs.shape))
-
-    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
-    logits = jax.eval_shape(
-      lambda params, images: call({"params": params}, images, record_site, record_dense),
-      params_shape,
-      images,
-    )
-    return sites, dense, logits
-
-  sites, dense, logits = _refusing(name, lambda: discover(2))
+  sites, _, classifier, logits = _refusing(name, lambda: discover(2))
   if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2:
     raise InputError(
       f"{name} returns {jax.tree.map(lambda x: x.shape, logits)} for 2 images; expected one"
       " array of logits, (2, num_classes)."
     )
   _check_no_other_randomness(module, name, params_shape, image_shape, kwargs, sites)
-  classifiers = [path for path, shape in dense if shape == logits.shape]
 
   def mask_shapes(batch_size: int) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (_, shape) in discover(batch_size)[0].items()}
+    return {name: shape for name, (_, shape) in discover(batch_size).sites.items()}
 
-  def apply(params: Params, masks: Masks, images: Images) -> Logits:
+  def dense(batch_size: int) -> tuple[DenseLayer, ...]:
+    return tuple(
+      DenseLayer(path, tuple(math.prod(a[:-1]) for a, _ in calls), calls[0][0][-1], calls[0][1][-1])
+      for path, calls in discover(batch_size).dense.items()
+    )
+
+  def drop_with(masks, images):
     if set(masks) != set(sites):
       raise InputError(
         f"masks have the sites {sorted(masks)}; {name} has {sorted(sites)}. Take them from"
@@ -135,7 +137,24 @@ def from_flax(
         )
       return drop(inputs, masks[name].astype(inputs.dtype), rate)
 
-    return call({"params": params}, images, drop_at)
+    return drop_at
+
+  def apply(params: Params, masks: Masks, images: Images) -> Logits:
+    return call(params, images, drop_with(masks, images))
+
+  def apply_tapped(params: Params, masks: Masks, images: Images, taps: Taps) -> tuple[Logits, Taps]:
+    tapped_inputs = {path: [] for path in taps}
+
+    def tap(path, inputs, outputs, nested):
+      del nested  # such a layer is not among those that can be tapped
+      if path not in taps:
+        return outputs
+      number = len(tapped_inputs[path])
+      tapped_inputs[path].append(inputs.reshape(-1, inputs.shape[-1]))
+      return outputs + taps[path][number].reshape(outputs.shape)
+
+    logits = call(params, images, drop_with(masks, images), tap)
+    return logits, {path: tuple(inputs) for path, inputs in tapped_inputs.items()}
 
   return DropoutModel(
     init=init,
@@ -144,8 +163,70 @@ def from_flax(
     sites=tuple(Site(name, rate) for name, (rate, _) in sites.items()),
     image_shape=image_shape,
     num_classes=logits.shape[1],
-    classifier=classifiers[-1] if classifiers else None,
+    classifier=classifier,
+    dense=dense,
+    apply_tapped=apply_tapped,
   )
+
+
+def _discover(call, params_shape, images_shape) -> _Discovery:
+  """Traces a call of the module, and sees what is in it."""
+  sites: dict[str, tuple[float, tuple[int, ...]]] = {}
+  dense: dict[tuple[str, ...], list] = {}
+  hidden = set()
+
+  def on_site(name, rate, shape, inputs):
+    sites[name] = (rate, shape)
+    return inputs
+
+  def on_dense(path, inputs, outputs, nested):
+    # Moved to the end: of the layers that fit, the classifier is the last that is called.
+    dense[path] = [*dense.pop(path, []), (inputs.shape, outputs.shape)]
+    if nested:  # what happens inside a transformation cannot be handed out of it
+      hidden.add(path)
+    return outputs
+
+  program, logits = jax.make_jaxpr(
+    lambda params, images: call(params, images, on_site, on_dense), return_shape=True
+  )(params_shape, jax.ShapeDtypeStruct(images_shape, jnp.float32))
+  shape = getattr(logits, "shape", None)
+  classifiers = [path for path, calls in dense.items() if calls[-1][1] == shape]
+  # A kernel that is used elsewhere too (tied weights) has a gradient that taps do not tell.
+  leaves = jax.tree_util.tree_leaves_with_path(params_shape)
+  variables = dict(zip((_names(path) for path, _ in leaves), program.jaxpr.invars, strict=False))
+  hidden |= {
+    path
+    for path, calls in dense.items()
+    if _count_uses(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
+  }
+  tappable = {path: calls for path, calls in dense.items() if path not in hidden}
+  return _Discovery(sites, tappable, classifiers[-1] if classifiers else None, logits)
+
+
+def _names(path) -> tuple[str, ...]:
+  return tuple(str(getattr(key, "key", key)) for key in path)
+
+
+def _inner_programs(equation) -> list[jex_core.Jaxpr]:
+  kinds = (jex_core.ClosedJaxpr, jex_core.Jaxpr)
+  values = jax.tree.leaves(
+    list(equation.params.values()), is_leaf=lambda value: isinstance(value, kinds)
+  )
+  inner = [value for value in values if isinstance(value, kinds)]
+  return [p.jaxpr if isinstance(p, jex_core.ClosedJaxpr) else p for p in inner]
+
+
+def _count_uses(program: jex_core.Jaxpr, variable) -> int:
+  """Returns how many operations of a program use a variable, those of inner programs included."""
+  count = sum(output is variable for output in program.outvars)
+  for equation in program.eqns:
+    places = [i for i, value in enumerate(equation.invars) if value is variable]
+    inner = _inner_programs(equation)
+    if len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
+      count += sum(_count_uses(inner[0], inner[0].invars[i]) for i in places)
+    else:
+      count += len(places)
+  return count
 
 
 def _training_kwargs(module: nn.Module) -> dict[str, bool]:
@@ -163,89 +244,6 @@ def _refusing(name, function):
       f"{name} draws random numbers that are no dropout site, which cannot be made an"
       f" explicit mask: {what}. Use nn.Dropout, or turn that part off."
     ) from error
-
-
-def _interceptor(on_site: _OnSite, on_dense=None):
-  """Returns a Flax method interceptor that reports dropout sites and dense layers."""
-  calls: dict[str, int] = {}
-
-  def site_name(module):
-    path = "/".join(module.path) or type(module).__name__
-    calls[path] = calls.get(path, 0) + 1
-    return path if calls[path] == 1 else f"{path}#{calls[path]}"
-
-  def intercept(next_fun, args, kwargs, context):
-    module = context.module
-    if context.method_name != "__call__":
-      return next_fun(*args, **kwargs)
-    if isinstance(module, nn.Dropout):
-      return _dropout(on_site, site_name, next_fun, args, kwargs, module)
-    if isinstance(module, nn.MultiHeadDotProductAttention) and module.dropout_rate != 0:
-      return _attention(on_site, site_name, next_fun, args, kwargs, module)
-    outputs = next_fun(*args, **kwargs)
-    if on_dense is not None and isinstance(module, nn.Dense):
-      on_dense(module.path, outputs)
-    return outputs
-
-  return intercept
-
-
-def _dropout(on_site, site_name, next_fun, args, kwargs, module):
-  where = "/".join(module.path) or type(module).__name__
-  if type(module).__call__ is not nn.Dropout.__call__:
-    raise InputError(
-      f"the dropout {where!r} is a {type(module).__name__} with a __call__ of its own, so its"
-      " masks cannot be made explicit. Use nn.Dropout."
-    )
-  bound = inspect.signature(nn.Dropout.__call__).bind(module, *args, **kwargs).arguments
-  deterministic = bound.get("deterministic")
-  if module.deterministic is None and deterministic is None:
-    raise InputError(
-      f"the dropout {where!r} is not told whether it is on. Give it deterministic=False, or"
-      " pass call_kwargs to from_flax with the argument that turns training on."
-    )
-  if nn.merge_param("deterministic", module.deterministic, deterministic) or module.rate == 0:
-    return next_fun(*args, **kwargs)
-  inputs = bound["inputs"]
-  shape = list(inputs.shape)
-  for axis in module.broadcast_dims:
-    shape[axis] = 1
-  rate = check_rate(module.rate, f"the rate of the dropout {where!r}")
-  return on_site(site_name(module), rate, tuple(shape), inputs)
-
-
-def _attention(on_site, site_name, next_fun, args, kwargs, module):
-  where = "/".join(module.path) or type(module).__name__
-  if module.attention_fn is not nn.dot_product_attention:
-    raise InputError(
-      f"the attention {where!r} has a custom attention_fn, so the masks of its dropout cannot"
-      " be made explicit. Use nn.dot_product_attention, or dropout_rate=0 there."
-    )
-  rate = check_rate(module.dropout_rate, f"the dropout_rate of the attention {where!r}")
-
-  @functools.wraps(nn.dot_product_attention)
-  def attention_with_mask(*args, deterministic, broadcast_dropout, precision, **kwargs):
-    if deterministic:
-      return nn.dot_product_attention(*args, deterministic=True, precision=precision, **kwargs)
-    einsum = functools.partial(jnp.einsum, precision=precision)
-
-    def weigh_values(equation, weights, values):
-      shape = weights.shape
-      if broadcast_dropout:  # one mask for all samples and heads
-        shape = (1,) * (weights.ndim - 2) + shape[-2:]
-      return einsum(equation, on_site(site_name(module), rate, shape, weights), values)
-
-    kwargs |= {"qk_attn_weights_einsum": einsum, "attn_weights_value_einsum": weigh_values}
-    return nn.dot_product_attention(*args, deterministic=True, **kwargs)
-
-  # The module reads its attention function from a field of a frozen dataclass. It also asks
-  # for a key unless it has one, though none is used.
-  kwargs = {**kwargs, "dropout_rng": jax.random.key(0)}
-  object.__setattr__(module, "attention_fn", attention_with_mask)
-  try:
-    return next_fun(*args, **kwargs)
-  finally:
-    object.__setattr__(module, "attention_fn", nn.dot_product_attention)
 
 
 def _check_no_other_randomness(module, name, params_shape, image_shape, kwargs, sites):
@@ -275,22 +273,14 @@ def _check_no_other_randomness(module, name, params_shape, image_shape, kwargs, 
     )
 
 
-def _count_random_numbers(jaxpr) -> float:
+def _count_random_numbers(program: jex_core.Jaxpr) -> float:
   count = 0
-  for equation in jaxpr.eqns:
+  for equation in program.eqns:
     if equation.primitive.name == "random_bits":
       count += math.prod(equation.params["shape"])
       continue
-    inner = [
-      sub.jaxpr if isinstance(sub, jex_core.ClosedJaxpr) else sub
-      for sub in jax.tree.leaves(
-        list(equation.params.values()),
-        is_leaf=lambda x: isinstance(x, (jex_core.ClosedJaxpr, jex_core.Jaxpr)),
-      )
-      if isinstance(sub, (jex_core.ClosedJaxpr, jex_core.Jaxpr))
-    ]
     turns = {"scan": equation.params.get("length"), "while": math.inf}
-    for sub in inner:
-      if (drawn := _count_random_numbers(sub)) > 0:
+    for inner in _inner_programs(equation):
+      if (drawn := _count_random_numbers(inner)) > 0:
         count += drawn * turns.get(equation.primitive.name, 1)
   return count

@@ -1,0 +1,213 @@
+"""Factored comparison of gradients against the formed gradient, in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jaxdia import matching, models
+from jaxdia.client import client_gradient, observe
+from jaxdia.matching import Factors
+
+SHAPE = (8, 8, 3)
+
+
+class SharedDense(nn.Module):
+  """Calls one dense layer twice, on inputs of different leading shapes."""
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    shared = nn.Dense(12, name="shared")
+    x = nn.Dense(12)(x.reshape(x.shape[0], 4, -1))
+    x = nn.gelu(shared(x))
+    x = nn.Dropout(0.3)(x, deterministic=not train)
+    return nn.Dense(5)(nn.gelu(shared(x.mean(axis=1))))
+
+
+class Hidden(nn.Module):
+  """Has a dense layer in a transformation, one with tied weights, and a plain one."""
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    x = nn.gelu(nn.remat(nn.Dense)(12, name="inside")(x.reshape(x.shape[0], -1)))
+    tied = nn.Dense(12, name="tied")
+    x = nn.gelu(tied(x)) @ tied.variables["params"]["kernel"].T
+    x = nn.Dropout(0.3)(x, deterministic=not train)
+    return nn.Dense(5, name="plain")(x)
+
+
+VIT = {"width": 16, "depth": 1, "num_heads": 2, "mlp_size": 24}
+MODELS = {
+  "mlp": lambda: models.create("mlp", SHAPE, 5, 0.25, hidden_sizes=(16, 16)),
+  "mlp_bias": lambda: models.create("mlp", SHAPE, 5, 0.25, hidden_sizes=(16, 16), use_bias=True),
+  "lenet": lambda: models.create("lenet", SHAPE, 5, 0.25, channels=3, hidden_size=16),
+  "resnet18": lambda: models.create("resnet18", SHAPE, 5, 0.25, width=4, groups=2),
+  "vit": lambda: models.create("vit", SHAPE, 5, 0.25, **VIT),
+  "shared": lambda: models.from_flax(SharedDense(), SHAPE),
+  "hidden": lambda: models.from_flax(Hidden(), SHAPE),
+}
+
+
+# ResNet-18 is slow to compile, and has one dense layer: one batch size is enough.
+CASES = [(name, size) for name in MODELS for size in (1, 4) if (name, size) != ("resnet18", 4)]
+
+
+def _case(model, size):
+  params = jax.jit(model.init)(jax.random.key(0))
+  params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+  images = jax.random.uniform(jax.random.key(1), (2, size, *SHAPE), jnp.float64)
+  labels = jnp.arange(size) % 5
+  observation, _ = observe(jax.random.key(2), model, params, images[0], labels)
+  return model, observation, images[1], labels
+
+
+def _differentiate(model, observation, images, labels, compare):
+  """Returns value and derivatives of both distances, by images and masks."""
+
+  def distances(images, masks):
+    comparison = compare(masks, images)
+    # Their sum has all parts of a comparison in it.
+    return matching.cosine_distance(comparison) + matching.squared_l2_distance(comparison)
+
+  masks = models.expected_masks(model, len(labels), jnp.float64)
+  return jax.jit(jax.value_and_grad(distances, argnums=(0, 1)))(images, masks)
+
+
+def _formed(model, observation, labels):
+  """Compares with the whole gradient, written down independently."""
+  target = jnp.concatenate([x.ravel() for x in jax.tree.leaves(observation.gradient)])
+
+  def compare(masks, images):
+    tree = client_gradient(model, observation.params, masks, images, labels)
+    gradient = jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+    return matching.Comparison(
+      gradient @ target, gradient @ gradient, target @ target, jnp.sum((gradient - target) ** 2)
+    )
+
+  return compare
+
+
+def _prepared(model, observation, labels, method):
+  target = matching.prepare(model, observation, method).gradient
+
+  def compare(masks, images):
+    return matching.compare(model, observation.params, target, masks, images, labels)
+
+  return target, compare
+
+
+def _assert_close(actual, expected):
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(
+      a, e, rtol=1e-10, atol=1e-10 * float(jnp.max(jnp.abs(e)))
+    ),
+    actual,
+    expected,
+  )
+
+
+@pytest.mark.parametrize("name, size", CASES)
+def test_value_and_derivatives_are_those_of_the_formed_gradient(name, size):
+  with jax.enable_x64(True):
+    case = _case(MODELS[name](), size)
+    model, observation, images, labels = case
+    expected = _differentiate(*case, _formed(model, observation, labels))
+    choices = {m: matching.choose_layers(model, size, m) for m in ("factored", "auto", "formed")}
+    for method in {layers: method for method, layers in choices.items()}.values():
+      _, compare = _prepared(model, observation, labels, method)
+      _assert_close(_differentiate(*case, compare), expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vit"])
+def test_a_target_of_full_rank_is_kept_whole_and_matched(name):
+  with jax.enable_x64(True):
+    model, observation, images, labels = _case(MODELS[name](), 1)
+    noised = jax.tree.map(
+      lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype),
+      observation.gradient,
+    )
+    observation = dataclasses.replace(observation, gradient=noised)
+    target, compare = _prepared(model, observation, labels, "factored")
+    assert target.kernels and not any(isinstance(k, Factors) for k in target.kernels.values())
+    case = (model, observation, images, labels)
+    _assert_close(
+      _differentiate(*case, compare),
+      _differentiate(*case, _formed(model, observation, labels)),
+    )
+
+
+def test_kernels_of_a_client_become_thin_factors():
+  model = models.create("mlp", (28, 28, 1), 10, 0.5)
+  params = jax.jit(model.init)(jax.random.key(0))
+  images = np.random.default_rng(0).uniform(size=(4, 28, 28, 1)).astype(np.float32)
+  observation, _ = observe(jax.random.key(1), model, params, images, np.arange(4))
+  target = matching.prepare(model, observation).gradient
+  assert len(target.kernels) == 4 and not target.formed
+  factors = target.kernels[("hidden_0",)]
+  assert factors.left.shape == (784, 4) and factors.right.shape == (512, 4)
+  kernel = observation.gradient["hidden_0"]["kernel"]
+  error = np.linalg.norm(factors.left @ factors.right.T - kernel) / np.linalg.norm(kernel)
+  assert error < 1e-6
+  layer = matching.layer_gradient(target, ("hidden_0",))
+  np.testing.assert_allclose(layer["kernel"], kernel, atol=1e-5 * np.abs(kernel).max())
+
+
+def test_observations_are_prepared_alike():
+  model = MODELS["mlp"]()
+  params = jax.jit(model.init)(jax.random.key(0))
+  images = np.random.default_rng(0).uniform(size=(2, 1, *SHAPE)).astype(np.float32)
+  observations = [
+    observe(jax.random.key(i), model, params, images[i], np.array([i]))[0] for i in range(2)
+  ]
+  noised = jax.tree.map(
+    lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape), observations[1].gradient
+  )
+  observations[1] = dataclasses.replace(observations[1], gradient=noised)
+  prepared = matching.prepare_alike(model, observations)
+  structures = {jax.tree.structure(o) for o in prepared}
+  assert len(structures) == 1
+  np.testing.assert_array_equal(
+    prepared[0].gradient.kernels[("hidden_0",)], observations[0].gradient["hidden_0"]["kernel"]
+  )
+
+
+def test_layers_that_cannot_be_tapped_are_formed():
+  model = MODELS["hidden"]()
+  assert [layer.path for layer in model.dense(2)] == [("plain",)]
+  model = MODELS["shared"]()
+  assert {layer.path: layer.rows for layer in model.dense(2)} == {
+    ("Dense_0",): (8,),
+    ("shared",): (8, 2),
+    ("Dense_1",): (2,),
+  }
+
+
+def test_the_cheaper_way_is_chosen():
+  model = models.create("vit", (32, 32, 3), 10)
+  assert matching.choose_layers(model, 1, "formed") == ()
+  chosen = {layer.path for layer in matching.choose_layers(model, 1, "auto")}
+  assert ("block_0", "mlp_hidden") in chosen
+  assert ("patch_embedding",) not in chosen  # 48 inputs, 64 rows
+  assert len(matching.choose_layers(model, 1, "factored")) == 18
+  many = {layer.path for layer in matching.choose_layers(model, 64, "auto")}
+  assert many < chosen
+
+
+def test_models_of_plain_functions_are_formed():
+  model = MODELS["mlp"]()._replace(dense=None, apply_tapped=None)
+  assert matching.choose_layers(model, 1, "factored") == ()
+
+
+@pytest.mark.parametrize("shape, rank", [((30, 20), 3), ((20, 30), 1), ((64, 64), 8)])
+def test_factorize(shape, rank):
+  rng = np.random.default_rng(0)
+  matrix = rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1]))
+  factors = matching.factorize(jnp.asarray(matrix, jnp.float32), rank)
+  np.testing.assert_allclose(factors.left @ factors.right.T, matrix, atol=1e-4)
+  higher = matrix + 1e-3 * rng.normal(size=shape)
+  assert matching.factorize(jnp.asarray(higher, jnp.float32), rank) is None
+  assert matching.factorize(jnp.asarray(matrix * np.nan, jnp.float32), rank) is None
+  assert matching.factorize(jnp.zeros(shape), rank) is not None
