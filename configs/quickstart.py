@@ -5,12 +5,12 @@ python launch/attack.py --config=configs/quickstart.py
 
 import ml_collections
 
-from jaxdia.config import default_config
+from jaxdia.config import config_for
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(dataset: str = "mnist") -> ml_collections.ConfigDict:
   """Returns the config; its trials are shorter than the paper's."""
-  config = default_config()
+  config = config_for("mlp", dataset, hidden_sizes=(512, 512, 512), use_bias=False)
   config.data.count = 4
   config.model.dropout_rate = 0.5
   config.attack.name = "ig,wiig,dia"

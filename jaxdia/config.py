@@ -126,7 +126,7 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
   """
   config = ml_collections.ConfigDict(config).to_dict()
   _check_names("config field", config, ["seed", "data", "model", "attack", "engine"])
-  for name in ("data", "model", "attack"):
+  for name in ("data", "model", "attack", "engine"):
     if not isinstance(config.get(name), dict):
       raise InputError(f"config.{name} is {config.get(name)!r}; expected a group of fields.")
   seed = config.get("seed", 0)
@@ -137,7 +137,7 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
     data=_validate_data(config["data"]),
     model=_validate_model(config["model"]),
     **_validate_attack(dict(config["attack"])),
-    engine=_validate_engine(config.get("engine", {})),
+    engine=_validate_engine(config["engine"]),
   )
 
 
@@ -158,6 +158,9 @@ def _validate_data(fields) -> DataSettings:
   _check_integer("config.data.count", data.count, 1)
   _check_integer("config.data.offset", data.offset, 0)
   _check_integer("config.data.batch_size", data.batch_size, 1)
+  for name in ("image_size", "num_classes"):
+    if getattr(data, name) is not None:
+      _check_integer(f"config.data.{name}", getattr(data, name), 1)
   if data.count % data.batch_size:
     raise InputError(
       f"config.data.count={data.count} images cannot be cut into batches of"
@@ -167,9 +170,9 @@ def _validate_data(fields) -> DataSettings:
 
 
 def _validate_model(fields) -> dict[str, Any]:
-  if fields.get("name") not in MODELS:
+  if not isinstance(fields.get("name"), str) or fields["name"] not in MODELS:
     raise unknown("model", fields.get("name"), MODELS)
-  return fields
+  return {"dropout_rate": 0.25} | fields
 
 
 def _validate_attack(fields) -> dict[str, Any]:
@@ -194,9 +197,10 @@ def _validate_engine(fields) -> EngineSettings:
   engine = EngineSettings(**fields)
   if engine.lanes is not None:
     _check_integer("config.engine.lanes", engine.lanes, 1)
-  if not isinstance(engine.checkpoint_seconds, (int, float)) or engine.checkpoint_seconds < 0:
+  seconds = engine.checkpoint_seconds
+  if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
     raise InputError(
-      f"config.engine.checkpoint_seconds is {engine.checkpoint_seconds!r}; expected a number of"
+      f"config.engine.checkpoint_seconds is {seconds!r}; expected a number of"
       " seconds of at least 0."
     )
   return engine

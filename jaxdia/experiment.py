@@ -1,10 +1,10 @@
 """Runs a configured experiment in a work directory."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from jaxdia import data, engine, evaluation, models, outcomes, reporting
-from jaxdia.attacks import Attack, AttackSettings, create_attack
+from jaxdia.attacks import AttackSettings, create_attack
 from jaxdia.client import Observation, Secret, observe
 from jaxdia.closed_form import recover_labels
 from jaxdia.config import ExperimentSettings, validate
@@ -49,7 +49,6 @@ def run(
   """
   settings = validate(config)
   workdir = pathlib.Path(workdir)
-  _check_workdir(workdir, settings)
   victims = data.load(
     settings.data.source,
     settings.data.count,
@@ -64,16 +63,20 @@ def run(
   )
   for attack_settings in settings.attacks.values():
     _check_labels(attack_settings, model, settings.data.batch_size)
+  config_json = settings.to_json()
+  config_json["data"]["sha256"] = _digest(victims)
+  _check_workdir(workdir, config_json)
   observations, secrets = _observe(settings, model, victims)
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", settings.to_json())
+    (workdir / "trials").mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", config_json)
   except OSError as error:
     raise InputError(
       f"cannot write in the work directory {workdir} ({error}). Choose another --workdir."
     ) from error
   say(describe(settings, model, observations[0]))
   experiment = _Experiment(settings, workdir, model, victims, observations, secrets)
+  experiment.load()
   for name in settings.attacks:
     experiment.attack(name, say)
   return experiment.finish(say)
@@ -131,7 +134,15 @@ def _num_lanes(settings, model, observation) -> int:
   return engine.choose_lanes(model, observation, jobs, jax.local_device_count())
 
 
-def _check_workdir(workdir: pathlib.Path, settings: ExperimentSettings) -> None:
+def _digest(victims: data.Victims) -> str:
+  """Returns what tells apart victims that come from the same source, as after a file changed."""
+  digest = hashlib.sha256()
+  for array in (victims.images, victims.labels, np.asarray(victims.num_classes)):
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def _check_workdir(workdir: pathlib.Path, here: dict[str, Any]) -> None:
   """Refuses a work directory that belongs to another experiment."""
   path = workdir / "config.json"
   try:
@@ -140,14 +151,17 @@ def _check_workdir(workdir: pathlib.Path, settings: ExperimentSettings) -> None:
     if not path.exists():
       return
     there = json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError) as error:
+    if not isinstance(there, dict):
+      raise ValueError(f"{path} holds no settings")
+  except (OSError, ValueError) as error:
+    if isinstance(error, InputError):
+      raise
     raise InputError(
       f"cannot use the work directory {workdir} ({error}). Choose another --workdir."
     ) from error
-  here = json.loads(json.dumps(settings.to_json()))
-  for config in (there, here):
-    config.pop("engine", None)  # changes no result
-  differing = sorted(_differences(there, here))
+  # The engine's settings change no result.
+  there, here = ({k: v for k, v in config.items() if k != "engine"} for config in (there, here))
+  differing = list(_differences(there, json.loads(json.dumps(here))))
   if differing:
     name, old, new = differing[0]
     more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
@@ -158,7 +172,8 @@ def _check_workdir(workdir: pathlib.Path, settings: ExperimentSettings) -> None:
 
 
 def _differences(there: Any, here: Any, name: str = ""):
-  if isinstance(there, dict) and isinstance(here, dict):
+  if isinstance(there, dict) or isinstance(here, dict):
+    there, here = (x if isinstance(x, dict) else {} for x in (there, here))
     for key in sorted(set(there) | set(here)):
       yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
   elif there != here:
@@ -206,6 +221,7 @@ class _Experiment:
     self._victims: data.Victims = victims
     self._observations: list[Observation] = observations
     self._secrets: list[Secret] = secrets
+    self._done: dict[str, dict[int, outcomes.Outcome]] = {}  # by attack and batch
     self._rows: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by attack and batch
     self._images: dict[str, np.ndarray] = {}
     self._times: dict[str, dict[str, float]] = {}
@@ -214,32 +230,37 @@ class _Experiment:
   def _outcome_path(self, name: str, batch: int) -> pathlib.Path:
     return self._workdir / "trials" / name / f"{batch:05d}.npz"
 
+  def load(self) -> None:
+    """Takes up what was finished before."""
+    for name in self._settings.attacks:
+      self._rows[name] = {}
+      self._images[name] = np.full_like(self._victims.images, np.nan)
+      found = {i: outcomes.load(self._outcome_path(name, i)) for i in range(len(self._secrets))}
+      self._done[name] = {i: outcome for i, outcome in found.items() if outcome is not None}
+      for batch in self._done[name]:
+        self._evaluate(name, batch)
+      times = self._workdir / "trials" / name / "times.json"
+      zero = {"run_seconds": 0.0, "compile_seconds": 0.0}
+      self._times[name] = json.loads(times.read_text()) if times.exists() else zero
+    self._write_results()
+
   def attack(self, name: str, say: Callable[[str], None]) -> None:
     """Runs one attack on all batches, or what is left of it."""
-    settings = self._settings
+    settings, done = self._settings, self._done[name]
     attack = create_attack(self._model, settings.attacks[name])
-    batches = range(len(self._observations))
-    found = {i: outcomes.load(self._outcome_path(name, i)) for i in batches}
-    done = {i: outcome for i, outcome in found.items() if outcome is not None}
     finished = {
       engine.Job(i, record.restart) for i, outcome in done.items() for record in outcome.records
     }
     if finished:
-      total = len(batches) * settings.restarts
+      total = len(self._observations) * settings.restarts
       say(f"{name}: {len(finished)} of {total} trials were finished before")
-    self._rows[name] = {}
-    self._images[name] = np.full_like(self._victims.images, np.nan)
-    for batch, outcome in done.items():
-      self._evaluate(name, attack, batch, outcome)
-    self._write_results()
     progress = reporting.ProgressReport(name, attack.settings.max_iterations)
-    start = time.monotonic()
-    compile_seconds = 0.0
+    before = dict(self._times[name])
 
     def on_progress(report):
-      nonlocal compile_seconds
-      compile_seconds = report.compile_seconds
       progress.update(report)
+      self._times[name] = {kind: before[kind] + getattr(report, kind) for kind in before}
+      write_json(self._workdir / "trials" / name / "times.json", self._times[name])
 
     trials = engine.run(
       self._trial_key,
@@ -259,13 +280,10 @@ class _Experiment:
         batch = trial.job.victim
         done[batch] = outcomes.merge(done.get(batch), trial)
         outcomes.save(self._outcome_path(name, batch), done[batch])
-        if len(done[batch].records) == settings.restarts:
-          self._evaluate(name, attack, batch, done[batch])
-          self._write_results()
+        self._evaluate(name, batch)
+        self._write_results()
     finally:
       progress.close()
-    seconds = time.monotonic() - start
-    self._times[name] = {"compile_seconds": compile_seconds, "wall_seconds": seconds}
 
   def _shown_to(self, settings: AttackSettings, observation: Observation) -> Observation:
     """Returns an observation without the labels unless the attack is given them."""
@@ -273,16 +291,18 @@ class _Experiment:
       return observation
     return dataclasses.replace(observation, labels=None)
 
-  def _evaluate(self, name, attack: Attack, batch: int, outcome: outcomes.Outcome) -> None:
-    """Scores one batch and keeps its rows and images."""
-    if len(outcome.records) < self._settings.restarts:
+  def _evaluate(self, name: str, batch: int) -> None:
+    """Scores one batch once all of its trials are finished."""
+    settings, outcome = self._settings, self._done[name][batch]
+    if len(outcome.records) < settings.restarts:
       return
-    settings, size = self._settings, self._settings.data.batch_size
+    size = settings.data.batch_size
     record, secret = outcome.best, self._secrets[batch]
     recovered = None
-    if attack.settings.labels == "recovered":
+    if settings.attacks[name].labels == "recovered":
       recovered = recover_labels(self._model, self._observations[batch])
     result = evaluation.evaluate(
+      self._model,
       secret,
       outcome.candidate,
       self._victims.statistics,

@@ -3,10 +3,15 @@
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
+
+
+class UnreadableFile(Exception):
+  """An npz file that is damaged or none."""
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -43,3 +48,36 @@ def write_json_lines(path: pathlib.Path, rows: Iterable[Any]) -> None:
 def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
   """Writes arrays as an npz file."""
   write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads all arrays of an npz file; pickled objects are refused.
+
+  Args:
+    path: of the file.
+
+  Raises:
+    UnreadableFile: it is damaged, or not an npz.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return dict(file)
+  except TypeError as error:  # a single array is no context manager
+    raise UnreadableFile("not an npz file") from error
+  # What numpy and zipfile raise depends on the byte that is wrong.
+  except (
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    zipfile.BadZipFile,
+  ) as error:
+    raise UnreadableFile(first_line(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of an error's message, or its type if it has none."""
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else type(error).__name__

@@ -1,7 +1,6 @@
 """Finished trials on disk: the best candidate of each batch, and how each restart went."""
 
 import pathlib
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from jaxdia.attacks import Candidate, Status
 from jaxdia.engine import Trial
 from jaxdia.errors import InputError
-from jaxdia.files import write_npz
+from jaxdia.files import UnreadableFile, read_npz, write_npz
 
 
 class Record(NamedTuple):
@@ -76,7 +75,8 @@ def save(path: pathlib.Path, outcome: Outcome) -> None:
   if candidate.labels is not None:
     arrays["labels"] = candidate.labels
   arrays |= {f"masks/{site}": mask for site, mask in (candidate.masks or {}).items()}
-  write_npz(path, arrays)
+  # The names once more, so that none can be lost without being missed.
+  write_npz(path, arrays | {"names": np.asarray(sorted(arrays))})
 
 
 def load(path: pathlib.Path) -> Outcome | None:
@@ -88,16 +88,17 @@ def load(path: pathlib.Path) -> Outcome | None:
   if not path.exists():
     return None
   try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = dict(file)
-    masks = {k.removeprefix("masks/"): v for k, v in arrays.items() if k.startswith("masks/")}
-    records = tuple(
-      Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6])
-      for r in arrays["records"].tolist()
-    )
-    return Outcome(Candidate(arrays["images"], masks or None, arrays.get("labels")), records)
-  except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:
+    arrays = read_npz(path)
+    if sorted(set(arrays) - {"names"}) != arrays.get("names", np.array([])).tolist():
+      raise UnreadableFile("arrays are missing")
+  except UnreadableFile as error:
     raise InputError(
-      f"the finished result {path} is damaged ({error!r}). Delete it to run these trials again;"
-      " all others are kept."
+      f"the finished result {path} is damaged ({error}). Delete it to run these trials again; all"
+      " others are kept."
     ) from error
+  masks = {k.removeprefix("masks/"): v for k, v in arrays.items() if k.startswith("masks/")}
+  records = tuple(
+    Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6])
+    for r in arrays["records"].tolist()
+  )
+  return Outcome(Candidate(arrays["images"], masks or None, arrays.get("labels")), records)

@@ -48,7 +48,6 @@ def test_attacks_never_reach_the_secret():
         assert not name.endswith(".Secret"), path
         assert not name.startswith(("jaxdia.evaluation", "jaxdia.experiment")), path
       assert "secret" not in path.read_text().lower().replace("# secret", ""), path
-  assert (PACKAGE / "matching.py").exists()
 
 
 def test_rooms_import_only_from_the_rooms_below_them():

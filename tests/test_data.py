@@ -20,16 +20,17 @@ def _png(path, value, size=(8, 8), mode="RGB"):
     ("fashion_mnist", (28, 28, 1), 10),
     ("cifar10", (32, 32, 3), 10),
     ("cifar100", (32, 32, 3), 100),
-    ("imagenet", (512, 512, 3), 1000),
+    ("imagenet", (224, 224, 3), 1000),
   ],
 )
 def test_samples(name, shape, classes):
-  victims = data.load(f"samples:{name}", 3, 2)
+  size = 224 if name == "imagenet" else None  # those are of many sizes
+  victims = data.load(f"samples:{name}", 3, 2, image_size=size)
   assert victims.images.shape == (3, *shape) and victims.images.dtype == np.float32
   assert 0 <= victims.images.min() < 0.2 and 0.8 < victims.images.max() <= 1
   assert victims.labels.dtype == np.int32 and victims.num_classes == classes
   assert victims.statistics == data.STATISTICS[name]
-  whole = data.load(f"samples:{name}", 20)
+  whole = data.load(f"samples:{name}", 20, image_size=size)
   np.testing.assert_array_equal(whole.images[2:5], victims.images)
   np.testing.assert_array_equal(whole.labels[2:5], victims.labels)
 
@@ -66,6 +67,7 @@ def npz(tmp_path):
 
 
 def test_npz(npz):
+  assert data.load(npz(images=GOOD["images"], labels=np.array([0, 1, 9])), 2).num_classes == 10
   images = np.arange(4 * 6 * 6 * 3, dtype=np.uint8).reshape(4, 6, 6, 3)
   source = npz(images=images, labels=np.array([0, 2, 1, 2]))
   victims = data.load(source, 2, 1)
@@ -145,6 +147,8 @@ GOOD = {"images": np.zeros((3, 4, 4, 1), np.uint8), "labels": np.arange(3)}
     ({"labels": np.arange(2)}, r"labels in .* are int64 of shape \(2,\)"),
     ({"labels": np.zeros(3)}, "labels in .* are float64"),
     ({"labels": np.array([0, 1, -1])}, "has the label -1; expected classes from 0 to 1"),
+    ({"labels": np.array([0, 1, 2**40])}, "num_classes is 1099511627777"),
+    ({"labels": np.array([0, 1, 2**63], np.uint64)}, "num_classes is"),
     ({"images": np.array([{}] * 3)}, "pickled objects, which are refused"),
   ],
 )
@@ -181,8 +185,17 @@ def test_files_that_are_no_npz_are_refused(tmp_path, content):
     ("samples:mnist", {"image_size": 0}, "data.image_size is 0"),
     ("samples:mnist", {"statistics": "cifar10"}, "are for 3 channels, but"),
     ("samples:mnist", {"statistics": "minst"}, "Did you mean 'mnist'"),
+    ("samples:mnist", {"num_classes": 0}, "num_classes is 0"),
+    ("samples:mnist", {"num_classes": 2.5}, "num_classes is 2.5"),
+    ("samples:mnist", {"statistics": ""}, "Unknown statistics ''"),
     ("samples:mnist", {"num_classes": 5}, "has the label 7; expected classes from 0 to 4"),
     ("npz:/no/such.npz", {}, "/no/such.npz is no file"),
+    ("npz:" + 300 * "a", {}, "is no path"),
+    ("folder:~nosuchuser/x", {}, "is no path"),
+    ("folder:", {}, "names no path"),
+    ("tfds:1abc/test", {}, "'1abc'"),
+    ("tfds:../x/test", {}, "could not be prepared"),
+    ("tfds:mnist:9.9.9/test", {}, "'mnist:9.9.9' could not be prepared"),
     ("folder:/no/such", {}, "/no/such is no folder"),
     ("tfds:mnist", {}, "expected tfds:NAME/SPLIT"),
     ("tfds:no_such_data_set/test", {}, "tensorflow-datasets has no data set 'no_such_data_set'"),
@@ -204,3 +217,38 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
   (tmp_path / "a" / "3.png").write_bytes(b"broken")
   with pytest.raises(InputError, match="3.png cannot be read as an image"):
     data.load(f"folder:{tmp_path}", 3, image_size=8)
+
+
+def _folder_with(tmp_path, image, name="1.png"):
+  path = tmp_path / "a" / name
+  path.parent.mkdir(parents=True)
+  image.save(path)
+  return f"folder:{tmp_path}"
+
+
+def test_pixels_of_16_bits_and_of_floats_are_kept(tmp_path):
+  ramp = np.linspace(0, 1, 64).reshape(8, 8).astype(np.float32)
+  for name, image in {
+    "1.png": Image.fromarray((ramp * 65535).round().astype(np.uint16)),
+    "1.tif": Image.fromarray(ramp),
+  }.items():
+    victims = data.load(_folder_with(tmp_path / name, image, name), 1)
+    np.testing.assert_allclose(victims.images[0, ..., 0], ramp, atol=1e-5)
+
+
+def test_transparency_is_refused_unless_there_is_none(tmp_path):
+  opaque = Image.new("RGBA", (4, 4), (200, 10, 10, 255))
+  victims = data.load(_folder_with(tmp_path / "opaque", opaque), 1)
+  np.testing.assert_allclose(victims.images[0, 0, 0] * 255, [200, 10, 10])
+  clear = Image.new("RGBA", (4, 4), (200, 10, 10, 128))
+  with pytest.raises(InputError, match="transparent pixels"):
+    data.load(_folder_with(tmp_path / "clear", clear), 1)
+
+
+def test_grey_and_colour_do_not_mix_and_hidden_folders_are_no_classes(tmp_path):
+  _png(tmp_path / ".hidden" / "1.png", 0)
+  _png(tmp_path / "a" / "1.png", 0)
+  assert data.load(f"folder:{tmp_path}", 1).labels.tolist() == [0]
+  _png(tmp_path / "a" / "2.png", 0, mode="L")
+  with pytest.raises(InputError, match="1 and of 3 channels"):
+    data.load(f"folder:{tmp_path}", 2, image_size=8)

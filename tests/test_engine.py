@@ -86,7 +86,7 @@ def test_the_well_informed_attacker_gets_the_masks_of_its_victim(model, victims)
     assert np.mean(np.square(trial.candidate.images - images)) < 0.02
 
 
-def test_a_lane_that_is_done_gets_the_next_job(model, victims, monkeypatch):
+def test_a_lane_that_is_done_gets_the_next_job(model, victims):
   """One lane runs three victims of which the second diverges at once."""
   _, observations, secrets = victims
   sick = dataclasses.replace(
@@ -182,6 +182,37 @@ def test_an_interrupted_run_ends_like_one_left_alone(model, victims, tmp_path):
   assert not path.exists()
 
 
+def test_resuming_with_other_lanes_keeps_what_finds_a_place(model, victims, tmp_path):
+  attack = attacks.dia(model, max_iterations=3000)
+  path = tmp_path / "checkpoint.npz"
+  options = {"checkpoint_path": path, "checkpoint_seconds": 0.0, "restarts": 1}
+
+  class Enough(Exception):
+    pass
+
+  def stop(progress):
+    if progress.iteration > 100 and path.exists():
+      raise Enough
+
+  with pytest.raises(Enough):
+    _run(attack, victims, lanes=3, on_progress=stop, **options)
+  reports = []
+  attack = attacks.dia(model, max_iterations=3000)
+  trials = _by_job(_run(attack, victims, lanes=2, on_progress=reports.append, **options))
+  assert len(trials) == 3
+  total = sum(trial.iterations for trial in trials.values())
+  assert reports[-1].steps < total - 100  # two of the three were taken up
+  alone = _by_job(_run(attack, victims, lanes=2, restarts=1))
+  for job, trial in alone.items():
+    np.testing.assert_allclose(trials[job].objective, trial.objective, rtol=0.5)
+
+
+def test_even_a_start_that_is_the_best_has_valid_pixels(model, victims):
+  attack = attacks.ig(model, max_iterations=1)
+  for trial in _run(attack, victims, lanes=2):
+    assert trial.candidate.images.min() >= 0 and trial.candidate.images.max() <= 1
+
+
 def test_a_checkpoint_is_removed_at_the_end(model, victims, tmp_path):
   path = tmp_path / "checkpoint.npz"
   attack = attacks.ig(model, max_iterations=5)
@@ -218,10 +249,22 @@ def test_a_damaged_checkpoint_is_found(saved, damage):
     checkpoint.restore(path, tree)
 
 
-def test_a_checkpoint_of_other_lanes_is_refused(saved):
+def test_a_checkpoint_of_another_experiment_is_refused(saved):
   path, tree = saved
-  with pytest.raises(InputError, match="made with other lanes"):
+  with pytest.raises(InputError, match="of another experiment"):
     checkpoint.restore(path, tree | {"a": np.zeros(3)})
+  with pytest.raises(InputError, match="it lacks"):
+    checkpoint.restore(path, tree | {"c": np.zeros(3)})
+  other = jax.tree.map(np.zeros_like, tree) | {"a": np.zeros(3)}
+  assert checkpoint.restore(path, other, lane_axes=1)["a"].shape == (5000,)
+
+
+def test_checkpoints_of_bfloat16(tmp_path):
+  tree = {"a": jnp.arange(8, dtype=jnp.bfloat16)}
+  checkpoint.save(tmp_path / "c.npz", tree)
+  restored = checkpoint.restore(tmp_path / "c.npz", tree)
+  assert restored["a"].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(restored["a"], np.arange(8))
 
 
 def test_lanes_are_chosen_from_jobs_and_memory(model, victims):

@@ -5,6 +5,7 @@ import pytest
 from jaxdia import data, evaluation
 from jaxdia.attacks import Candidate
 from jaxdia.client import Secret
+from jaxdia.models import DropoutModel
 from jaxdia.typing import Statistics
 
 PIXELS = Statistics((0.0,), (1.0,))
@@ -52,7 +53,7 @@ def test_ssim_of_images_smaller_than_its_window(side):
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_lpips_orders_distortions(name):
   images = data.load(f"samples:{name}", 3).images
-  lpips = evaluation.lpips()
+  lpips = evaluation.lpips(images.shape[-1])
   noise = np.random.default_rng(0).normal(size=images.shape).astype(np.float32)
   distances = [lpips(images, np.clip(images + s * noise, 0, 1)) for s in (0, 0.05, 0.5)]
   np.testing.assert_allclose(distances[0], 0, atol=1e-6)
@@ -61,26 +62,50 @@ def test_lpips_orders_distortions(name):
 
 
 def test_lpips_may_be_missing(monkeypatch, images):
+  assert evaluation.lpips(3) is not None
+  assert evaluation.lpips(2) is None  # neither grey nor RGB
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  assert evaluation.lpips() is None
+  assert evaluation.lpips(3) is None
+
+
+def _model(shapes):
+  """A stand-in with mask shapes as functions of the batch size."""
+  return DropoutModel(
+    None, None, lambda batch: {name: shape(batch) for name, shape in shapes.items()}, (), (), 0
+  )
 
 
 def test_mask_accuracy():
-  true = {"own": jnp.array([[1, 0, 1, 1], [0, 0, 0, 1]]), "shared": jnp.array([[1.0, 0.0]])}
+  model = _model({"own": lambda b: (b, 4), "shared": lambda b: (1, 2), "weights": lambda b: (4, 1)})
+  true = {
+    "own": jnp.array([[1, 0, 1, 1], [0, 0, 0, 1]]),
+    "shared": jnp.array([[1.0, 0.0]]),
+    "weights": jnp.array([[1], [0], [0], [0]]),
+  }
   masks = {
     "own": jnp.array([[0.4, 0.2, 0.1, 0.9], [0.9, 0.1, 0.3, 0.8]]),
     "shared": jnp.array([[0.7, 0.6]]),
+    "weights": jnp.zeros((4, 1)),
   }
-  accuracy = evaluation.mask_accuracy(masks, true, np.array([1, 0]))
+  accuracy = evaluation.mask_accuracy(model, masks, true, np.array([1, 0]))
   np.testing.assert_allclose(accuracy["own"], [0.75, 1.0])
   np.testing.assert_allclose(accuracy["shared"], [0.5, 0.5])
+  np.testing.assert_allclose(accuracy["weights"], [0.75, 0.75])
 
 
 def test_mask_accuracy_where_tokens_are_folded_into_the_batch():
   true = {"site": np.array([[1], [1], [0], [0]])}  # two images of two tokens
   masks = {"site": np.array([[0], [0], [1], [0]])}
-  accuracy = evaluation.mask_accuracy(masks, true, np.array([1, 0]))
+  model = _model({"site": lambda b: (2 * b, 1)})
+  accuracy = evaluation.mask_accuracy(model, masks, true, np.array([1, 0]))
   np.testing.assert_allclose(accuracy["site"], [0.5, 1.0])
+
+
+def test_mask_accuracy_where_time_comes_first():
+  true = {"site": np.array([[[1], [0]], [[1], [0]]])}  # two times of two images
+  model = _model({"site": lambda b: (2, b, 1)})
+  accuracy = evaluation.mask_accuracy(model, true, true, np.array([1, 0]))
+  np.testing.assert_allclose(accuracy["site"], [0, 0])
 
 
 def test_evaluate_a_shuffled_batch(images):
@@ -88,7 +113,8 @@ def test_evaluate_a_shuffled_batch(images):
   masks = {"site": (np.arange(24).reshape(4, 6) % 5 > 1).astype(float)}
   secret = Secret(images, np.array([5, 6, 7, 8]), masks)
   candidate = Candidate(images[order], {"site": masks["site"][order]}, None)
-  result = evaluation.evaluate(secret, candidate, PIXELS, np.array([5, 6, 7, 8])[order])
+  model = _model({"site": lambda b: (b, 6)})
+  result = evaluation.evaluate(model, secret, candidate, PIXELS, np.array([5, 6, 7, 8])[order])
   np.testing.assert_array_equal(result.reconstructions, images)
   for score in result.scores:
     assert score["mse_normalized"] == 0 and score["mask_accuracy"] == 1
@@ -99,7 +125,9 @@ def test_evaluate_scores_in_normalised_space_and_in_pixels(images):
   statistics = data.STATISTICS["cifar10"]
   normalized = data.normalize(images, statistics)
   secret = Secret(normalized, np.zeros(4, int), {})
-  result = evaluation.evaluate(secret, Candidate(normalized + 0.1, None, None), statistics)
+  result = evaluation.evaluate(
+    _model({}), secret, Candidate(normalized + 0.1, None, None), statistics
+  )
   for score in result.scores:
     np.testing.assert_allclose(score["mse_normalized"], 0.01, rtol=1e-3)
     assert 0 < score["mse"] < 0.01 * 0.27**2  # std of the data set, and clipped

@@ -142,7 +142,7 @@ def test_a_finished_run_is_shown_again_without_computing(tmp_path, monkeypatch):
   monkeypatch.setattr("jaxdia.engine.lanes.create_program", None)
   lines = []
   second = experiment.run(_small(), tmp_path, say=lines.append)
-  assert second["dia"]["metrics"] == first["dia"]["metrics"]
+  assert second == first  # the times too
   assert any("3 of 3 trials were finished before" in line for line in lines)
 
 
@@ -159,6 +159,40 @@ def test_a_work_directory_of_another_experiment_is_refused(tmp_path):
   with pytest.raises(InputError, match="attacks.dia.max_iterations is 60, this one's is 70"):
     experiment.run(_small(max_iterations=70), tmp_path, say=_silent)
   assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_data_file_that_changed_is_another_experiment(tmp_path):
+  victims = data.load("samples:mnist", 4)
+  config = _small()
+  config.data.source, config.data.count = f"npz:{tmp_path}/victims.npz", 2
+  labels = victims.labels
+  np.savez(tmp_path / "victims.npz", images=victims.images[:2], labels=labels[:2])
+  experiment.run(config, tmp_path / "run", say=_silent)
+  np.savez(tmp_path / "victims.npz", images=victims.images[2:], labels=np.array([7, 2]))
+  with pytest.raises(InputError, match="holds another experiment: its data.sha256"):
+    experiment.run(config, tmp_path / "run", say=_silent)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe", b"{", b"{}"])
+def test_a_work_directory_with_an_odd_config_is_refused(content, tmp_path):
+  (tmp_path / "config.json").write_bytes(content)
+  with pytest.raises(InputError, match="work directory"):
+    experiment.run(_small(), tmp_path, say=_silent)
+
+
+def test_a_work_directory_where_trials_is_a_file_is_refused(tmp_path):
+  (tmp_path / "trials").write_text("")
+  with pytest.raises(InputError, match="cannot write in the work directory"):
+    experiment.run(_small(), tmp_path, say=_silent)
+
+
+def test_images_of_two_channels_are_attacked_without_lpips(tmp_path):
+  images = np.random.default_rng(0).uniform(size=(2, 12, 12, 2)).astype(np.float32)
+  np.savez(tmp_path / "victims.npz", images=images, labels=np.array([0, 1]))
+  config = _small()
+  config.data.source, config.data.count = f"npz:{tmp_path}/victims.npz", 2
+  summary = experiment.run(config, tmp_path / "run", say=_silent)["dia"]
+  assert summary["finished"] == 2 and "lpips" not in summary["metrics"]
 
 
 def test_the_best_restart_by_objective_wins(tmp_path):
@@ -267,6 +301,8 @@ def test_every_config_is_valid(file):
     ({"data.source": "npz:/no/such"}, "/no/such is no file"),
     ({"engine.lanes": 0}, "config.engine.lanes is 0"),
     ({"engine.checkpoint_seconds": -1.0}, "checkpoint_seconds is -1.0"),
+    ({"engine.checkpoint_seconds": float("nan")}, "checkpoint_seconds is nan"),
+    ({"attack.max_iterations": 10**10}, "max_iterations is 10000000000"),
     ({"seed": -1}, "config.seed is -1"),
     ({"attack.name": "idlg", "data.batch_size": 3}, "not for a batch of 3"),
   ],

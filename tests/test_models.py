@@ -176,6 +176,74 @@ def test_plain_functions_are_models_too():
   np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)  # equal columns of v: equal logits
 
 
+def test_call_kwargs_turn_on_what_the_adapter_does_not_know():
+  model = models.from_flax(OffByDefault(), (2, 2, 1), call_kwargs={"is_learning": True})
+  assert model.sites == (models.Site("off", 0.5),)
+  model = models.from_flax(Tempered(), (2, 2, 1), call_kwargs={"temperature": 2.0})
+  assert model.num_classes == 3
+
+
+class MySelfAttention(nn.MultiHeadDotProductAttention):
+  """Has a __call__ without a dropout_rng, and einsums of its own."""
+
+  @nn.compact
+  def __call__(self, x, *, deterministic):
+    return super().__call__(x, x, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("layer", [nn.SelfAttention, nn.MultiHeadAttention, MySelfAttention])
+@pytest.mark.parametrize("own_einsums", [False, True])
+def test_attention_layers_of_all_kinds(layer, own_einsums):
+  def tripled():
+    return lambda equation, a, b: 3 * jnp.einsum(equation, a, b)
+
+  options = {"qk_attn_weights_einsum_cls": tripled, "attn_weights_value_einsum_cls": tripled}
+
+  class Module(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      x = x.reshape(len(x), 4, -1)
+      attend = layer(2, dropout_rate=0.4, **options if own_einsums else {})
+      return nn.Dense(3)(attend(x, deterministic=not train).reshape(len(x), -1))
+
+  model = models.from_flax(Module(), (4, 4, 1))
+  assert [site.rate for site in model.sites] == [0.4]
+  assert list(model.mask_shapes(2).values()) == [(1, 1, 4, 4)]
+  params = jax.jit(model.init)(jax.random.key(0))
+  images = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
+  actual = model.apply(params, models.expected_masks(model, 2), images)
+  expected = Module().apply({"params": params}, images, train=False)
+  np.testing.assert_array_equal(actual, expected)
+  masks = models.sample_masks(jax.random.key(2), model, 2)
+  assert not np.allclose(model.apply(params, masks, images), expected)
+
+
+def test_the_classifier_is_the_layer_that_gives_the_logits():
+  class Gated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = x.reshape(len(x), -1)
+      return nn.Dense(3, name="value")(x) * nn.sigmoid(nn.Dense(3, name="gate")(x))
+
+  class Narrow(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.DenseGeneral(3)(nn.gelu(nn.Dense(3)(x.reshape(len(x), -1))))
+
+  assert models.from_flax(Gated(), (2, 2, 1)).classifier is None
+  assert models.from_flax(Narrow(), (2, 2, 1)).classifier is None
+  assert models.create("lenet", (8, 8, 1), 3).classifier == ("classifier",)
+
+
+def test_batch_axes():
+  model = models.from_flax(Attention(broadcast=True), (4, 4, 1))
+  assert models.batch_axes(model) == {
+    "MultiHeadDotProductAttention_0": None,
+    "shared": 0,
+    "shared#2": 0,
+  }
+
+
 # What the adapter cannot make explicit.
 
 
@@ -209,6 +277,36 @@ class Scan(nn.Module):
       length=3,
     )
     return layers()(x.reshape(len(x), -1), None)[0]
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dropout(0.5, deterministic=False)(nn.Dense(4)(x))
+
+
+class Vmap(nn.Module):
+  """Draws masks for each token under nn.vmap."""
+
+  @nn.compact
+  def __call__(self, x):
+    block = nn.vmap(
+      Block, in_axes=1, out_axes=1, variable_axes={"params": None},
+      split_rngs={"params": False, "dropout": True},
+    )  # fmt: skip
+    return nn.Dense(3)(block()(x.reshape(len(x), 2, -1)).reshape(len(x), -1))
+
+
+class NoParameters(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return x.reshape(len(x), -1)
+
+
+class Tempered(nn.Module):
+  @nn.compact
+  def __call__(self, x, temperature, train=True):
+    return nn.Dense(3)(x.reshape(len(x), -1)) / temperature
 
 
 class Normed(nn.Module):
@@ -251,6 +349,13 @@ class Rate(nn.Module):
     return nn.Dense(3)(x)
 
 
+class OffByDefault(nn.Module):
+  @nn.compact
+  def __call__(self, x, is_learning=False):
+    x = nn.Dropout(0.5, name="off")(x.reshape(len(x), -1), deterministic=not is_learning)
+    return nn.Dense(3)(x)
+
+
 class Undecided(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -263,6 +368,10 @@ class Undecided(nn.Module):
     (Noise(), "Noise draws random numbers"),
     (NoiseFromDropoutKey(), 'needs PRNG for "dropout"'),
     (Scan(), "nn.scan"),
+    (Vmap(), "draws 16 random numbers for 2 images, but its dropout sites .* account for 8"),
+    (NoParameters(), "has no parameters"),
+    (Tempered(), "'temperature'. Pass call_kwargs"),
+    (OffByDefault(), r"all dropout of OffByDefault \(off\) is switched off"),
     (Normed(), "batch_stats"),
     (UsesOwnDropout(), "'mine' is a OwnDropout"),
     (CustomAttention(), "'attend' has a custom attention_fn"),

@@ -14,6 +14,9 @@ CHOICES = {
   "schedule": ("plateau", "step", "cosine", "constant"),
 }
 
+# Iterations are counted in 32 bits.
+_MAX_COUNT = 2**31 - 2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackSettings:
@@ -60,7 +63,9 @@ class AttackSettings:
       if getattr(self, name) not in choices:
         raise unknown(f"value of attack.{name}:", getattr(self, name), choices)
     for name in ("max_iterations", "patience", "plateau_patience"):
-      self._check(name, lambda v: type(v) is int and v >= 1, "an integer of at least 1")
+      self._check(
+        name, lambda v: type(v) is int and 1 <= v < _MAX_COUNT, f"an integer from 1 to {_MAX_COUNT}"
+      )
     for name in ("tv_weight", "mask_weight", "tolerance"):
       self._check(name, lambda v: _is_finite(v) and v >= 0, "a finite number of at least 0")
     self._check("learning_rate", lambda v: _is_finite(v) and v > 0, "a finite number above 0")

@@ -13,6 +13,10 @@ from jaxdia.typing import Statistics
 __all__ = ["NEUTRAL", "SOURCES", "STATISTICS", "Victims", "denormalize", "load", "normalize"]
 
 
+# More are a wrong label rather than a data set.
+_MAX_CLASSES = 1_000_000
+
+
 class Victims(NamedTuple):
   """Images to attack.
 
@@ -49,8 +53,8 @@ def load(
     offset: index of the first.
     image_size: side in pixels; larger or smaller images are scaled to it by the
       shorter side and cropped in the middle. None leaves them as they are.
-    num_classes: None takes it from the source, or for an npz the largest label
-      plus one.
+    num_classes: None takes it from the source, for an npz the largest of all its
+      labels plus one.
     statistics: name of the data set whose statistics to use, or "neutral". None
       takes those of the source.
 
@@ -79,27 +83,37 @@ def load(
   if image_size is not None:
     images = [_resize(image, image_size) for image in images]
   shapes = sorted({image.shape for image in images})
+  channels = sorted({shape[-1] for shape in shapes})
+  if len(channels) > 1:
+    raise InputError(
+      f"{source} has images of {channels[0]} and of {channels[1]} channels; a batch needs one"
+      " kind. Convert them to grey or to colour."
+    )
   if len(shapes) > 1:
     raise InputError(
       f"{source} has images of different shapes, {shapes[0]} and {shapes[1]}; a batch needs one."
       " Set data.image_size."
     )
-  labels = np.asarray(raw.labels, np.int32)
-  classes = num_classes or raw.num_classes or max(2, int(labels.max()) + 1)
-  if labels.min() < 0 or labels.max() >= classes:
-    wrong = labels[(labels < 0) | (labels >= classes)][0]
+  classes = raw.num_classes if num_classes is None else num_classes
+  if type(classes) is not int or not 2 <= classes <= _MAX_CLASSES:
     raise InputError(
-      f"{source} has the label {wrong}; expected classes from 0 to {classes - 1}. Set"
+      f"data.num_classes is {classes!r}; expected an integer from 2 to {_MAX_CLASSES}. If it comes"
+      " from the labels, correct them."
+    )
+  wrong = [label for label in raw.labels if not 0 <= label < classes]
+  if wrong:
+    raise InputError(
+      f"{source} has the label {wrong[0]}; expected classes from 0 to {classes - 1}. Set"
       " data.num_classes, or correct the labels."
     )
-  fitting = statistics_of(statistics or raw.statistics)
-  channels = images[0].shape[-1]
-  if len(fitting.mean) not in (1, channels):
+  name = raw.statistics if statistics is None else statistics
+  fitting = statistics_of(name)
+  if len(fitting.mean) not in (1, channels[0]):
     raise InputError(
-      f"data.statistics={statistics or raw.statistics} are for {len(fitting.mean)} channels, but"
-      f" the images of {source} have {channels}. Choose others, or 'neutral'."
+      f"data.statistics={name} are for {len(fitting.mean)} channels, but"
+      f" the images of {source} have {channels[0]}. Choose others, or 'neutral'."
     )
-  return Victims(np.stack(images), labels, classes, fitting)
+  return Victims(np.stack(images), np.asarray(raw.labels, np.int32), classes, fitting)
 
 
 def normalize(pixels: np.ndarray, statistics: Statistics) -> np.ndarray:

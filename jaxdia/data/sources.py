@@ -2,14 +2,13 @@
 
 A source takes what follows the colon in its name and a slice of indices, so that
 only what is asked for is read. It returns uint8 or float images, one array an
-image, their labels, the number of classes if it knows it, and the name of a
+image, their labels, the number of classes, and the name of a
 data set whose statistics fit.
 """
 
 import importlib.util
 import pathlib
 import re
-import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from jaxdia.data.statistics import STATISTICS
 from jaxdia.errors import InputError, unknown
+from jaxdia.files import UnreadableFile, first_line, read_npz
 
 _SAMPLES = {  # our name -> the name in foolbox's file names, and the number of classes
   "mnist": ("mnist", 10),
@@ -35,14 +35,14 @@ class Raw(NamedTuple):
   Attributes:
     images: one array an image, uint8 or float.
     labels: one integer an image.
-    num_classes: None if the source does not say.
+    num_classes: of the whole data set.
     statistics: name of fitting statistics, or "neutral".
     available: how many images the source has in all.
   """
 
   images: list[np.ndarray]
   labels: list[int]
-  num_classes: int | None
+  num_classes: int
   statistics: str
   available: int
 
@@ -75,20 +75,25 @@ def _tfds(name: str, wanted: slice) -> Raw:
 
   try:
     builder = tfds.builder(name, file_format="array_record")
-  except tfds.core.DatasetNotFoundError as error:
-    raise InputError(f"tensorflow-datasets has no data set {name!r}: {_one_line(error)}") from error
-  features = builder.info.features
-  if not {"image", "label"} <= set(features):
-    raise InputError(
-      f"the data set {name!r} has the features {sorted(features)}; expected 'image' and 'label'."
-    )
-  try:
+    features = builder.info.features
+    if not {"image", "label"} <= set(features):
+      raise InputError(
+        f"the data set {name!r} has the features {sorted(features)}; expected 'image' and 'label'."
+      )
     builder.download_and_prepare()
+  except tfds.core.DatasetNotFoundError as error:
+    raise InputError(f"tensorflow-datasets has no data set {name!r}.") from error
   except ImportError as error:
     raise InputError(
-      f"preparing {name!r} needs a package that is not installed: {_one_line(error)}. It is"
+      f"preparing {name!r} needs a package that is not installed: {first_line(error)}. It is"
       " needed once, to prepare; reading needs only tensorflow-datasets."
     ) from error
+  except (AssertionError, OSError, RuntimeError, TypeError) as error:
+    raise InputError(f"{name!r} could not be prepared: {first_line(error)}.") from error
+  except ValueError as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"{name!r} could not be prepared: {first_line(error)}.") from error
   if split not in builder.info.splits:
     raise unknown(f"split of {name}:", split, builder.info.splits)
   data = builder.as_data_source(split=split)
@@ -103,25 +108,21 @@ def _tfds(name: str, wanted: slice) -> Raw:
 
 
 def _npz(name: str, wanted: slice) -> Raw:
-  path = pathlib.Path(name).expanduser()
+  path = _path(name)
   if not path.is_file():
     raise InputError(f"{path} is no file; expected an npz with the arrays images and labels.")
   try:
-    with np.load(path, allow_pickle=False) as file:
-      missing = [key for key in ("images", "labels") if key not in file]
-      if missing:
-        raise InputError(f"{path} lacks {missing}; expected an npz with images and labels.")
-      images, labels = file["images"], file["labels"]
-  except InputError:
-    raise
-  except TypeError as error:  # a single array is no context manager
-    raise InputError(f"{path} is no npz; expected one with images and labels.") from error
-  except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:
+    arrays = read_npz(path)
+  except UnreadableFile as error:
     raise InputError(
-      f"{path} cannot be read ({_one_line(error)}). It may be truncated, or contain pickled"
-      " objects, which are refused; write it again with numpy.savez(path, images=..., labels=...)"
-      " from plain arrays."
+      f"{path} cannot be read ({error}). It may be truncated, or contain pickled objects, which"
+      " are refused; write it again with numpy.savez(path, images=..., labels=...) from plain"
+      " arrays."
     ) from error
+  missing = [key for key in ("images", "labels") if key not in arrays]
+  if missing:
+    raise InputError(f"{path} lacks {missing}; expected an npz with images and labels.")
+  images, labels = arrays["images"], arrays["labels"]
   if images.ndim != 4:
     raise InputError(
       f"images in {path} have shape {images.shape}; expected (N, height, width, channels)."
@@ -131,15 +132,17 @@ def _npz(name: str, wanted: slice) -> Raw:
       f"labels in {path} are {labels.dtype} of shape {labels.shape}; expected integers of shape"
       f" {images.shape[:1]}, one class an image."
     )
+  # From all labels, so that the network does not depend on which images are attacked.
+  num_classes = max(2, int(labels.max()) + 1) if labels.size else 2
   selected = [int(label) for label in labels[wanted]]
-  return Raw(list(images[wanted]), selected, None, "neutral", len(images))
+  return Raw(list(images[wanted]), selected, num_classes, "neutral", len(images))
 
 
 def _folder(name: str, wanted: slice) -> Raw:
-  root = pathlib.Path(name).expanduser()
+  root = _path(name)
   if not root.is_dir():
     raise InputError(f"{root} is no folder; expected one with a sub-folder for each class.")
-  classes = sorted(path for path in root.iterdir() if path.is_dir())
+  classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
   files = [
     (path, label)
     for label, folder in enumerate(classes)
@@ -161,14 +164,39 @@ SOURCES: dict[str, Callable[[str, slice], Raw]] = {
 }
 
 
+def _path(name: str) -> pathlib.Path:
+  """Returns the path that a source names, if a file system could have it."""
+  try:
+    path = pathlib.Path(name).expanduser()
+    path.exists()
+  except (OSError, RuntimeError, ValueError) as error:
+    raise InputError(f"{name!r} is no path ({first_line(error)}).") from error
+  if not name:
+    raise InputError("the data source names no path; expected npz:PATH or folder:PATH.")
+  return path
+
+
 def _read_image(path: pathlib.Path) -> np.ndarray:
+  """Returns uint8 or float pixels; a file that would lose something is refused."""
   try:
     with Image.open(path) as image:
-      return np.asarray(image if image.mode == "L" else image.convert("RGB"))
-  except (UnidentifiedImageError, OSError) as error:
-    raise InputError(f"{path} cannot be read as an image ({_one_line(error)}).") from error
-
-
-def _one_line(error: BaseException) -> str:
-  lines = str(error).strip().splitlines()
-  return lines[0] if lines else type(error).__name__
+      image.load()
+  except (
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    UnidentifiedImageError,
+    ValueError,
+  ) as error:
+    raise InputError(f"{path} cannot be read as an image ({first_line(error)}).") from error
+  if image.has_transparency_data:
+    if image.convert("RGBA").getextrema()[3] != (255, 255):
+      raise InputError(f"{path} has transparent pixels; flatten it onto a background first.")
+    image = image.convert("L" if image.mode == "LA" else "RGB")
+  if image.mode.startswith("I;16"):
+    return np.asarray(image, np.float32) / 65535
+  if image.mode in ("L", "RGB", "F"):
+    return np.asarray(image)
+  if image.mode in ("1", "P", "CMYK", "YCbCr"):
+    return np.asarray(image.convert("L" if image.mode == "1" else "RGB"))
+  raise InputError(f"{path} has pixels of mode {image.mode!r}; save it as 8-bit grey or RGB.")

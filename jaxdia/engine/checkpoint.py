@@ -5,14 +5,13 @@ file can be replaced atomically.
 """
 
 import pathlib
-import zipfile
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxdia.errors import InputError
-from jaxdia.files import write_npz
+from jaxdia.files import UnreadableFile, read_npz, write_npz
 
 
 def save(path: pathlib.Path, tree: Any) -> None:
@@ -26,12 +25,13 @@ def save(path: pathlib.Path, tree: Any) -> None:
   write_npz(path, {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves})
 
 
-def restore(path: pathlib.Path, like: Any) -> Any | None:
+def restore(path: pathlib.Path, like: Any, lane_axes: int = 0) -> Any | None:
   """Reads a pytree that `save` wrote.
 
   Args:
     path: of the npz file.
     like: a pytree of arrays or shapes with the structure to be read.
+    lane_axes: number of leading axes whose sizes may differ.
 
   Returns:
     A pytree of numpy arrays, or None if there is no file.
@@ -42,16 +42,22 @@ def restore(path: pathlib.Path, like: Any) -> Any | None:
   if not path.exists():
     return None
   advice = "Delete it to start the unfinished trials anew; finished ones are kept"
-  keys = [(jax.tree_util.keystr(key), leaf) for key, leaf in jax.tree.leaves_with_path(like)]
   try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = [file[key] for key, _ in keys]
-  except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError, TypeError) as error:
-    raise InputError(f"the checkpoint {path} is damaged ({error!r}). {advice}.") from error
-  for (key, leaf), array in zip(keys, arrays, strict=True):
-    if array.shape != leaf.shape or array.dtype != leaf.dtype:
+    arrays = read_npz(path)
+  except UnreadableFile as error:
+    raise InputError(f"the checkpoint {path} is damaged ({error}). {advice}.") from error
+  leaves = []
+  for key, leaf in jax.tree.leaves_with_path(like):
+    name = jax.tree_util.keystr(key)
+    array = arrays.get(name)
+    if array is None:
+      raise InputError(f"the checkpoint {path} is damaged (it lacks {name}). {advice}.")
+    if array.dtype.kind == "V":  # numpy does not know the name of bfloat16
+      array = array.view(leaf.dtype)
+    if array.shape[lane_axes:] != leaf.shape[lane_axes:] or array.dtype != leaf.dtype:
       raise InputError(
-        f"the checkpoint {path} has {key} as {array.dtype}{array.shape}; expected"
-        f" {leaf.dtype}{leaf.shape}: it was made with other lanes or devices. {advice}."
+        f"the checkpoint {path} has {name} as {array.dtype}{array.shape}; expected"
+        f" {leaf.dtype}{leaf.shape}: it is of another experiment. {advice}."
       )
-  return jax.tree.unflatten(jax.tree.structure(like), arrays)
+    leaves.append(array)
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)

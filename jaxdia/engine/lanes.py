@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.attacks import Attack, Best, State, Status
+from jaxdia.attacks import Attack, Best, State, Status, project
 from jaxdia.client import Observation
 from jaxdia.typing import Gradient, Key, Labels, Masks
 
@@ -55,7 +55,7 @@ class LaneProgram(NamedTuple):
       trial in a lane.
     advance: `advance(lanes, steps) -> (Lanes, Gauge)`, at most `steps` steps of
       every running trial; returns early when none runs.
-    read: `read(lanes, device, lane) -> Best`, on the host.
+    read: `read(lanes, device, lane) -> Best`, on the host, with valid pixels.
     restore: `restore(lanes, state) -> Lanes`, with the states from the host.
     shape: (devices, lanes a device).
   """
@@ -130,8 +130,10 @@ def create_program(
     state = lanes.state
     return lanes, Gauge(state.status, state.iteration, state.best.objective)
 
-  def read_on_device(lanes, lane):
-    return jax.tree.map(lambda x: x[lane], lanes.state.best)
+  def read_on_device(shared, lanes, lane):
+    best = jax.tree.map(lambda x: x[lane], lanes.state.best)
+    # The start, drawn N(0, 1), may be the best point; it alone is not yet projected.
+    return best._replace(candidate=project(shared, best.candidate))
 
   def pmap(function, in_axes, donate=()):
     return jax.pmap(function, in_axes=in_axes, donate_argnums=donate, devices=devices)
@@ -139,7 +141,7 @@ def create_program(
   p_empty = pmap(empty_on_device, 0)
   p_load = pmap(load_on_device, (0, 0, 0, None, None, None, None, None), donate=(1,))
   p_advance = pmap(advance_on_device, (0, 0, None), donate=(1,))
-  p_read = pmap(read_on_device, (0, None))
+  p_read = pmap(read_on_device, (0, 0, None))
   p_put = pmap(lambda x: x, 0)
 
   def load(lanes, device, lane, key, observation, masks):
@@ -151,7 +153,7 @@ def create_program(
     return lanes, jax.device_get(gauge)
 
   def read(lanes, device, lane):
-    return jax.tree.map(lambda x: x[device], jax.device_get(p_read(lanes, lane)))
+    return jax.tree.map(lambda x: x[device], jax.device_get(p_read(shared, lanes, lane)))
 
   return LaneProgram(
     empty=lambda: p_empty(device_numbers),

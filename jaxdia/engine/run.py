@@ -44,8 +44,8 @@ class Trial(NamedTuple):
     iterations: steps taken in all.
     best_iteration: the step that measured the best point, from 0.
     status: why it ended.
-    seconds: from its start to its end, without compilation. Trials in other
-      lanes ran at the same time.
+    seconds: from its start to the end of the chunk (about a second) in which it
+      ended, without compilation. Trials in other lanes ran at the same time.
   """
 
   job: Job
@@ -66,7 +66,9 @@ class Progress(NamedTuple):
     objective: the least best objective among the running trials; NaN if none runs.
     finished: number of finished trials.
     total: number of all trials.
-    steps: steps taken by all trials in all, finished ones included.
+    steps: steps that this call took in all trials.
+    running_steps: steps of the running trials, taken before included.
+    mean_steps: mean over the trials that this call finished; NaN if none.
     compile_seconds: time spent compiling.
     run_seconds: time spent computing.
   """
@@ -76,6 +78,8 @@ class Progress(NamedTuple):
   finished: int
   total: int
   steps: int
+  running_steps: int
+  mean_steps: float
   compile_seconds: float
   run_seconds: float
 
@@ -165,22 +169,26 @@ def run(
   if checkpoint_path is not None:
     queue = loop.resume(checkpoint_path, queue)
   saved = time.monotonic()
-  done, done_steps = len(jobs) - len(queue) - len(loop.jobs), 0
+  done_before = len(jobs) - len(queue) - len(loop.jobs)
+  done_steps = []
   while queue or loop.jobs:
     loop.fill(queue)
     gauge = loop.advance()
     for place in loop.ended(gauge):
       trial = loop.take(place, gauge)
-      done, done_steps = done + 1, done_steps + trial.iterations
+      done_steps.append(trial.iterations)
       yield trial
     running = list(loop.jobs)
+    running_steps = sum(int(gauge.iteration[p]) for p in running)
     on_progress(
       Progress(
         iteration=max((int(gauge.iteration[p]) for p in running), default=0),
         objective=min((float(gauge.objective[p]) for p in running), default=float("nan")),
-        finished=done,
+        finished=done_before + len(done_steps),
         total=len(jobs),
-        steps=done_steps + sum(int(gauge.iteration[p]) for p in running),
+        steps=sum(done_steps) + running_steps - loop.resumed_steps,
+        running_steps=running_steps,
+        mean_steps=float(np.mean(done_steps)) if done_steps else float("nan"),
         compile_seconds=loop.compile_seconds,
         run_seconds=loop.run_seconds,
       )
@@ -217,6 +225,7 @@ class _Loop:
     self.jobs: dict[tuple[int, int], Job] = {}  # (device, lane) -> job
     self.compile_seconds = 0.0
     self.run_seconds = 0.0
+    self.resumed_steps = 0
 
   def _load(self, place, job):
     masks = self._masks[job.victim] if self._masks is not None else None
@@ -280,20 +289,25 @@ class _Loop:
     checkpoint.save(path, self._checkpoint())
 
   def resume(self, path: pathlib.Path, queue: collections.deque[Job]) -> collections.deque[Job]:
-    """Puts the saved trials that are still wanted back; returns the other jobs."""
-    saved = checkpoint.restore(path, self._checkpoint())
+    """Puts saved trials that are still wanted into lanes; returns the other jobs.
+
+    The lanes need not be those that were saved: what finds no place starts anew.
+    """
+    saved = checkpoint.restore(path, self._checkpoint(), lane_axes=2)
     if saved is None:
       return queue
-    waiting = set(queue)
-    status = saved["state"].status.copy()
-    for place in np.ndindex(self._program.shape):
-      job = Job(*map(int, saved["jobs"][place]))
-      if job in waiting:
-        self._load(place, job)
-        self._started[place] = -float(saved["seconds"][place])
-      else:  # none, or one that ended, and was kept, after the checkpoint
-        status[place] = Status.MAX_ITERATIONS
-    state = saved["state"]._replace(status=status)
+    waiting = set(queue)  # a trial may have ended, and been kept, after the checkpoint
+    places = np.ndindex(self._program.shape)
+    state = jax.tree.map(np.array, jax.device_get(self._lanes.state))
+    for source in np.ndindex(saved["seconds"].shape):
+      job = Job(*map(int, saved["jobs"][source]))
+      if job not in waiting or (place := next(places, None)) is None:
+        continue
+      self._load(place, job)
+      self._started[place] = -float(saved["seconds"][source])
+      for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(saved["state"]), strict=True):
+        new[place] = old[source]
+      self.resumed_steps += int(state.iteration[place])
     self._lanes = self._program.restore(self._lanes, state)
     resumed = set(self.jobs.values())
     return collections.deque(job for job in queue if job not in resumed)

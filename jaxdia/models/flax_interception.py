@@ -15,6 +15,8 @@ from jaxdia.models.base import check_rate
 
 # on_site(name, rate, mask shape, activations) -> activations after dropout
 OnSite = Callable[[str, float, tuple[int, ...], jax.Array], jax.Array]
+# on_inactive(path), where dropout of a rate above 0 is switched off
+OnInactive = Callable[[str], None]
 # on_dense(path, inputs, outputs, nested) -> outputs; nested: inside a transformation such as remat
 OnDense = Callable[[tuple[str, ...], jax.Array, jax.Array, bool], jax.Array]
 
@@ -25,18 +27,24 @@ def ignore_sites(name: str, rate: float, shape: tuple[int, ...], inputs: jax.Arr
   return inputs
 
 
-def interceptor(on_site: OnSite, on_dense: OnDense | None = None) -> Callable[..., Any]:
+def interceptor(
+  on_site: OnSite,
+  on_dense: OnDense | None = None,
+  on_inactive: OnInactive = lambda path: None,
+) -> Callable[..., Any]:
   """Returns a Flax method interceptor for one call of a module.
 
   Args:
     on_site: called at each dropout site, in place of its dropout.
     on_dense: called after each `nn.Dense`.
+    on_inactive: called for dropout that is switched off.
 
   Raises:
     InputError: from inside the call, for dropout that cannot be made explicit.
   """
   calls: dict[str, int] = {}
   outer = tracers.current_trace()
+  patched = set()  # attention layers that are being called with masks
 
   def site_name(module):
     path = "/".join(module.path) or type(module).__name__
@@ -48,9 +56,18 @@ def interceptor(on_site: OnSite, on_dense: OnDense | None = None) -> Callable[..
     if context.method_name != "__call__":
       return next_fun(*args, **kwargs)
     if isinstance(module, nn.Dropout):
-      return _dropout(on_site, site_name, next_fun, args, kwargs, module)
+      return _dropout(on_site, on_inactive, site_name, next_fun, args, kwargs, module)
     if isinstance(module, nn.MultiHeadDotProductAttention) and module.dropout_rate != 0:
-      return _attention(on_site, site_name, next_fun, args, kwargs, module)
+      parameters = inspect.signature(context.orig_method).parameters
+      if "dropout_rng" in parameters:  # it asks for a key unless it is given one; none is used
+        kwargs = {**kwargs, "dropout_rng": jax.random.key(0)}
+      if id(module) in patched:  # a subclass, such as nn.SelfAttention, calls its parent
+        return next_fun(*args, **kwargs)
+      patched.add(id(module))
+      try:
+        return _attention(on_site, on_inactive, site_name, next_fun, args, kwargs, module)
+      finally:
+        patched.remove(id(module))
     outputs = next_fun(*args, **kwargs)
     if on_dense is not None and type(module) is nn.Dense:
       nested = tracers.current_trace() != outer
@@ -61,7 +78,7 @@ def interceptor(on_site: OnSite, on_dense: OnDense | None = None) -> Callable[..
   return intercept
 
 
-def _dropout(on_site, site_name, next_fun, args, kwargs, module):
+def _dropout(on_site, on_inactive, site_name, next_fun, args, kwargs, module):
   where = "/".join(module.path) or type(module).__name__
   if type(module).__call__ is not nn.Dropout.__call__:
     raise InputError(
@@ -75,7 +92,10 @@ def _dropout(on_site, site_name, next_fun, args, kwargs, module):
       f"the dropout {where!r} is not told whether it is on. Give it deterministic=False, or"
       " pass call_kwargs to from_flax with the argument that turns training on."
     )
-  if nn.merge_param("deterministic", module.deterministic, deterministic) or module.rate == 0:
+  if module.rate == 0:
+    return next_fun(*args, **kwargs)
+  if nn.merge_param("deterministic", module.deterministic, deterministic):
+    on_inactive(where)
     return next_fun(*args, **kwargs)
   inputs = bound["inputs"]
   shape = list(inputs.shape)
@@ -85,7 +105,7 @@ def _dropout(on_site, site_name, next_fun, args, kwargs, module):
   return on_site(site_name(module), rate, tuple(shape), inputs)
 
 
-def _attention(on_site, site_name, next_fun, args, kwargs, module):
+def _attention(on_site, on_inactive, site_name, next_fun, args, kwargs, module):
   where = "/".join(module.path) or type(module).__name__
   if module.attention_fn is not nn.dot_product_attention:
     raise InputError(
@@ -95,23 +115,36 @@ def _attention(on_site, site_name, next_fun, args, kwargs, module):
   rate = check_rate(module.dropout_rate, f"the dropout_rate of the attention {where!r}")
 
   @functools.wraps(nn.dot_product_attention)
-  def attention_with_mask(*args, deterministic, broadcast_dropout, precision, **kwargs):
-    if deterministic:
-      return nn.dot_product_attention(*args, deterministic=True, precision=precision, **kwargs)
-    einsum = functools.partial(jnp.einsum, precision=precision)
+  def attention_with_mask(
+    *args,
+    deterministic,
+    broadcast_dropout,
+    precision,
+    qk_attn_weights_einsum,
+    attn_weights_value_einsum,
+    **kwargs,
+  ):
+    plain = functools.partial(jnp.einsum, precision=precision)
+    weigh_values = attn_weights_value_einsum or plain
 
-    def weigh_values(equation, weights, values):
+    def drop_and_weigh_values(equation, weights, values):
+      if deterministic:
+        on_inactive(where)
+        return weigh_values(equation, weights, values)
       shape = weights.shape
       if broadcast_dropout:  # one mask for all samples and heads
         shape = (1,) * (weights.ndim - 2) + shape[-2:]
-      return einsum(equation, on_site(site_name(module), rate, shape, weights), values)
+      return weigh_values(equation, on_site(site_name(module), rate, shape, weights), values)
 
-    kwargs |= {"qk_attn_weights_einsum": einsum, "attn_weights_value_einsum": weigh_values}
-    return nn.dot_product_attention(*args, deterministic=True, **kwargs)
+    return nn.dot_product_attention(
+      *args,
+      deterministic=True,
+      qk_attn_weights_einsum=qk_attn_weights_einsum or plain,
+      attn_weights_value_einsum=drop_and_weigh_values,
+      **kwargs,
+    )
 
-  # The module reads its attention function from a field of a frozen dataclass. It also asks
-  # for a key unless it has one, though none is used.
-  kwargs = {**kwargs, "dropout_rng": jax.random.key(0)}
+  # The module reads its attention function from a field of a frozen dataclass.
   object.__setattr__(module, "attention_fn", attention_with_mask)
   try:
     return next_fun(*args, **kwargs)

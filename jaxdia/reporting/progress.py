@@ -61,17 +61,16 @@ class ProgressReport:
     """Returns the share of the work that is done and the time that is left, as text."""
     if progress.finished == progress.total:
       return 1.0, ""
-    unfinished = progress.total - progress.finished
     # Trials that ended tell how long the others may take; a trial that outlasts them, and all
     # trials until one has ended, may take the longest.
     bound, expected = "at most", self._max_iterations
-    mean = progress.steps / progress.total
-    if progress.finished and progress.iteration < mean:
-      bound, expected = "about", mean
-    remaining = max(unfinished * (expected - progress.iteration), 1)
-    share = progress.steps / (progress.steps + remaining)
+    if progress.iteration < progress.mean_steps:
+      bound, expected = "about", progress.mean_steps
+    unfinished = progress.total - progress.finished
+    remaining = max(unfinished * expected - progress.running_steps, 1)
+    done = progress.finished * expected + progress.running_steps
     seconds = progress.run_seconds * remaining / max(progress.steps, 1)
-    return share, f"{bound} {_duration(seconds)} left"
+    return done / (done + remaining), f"{bound} {_duration(seconds)} left"
 
 
 def _duration(seconds: float) -> str:
