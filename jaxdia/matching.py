@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdia.client import Observation, loss_of_logits
+from jaxdia.client import Observation, full_precision, loss_of_logits
 from jaxdia.models import DenseLayer, DropoutModel
 from jaxdia.typing import Gradient, Images, Labels, Masks, Params
 
@@ -195,7 +195,7 @@ def _factorize(matrix, rank):
   # A random sketch with a few more columns than the rank spans the column space.
   columns = min(rank + 8, *matrix.shape)
   sketch = jax.random.normal(jax.random.key(0), (matrix.shape[1], columns), matrix.dtype)
-  with jax.default_matmul_precision("highest"):
+  with full_precision():
     basis, _ = jnp.linalg.qr(matrix @ sketch)
     u, s, vt = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)
     factors = Factors(basis @ (u[:, :rank] * s[:rank]), vt[:rank].T)
@@ -241,25 +241,26 @@ def compare(
     logits, inputs = model.apply_tapped(merged, masks, images, taps)
     return loss_of_logits(logits, labels), inputs
 
-  (formed, deltas), inputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(free, taps)
-  inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
-  squared_norm = sum(_dot(g, g) for g in formed.values())
-  squared_distance = sum(
-    _dot(d, d) for d in (formed[path] - target.formed[path] for path in formed)
-  )
-  for layer in layers:
-    kernel = target.kernels[layer.path]
-    a, delta = (jnp.concatenate(x[layer.path]) for x in (inputs, deltas))
-    if isinstance(kernel, Factors):
-      layer_inner = _dot(a @ kernel.left, delta @ kernel.right)
-      kernel_norm = _dot(kernel.left.T @ kernel.left, kernel.right.T @ kernel.right)
-    else:
-      layer_inner = _dot(a @ kernel, delta)
-      kernel_norm = _dot(kernel, kernel)
-    layer_norm = _dot(a @ a.T, delta @ delta.T)
-    inner += layer_inner
-    squared_norm += layer_norm
-    squared_distance += layer_norm - 2 * layer_inner + kernel_norm
+  with full_precision():
+    (formed, deltas), inputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(free, taps)
+    inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
+    squared_norm = sum(_dot(g, g) for g in formed.values())
+    squared_distance = sum(
+      _dot(d, d) for d in (formed[path] - target.formed[path] for path in formed)
+    )
+    for layer in layers:
+      kernel = target.kernels[layer.path]
+      a, delta = (jnp.concatenate(x[layer.path]) for x in (inputs, deltas))
+      if isinstance(kernel, Factors):
+        layer_inner = _dot(a @ kernel.left, delta @ kernel.right)
+        kernel_norm = _dot(kernel.left.T @ kernel.left, kernel.right.T @ kernel.right)
+      else:
+        layer_inner = _dot(a @ kernel, delta)
+        kernel_norm = _dot(kernel, kernel)
+      layer_norm = _dot(a @ a.T, delta @ delta.T)
+      inner += layer_inner
+      squared_norm += layer_norm
+      squared_distance += layer_norm - 2 * layer_inner + kernel_norm
   return Comparison(inner, squared_norm, target.squared_norm, squared_distance)
 
 
