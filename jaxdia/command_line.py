@@ -1,8 +1,11 @@
 """What all launchers share: flags and errors as a person wants to see them."""
 
+import os
 import sys
 from collections.abc import Callable
 
+import jax
+import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -12,8 +15,9 @@ from jaxdia.errors import InputError
 def launch(main: Callable[[], int | None], config: flags.FlagHolder | None = None) -> None:
   """Parses the flags and runs a program.
 
-  Wrong input ends it with one line on standard error and exit code 2, an
-  interruption from the keyboard with 130.
+  What is compiled is kept in the user's cache folder for the next time, or where
+  JAX_COMPILATION_CACHE_DIR says. Wrong input ends it with one line on standard
+  error and exit code 2, an interruption from the keyboard with 130.
 
   Args:
     main: the program; it may return an exit code.
@@ -33,6 +37,9 @@ def default_workdir(config_flag: str = "config") -> str:
 
 def _guarded(main) -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of each backend that is not there
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxdia"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   try:
     return main() or 0
   except InputError as error:
