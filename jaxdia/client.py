@@ -56,7 +56,7 @@ class Observation:
 )
 @dataclasses.dataclass(frozen=True)
 class Secret:
-  """What stays with the client. Only evaluation may see it.
+  """What stays with the client. Evaluation and the running of experiments alone may see it.
 
   Attributes:
     images: f[B, H, W, C], normalised.

@@ -39,7 +39,7 @@ def _guarded(main) -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of each backend that is not there
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxdia"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   try:
     return main() or 0
   except InputError as error:

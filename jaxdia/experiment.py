@@ -230,6 +230,9 @@ class _Experiment:
   def _outcome_path(self, name: str, batch: int) -> pathlib.Path:
     return self._workdir / "trials" / name / f"{batch:05d}.npz"
 
+  def _times_path(self, name: str) -> pathlib.Path:
+    return self._workdir / "trials" / name / "times.json"
+
   def load(self) -> None:
     """Takes up what was finished before."""
     for name in self._settings.attacks:
@@ -239,9 +242,7 @@ class _Experiment:
       self._done[name] = {i: outcome for i, outcome in found.items() if outcome is not None}
       for batch in self._done[name]:
         self._evaluate(name, batch)
-      times = self._workdir / "trials" / name / "times.json"
-      zero = {"run_seconds": 0.0, "compile_seconds": 0.0}
-      self._times[name] = json.loads(times.read_text()) if times.exists() else zero
+      self._times[name] = _read_times(self._times_path(name))
     self._write_results()
 
   def attack(self, name: str, say: Callable[[str], None]) -> None:
@@ -260,7 +261,7 @@ class _Experiment:
     def on_progress(report):
       progress.update(report)
       self._times[name] = {kind: before[kind] + getattr(report, kind) for kind in before}
-      write_json(self._workdir / "trials" / name / "times.json", self._times[name])
+      write_json(self._times_path(name), self._times[name])
 
     trials = engine.run(
       self._trial_key,
@@ -359,6 +360,17 @@ class _Experiment:
     say(f"\npictures: {self._workdir / 'grid.png'}")
     say(f"numbers:  {self._workdir / 'results.jsonl'}, {self._workdir / 'summary.json'}")
     return summary
+
+
+def _read_times(path: pathlib.Path) -> dict[str, float]:
+  """Returns the seconds of earlier sessions."""
+  if not path.exists():
+    return {"run_seconds": 0.0, "compile_seconds": 0.0}
+  try:
+    times = json.loads(path.read_text())
+    return {kind: float(times[kind]) for kind in ("run_seconds", "compile_seconds")}
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise InputError(f"{path} is damaged ({error}). Delete it; it only holds times.") from error
 
 
 def _caption(row: dict[str, Any]) -> str:

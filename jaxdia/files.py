@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
@@ -73,6 +74,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     RuntimeError,
     ValueError,
     zipfile.BadZipFile,
+    zlib.error,
   ) as error:
     raise UnreadableFile(first_line(error)) from error
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdia.client import Observation, full_precision, loss_of_logits
+from jaxdia.errors import InputError
 from jaxdia.models import DenseLayer, DropoutModel
 from jaxdia.typing import Gradient, Images, Labels, Masks, Params
 
@@ -49,6 +50,20 @@ class Target(NamedTuple):
   formed: dict[_Path, jax.Array]
   kernels: dict[_Path, jax.Array | Factors]
   squared_norm: jax.Array
+
+
+def suits(distance: str, method: Method) -> Method:
+  """Returns the method by which a distance can be computed to float tolerance.
+
+  |g|² - 2<g, T> + |T|² is a small difference of large numbers near the solution,
+  so the squared distance is taken of formed gradients; the cosine needs no such
+  difference.
+
+  Args:
+    distance: a key of `DISTANCES`.
+    method: that is wanted.
+  """
+  return "formed" if distance == "squared_l2" and method == "auto" else method
 
 
 class Comparison(NamedTuple):
@@ -157,21 +172,22 @@ def prepare_alike(
   Returns:
     The prepared observations. A kernel that is not of low rank for all of them
     (of a noised gradient, say) is kept whole for all.
+
+  Raises:
+    InputError: some were prepared before, in different ways.
   """
   prepared = [prepare(model, o, method) for o in observations]
-  whole = {
-    path for o in prepared for path, k in o.gradient.kernels.items() if not isinstance(k, Factors)
-  }
+  kernels = [o.gradient.kernels for o in prepared]
+  if any(set(k) != set(kernels[0]) for k in kernels):
+    raise InputError("observations were prepared by different methods; prepare them together.")
+  whole = {path for k in kernels for path, v in k.items() if not isinstance(v, Factors)}
 
-  def unify(raw, observation):
-    if not whole or isinstance(raw.gradient, Target):
-      return observation
-    gradient = _flatten(raw.gradient)
-    kernels = dict(observation.gradient.kernels)
-    kernels |= {path: gradient[(*path, "kernel")] for path in whole}
-    return dataclasses.replace(observation, gradient=observation.gradient._replace(kernels=kernels))
+  def unify(observation):
+    target = observation.gradient
+    unified = {p: _whole(k) if p in whole else k for p, k in target.kernels.items()}
+    return dataclasses.replace(observation, gradient=target._replace(kernels=unified))
 
-  return [unify(raw, o) for raw, o in zip(observations, prepared, strict=True)]
+  return [unify(o) for o in prepared]
 
 
 def factorize(matrix: jax.Array, rank: int) -> Factors | None:
@@ -183,10 +199,16 @@ def factorize(matrix: jax.Array, rank: int) -> Factors | None:
 
   Returns:
     Factors that reproduce the matrix to a few units of rounding, or None if it
-    has a higher rank or the factors would be no thinner than the matrix.
+    has a higher rank, is not of single or double precision, or if the factors
+    would be no thinner than the matrix.
   """
   inputs, outputs = matrix.shape
-  if rank * (inputs + outputs) >= inputs * outputs or not bool(jnp.isfinite(matrix).all()):
+  if rank * (inputs + outputs) >= inputs * outputs or matrix.dtype not in (
+    jnp.float32,
+    jnp.float64,
+  ):
+    return None
+  if not bool(jnp.isfinite(matrix).all()):
     return None
   return _factorize(matrix, min(rank, inputs, outputs))
 
@@ -277,10 +299,15 @@ def layer_gradient(gradient: Gradient | Target, path: tuple[str, ...]) -> dict[s
   leaves = gradient.formed if isinstance(gradient, Target) else _flatten(gradient)
   layer = {name[-1]: leaf for name, leaf in leaves.items() if name[:-1] == path}
   if "kernel" not in layer:
-    kernel = gradient.kernels[path]
-    factored = isinstance(kernel, Factors)
-    layer["kernel"] = kernel.left @ kernel.right.T if factored else kernel
+    layer["kernel"] = _whole(gradient.kernels[path])
   return layer
+
+
+def _whole(kernel: jax.Array | Factors) -> jax.Array:
+  if not isinstance(kernel, Factors):
+    return kernel
+  with full_precision():
+    return kernel.left @ kernel.right.T
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,8 +1,22 @@
 """Small victims that the tests share, on eight virtual CPU devices."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
+
+# Many tests compile the same programs, those that start the launcher too.
+_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+if _cache is None:  # the first process of a test run; the others find the variable
+  _cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 import numpy as np
 import pytest

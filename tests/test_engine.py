@@ -276,6 +276,12 @@ def test_lanes_are_chosen_from_jobs_and_memory(model, victims):
   assert engine.choose_lanes(model, dataclasses.replace(observation, params=huge), 100, 1) == 1
 
 
+def test_observations_of_other_params_are_refused(model, victims):
+  others = make_victims(model, 1, seed=1)[1]
+  with pytest.raises(InputError, match="observation 1 has other params"):
+    list(engine.run(jax.random.key(0), attacks.dia(model), [victims[1][0], others[0]]))
+
+
 def test_nothing_to_attack_is_refused(model):
   with pytest.raises(InputError, match="0 observations"):
     list(engine.run(jax.random.key(0), attacks.dia(model), []))

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from jaxdia import matching, models
 from jaxdia.client import client_gradient, observe
+from jaxdia.errors import InputError
 from jaxdia.matching import Factors
 
 SHAPE = (8, 8, 3)
@@ -27,11 +28,23 @@ class SharedDense(nn.Module):
     return nn.Dense(5)(nn.gelu(shared(x.mean(axis=1))))
 
 
+def _triple(variables):
+  return jax.tree.map(lambda x: 3 * x, variables)
+
+
+def _doubling_product(a, b, *args, **kwargs):
+  return jax.lax.dot_general(a, 2 * b, *args, **kwargs)
+
+
 class Hidden(nn.Module):
-  """Has a dense layer in a transformation, one with tied weights, and a plain one."""
+  """Has dense layers of all kinds that cannot be tapped, and a plain one."""
 
   @nn.compact
   def __call__(self, x, train=True):
+    tripled = nn.map_variables(nn.Dense, "params", trans_in_fn=_triple, mutable=True)
+    x = nn.gelu(tripled(12, name="tripled")(x.reshape(x.shape[0], -1)))
+    x = nn.gelu(nn.Dense(12, dot_general=_doubling_product, name="doubled")(x))
+    x = nn.Dense(12, dtype=jnp.bfloat16, name="rounded")(x).astype(x.dtype)
     x = nn.gelu(nn.remat(nn.Dense)(12, name="inside")(x.reshape(x.shape[0], -1)))
     tied = nn.Dense(12, name="tied")
     x = nn.gelu(tied(x)) @ tied.variables["params"]["kernel"].T
@@ -44,15 +57,13 @@ MODELS = {
   "mlp": lambda: models.create("mlp", SHAPE, 5, 0.25, hidden_sizes=(16, 16)),
   "mlp_bias": lambda: models.create("mlp", SHAPE, 5, 0.25, hidden_sizes=(16, 16), use_bias=True),
   "lenet": lambda: models.create("lenet", SHAPE, 5, 0.25, channels=3, hidden_size=16),
-  "resnet18": lambda: models.create("resnet18", SHAPE, 5, 0.25, width=4, groups=2),
   "vit": lambda: models.create("vit", SHAPE, 5, 0.25, **VIT),
   "shared": lambda: models.from_flax(SharedDense(), SHAPE),
   "hidden": lambda: models.from_flax(Hidden(), SHAPE),
 }
 
 
-# ResNet-18 is slow to compile, and has one dense layer: one batch size is enough.
-CASES = [(name, size) for name in MODELS for size in (1, 4) if (name, size) != ("resnet18", 4)]
+CASES = [(name, size) for name in MODELS for size in (1, 4)]
 
 
 def _case(model, size):
@@ -170,7 +181,11 @@ def test_observations_are_prepared_alike():
   structures = {jax.tree.structure(o) for o in prepared}
   assert len(structures) == 1
   np.testing.assert_array_equal(
-    prepared[0].gradient.kernels[("hidden_0",)], observations[0].gradient["hidden_0"]["kernel"]
+    prepared[1].gradient.kernels[("hidden_0",)], observations[1].gradient["hidden_0"]["kernel"]
+  )
+  kernel = observations[0].gradient["hidden_0"]["kernel"]
+  np.testing.assert_allclose(
+    prepared[0].gradient.kernels[("hidden_0",)], kernel, atol=1e-5 * np.abs(kernel).max()
   )
 
 
@@ -211,3 +226,20 @@ def test_factorize(shape, rank):
   assert matching.factorize(jnp.asarray(higher, jnp.float32), rank) is None
   assert matching.factorize(jnp.asarray(matrix * np.nan, jnp.float32), rank) is None
   assert matching.factorize(jnp.zeros(shape), rank) is not None
+  assert matching.factorize(jnp.zeros(shape, jnp.bfloat16), rank) is None
+
+
+def test_the_squared_distance_is_taken_of_formed_gradients():
+  assert matching.suits("squared_l2", "auto") == "formed"
+  assert matching.suits("cosine", "auto") == "auto"
+  assert matching.suits("squared_l2", "factored") == "factored"
+
+
+def test_observations_that_were_prepared_in_different_ways_are_refused():
+  model = MODELS["mlp"]()
+  params = jax.jit(model.init)(jax.random.key(0))
+  images = np.zeros((1, *SHAPE), np.float32)
+  observation, _ = observe(jax.random.key(0), model, params, images, np.array([0]))
+  ways = [matching.prepare(model, observation, method) for method in ("formed", "factored")]
+  with pytest.raises(InputError, match="different methods"):
+    matching.prepare_alike(model, ways)

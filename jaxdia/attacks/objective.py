@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
-from jaxdia.matching import DISTANCES, compare, prepare
+from jaxdia.matching import DISTANCES, compare, prepare, suits
 from jaxdia.models import DropoutModel, expected_masks
 from jaxdia.typing import Images, Labels, Masks
 
@@ -125,7 +125,8 @@ def objective(
   """
   masks, labels = complete(model, observation, candidate, known)
   # Without concrete values the target's kernels stay whole; the engine prepares them once.
-  target = prepare(model, observation, compress=False).gradient
+  method = suits(settings.distance, "auto")
+  target = prepare(model, observation, method, compress=False).gradient
   comparison = compare(model, observation.params, target, masks, candidate.images, labels)
   zero = jnp.zeros((), candidate.images.dtype)
   terms = Terms(

@@ -14,7 +14,7 @@ from jaxdia.client import Observation
 from jaxdia.engine import checkpoint
 from jaxdia.engine.lanes import Gauge, LaneProgram, create_program
 from jaxdia.errors import InputError
-from jaxdia.matching import Method, prepare_alike
+from jaxdia.matching import Method, prepare_alike, suits
 from jaxdia.models import DropoutModel
 from jaxdia.typing import Key, Masks
 
@@ -101,8 +101,8 @@ def choose_lanes(model: DropoutModel, observation: Observation, jobs: int, devic
   masks = model.mask_shapes(observation.batch_size)
   entries = sum(int(np.prod(shape)) for shape in masks.values())
   params = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
-  # A lane holds its target and about four arrays like the parameters for the dummy gradient and
-  # its derivative, and about eight arrays like the masks for the search.
+  # At worst a lane holds its target and about four arrays like the parameters for the dummy
+  # gradient and its derivative; and about eight arrays like the masks for the search.
   lane_bytes = 4 * (5 * params + 8 * entries)
   return max(1, min(-(-jobs // devices), _MAX_LANES, _LANE_MEMORY // lane_bytes))
 
@@ -161,7 +161,9 @@ def run(
   if lanes is None:
     # From all jobs, not from those that are left, so that a resumed run finds its lanes.
     lanes = choose_lanes(attack.model, observations[0], len(jobs), len(devices))
-  observations = prepare_alike(attack.model, list(observations), matching)
+  _check_alike(observations)
+  method = suits(attack.settings.distance, matching)
+  observations = prepare_alike(attack.model, list(observations), method)
   program = create_program(
     attack, observations[0], masks[0] if masks is not None else None, lanes, devices
   )
@@ -197,6 +199,20 @@ def run(
       loop.save(checkpoint_path)
       saved = time.monotonic()
   _remove(checkpoint_path)
+
+
+def _check_alike(observations: Sequence[Observation]) -> None:
+  first = observations[0]
+  for i, other in enumerate(observations):
+    shared = [(o.params, o.mean, o.std) for o in (first, other)]
+    same = jax.tree.structure(shared[0]) == jax.tree.structure(shared[1]) and all(
+      a is b or np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, shared), strict=True)
+    )
+    if not same or first.batch_size != other.batch_size:
+      raise InputError(
+        f"observation {i} has other params, statistics or batch size than the first; all must"
+        " share them. Run the others in a call of their own."
+      )
 
 
 def _remove(path: pathlib.Path | None) -> None:

@@ -217,13 +217,14 @@ def _discover(call, params_shape, images_shape) -> _Discovery:
   program, logits = jax.make_jaxpr(traced, return_shape=True)(
     params_shape, jax.ShapeDtypeStruct(images_shape, jnp.float32)
   )
-  # A kernel that is used elsewhere too (tied weights) has a gradient that taps do not tell.
+  # A kernel that is changed before its product, or used elsewhere too (tied weights), has a
+  # gradient that taps do not tell.
   leaves = jax.tree_util.tree_leaves_with_path(params_shape)
   variables = dict(zip((_names(path) for path, _ in leaves), program.jaxpr.invars, strict=False))
   hidden |= {
     path
     for path, calls in dense.items()
-    if _count_uses(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
+    if _count_products(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
   }
   tappable = {path: calls for path, calls in dense.items() if path not in hidden}
   return _Discovery(sites, tappable, inactive, classifier, logits)
@@ -242,16 +243,23 @@ def _inner_programs(equation) -> list[jex_core.Jaxpr]:
   return [p.jaxpr if isinstance(p, jex_core.ClosedJaxpr) else p for p in inner]
 
 
-def _count_uses(program: jex_core.Jaxpr, variable) -> int:
-  """Returns how many operations of a program use a variable, those of inner programs included."""
-  count = sum(output is variable for output in program.outvars)
+def _count_products(program: jex_core.Jaxpr, variable) -> float:
+  """Returns how many matrix products of a program use a variable; NaN if anything else does.
+
+  What merely hands a variable on to an inner program is followed into it.
+  """
+  count = math.nan if any(output is variable for output in program.outvars) else 0
   for equation in program.eqns:
     places = [i for i, value in enumerate(equation.invars) if value is variable]
     inner = _inner_programs(equation)
-    if len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
-      count += sum(_count_uses(inner[0], inner[0].invars[i]) for i in places)
-    else:
+    if not places:
+      continue
+    if equation.primitive.name == "dot_general":
       count += len(places)
+    elif len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
+      count += sum(_count_products(inner[0], inner[0].invars[i]) for i in places)
+    else:
+      count = math.nan
   return count
 
 

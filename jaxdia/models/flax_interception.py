@@ -69,13 +69,23 @@ def interceptor(
       finally:
         patched.remove(id(module))
     outputs = next_fun(*args, **kwargs)
-    if on_dense is not None and type(module) is nn.Dense:
+    if on_dense is not None and _is_plain_dense(module):
       nested = tracers.current_trace() != outer
       inputs = args[0] if args else kwargs["inputs"]
       outputs = on_dense(module.path, inputs, outputs, nested)
     return outputs
 
   return intercept
+
+
+def _is_plain_dense(module: nn.Module) -> bool:
+  """Returns whether a module computes `a @ kernel + bias` in the type of its inputs."""
+  return (
+    type(module) is nn.Dense
+    and module.dtype is None
+    and module.dot_general is None
+    and module.dot_general_cls is None
+  )
 
 
 def _dropout(on_site, on_inactive, site_name, next_fun, args, kwargs, module):
