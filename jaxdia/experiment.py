@@ -363,7 +363,7 @@ class _Experiment:
 
 
 def _read_times(path: pathlib.Path) -> dict[str, float]:
-  """Returns the seconds of earlier sessions."""
+  """Returns the seconds that earlier calls took."""
   if not path.exists():
     return {"run_seconds": 0.0, "compile_seconds": 0.0}
   try:
