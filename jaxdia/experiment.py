@@ -153,9 +153,9 @@ def _check_workdir(workdir: pathlib.Path, here: dict[str, Any]) -> None:
     there = json.loads(path.read_text())
     if not isinstance(there, dict):
       raise ValueError(f"{path} holds no settings")
+  except InputError:
+    raise
   except (OSError, ValueError) as error:
-    if isinstance(error, InputError):
-      raise
     raise InputError(
       f"cannot use the work directory {workdir} ({error}). Choose another --workdir."
     ) from error

@@ -15,7 +15,7 @@ CHOICES = {
 }
 
 # Iterations are counted in 32 bits.
-_MAX_COUNT = 2**31 - 2
+_MAX_COUNT = 2**31 - 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,9 @@ class AttackSettings:
         raise unknown(f"value of attack.{name}:", getattr(self, name), choices)
     for name in ("max_iterations", "patience", "plateau_patience"):
       self._check(
-        name, lambda v: type(v) is int and 1 <= v < _MAX_COUNT, f"an integer from 1 to {_MAX_COUNT}"
+        name,
+        lambda v: type(v) is int and 1 <= v <= _MAX_COUNT,
+        f"an integer from 1 to {_MAX_COUNT}",
       )
     for name in ("tv_weight", "mask_weight", "tolerance"):
       self._check(name, lambda v: _is_finite(v) and v >= 0, "a finite number of at least 0")

@@ -81,6 +81,8 @@ def _tfds(name: str, wanted: slice) -> Raw:
         f"the data set {name!r} has the features {sorted(features)}; expected 'image' and 'label'."
       )
     builder.download_and_prepare()
+  except InputError:
+    raise
   except tfds.core.DatasetNotFoundError as error:
     raise InputError(f"tensorflow-datasets has no data set {name!r}.") from error
   except ImportError as error:
@@ -88,11 +90,7 @@ def _tfds(name: str, wanted: slice) -> Raw:
       f"preparing {name!r} needs a package that is not installed: {first_line(error)}. It is"
       " needed once, to prepare; reading needs only tensorflow-datasets."
     ) from error
-  except (AssertionError, OSError, RuntimeError, TypeError) as error:
-    raise InputError(f"{name!r} could not be prepared: {first_line(error)}.") from error
-  except ValueError as error:
-    if isinstance(error, InputError):
-      raise
+  except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
     raise InputError(f"{name!r} could not be prepared: {first_line(error)}.") from error
   if split not in builder.info.splits:
     raise unknown(f"split of {name}:", split, builder.info.splits)
