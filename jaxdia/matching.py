@@ -8,10 +8,12 @@ image and position, the kernel gradient is G = Σ_rows aᵀδ, so
 
 (in differential privacy known as ghost clipping; mixed by cost for each layer: Bu
 et al. 2022). The client's T itself has no more rank than its batch had rows, so it
-is kept as thin factors. What is not a dense layer is formed.
+is kept as thin factors L Rᵀ, and both sums come out of two thin products, a [aᵀ L]
+and δ [δᵀ R]. What is not a dense layer is formed.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -124,10 +126,11 @@ def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple
 def _is_cheaper(layer: DenseLayer) -> bool:
   rows, size = sum(layer.rows), layer.inputs * layer.outputs
   rank = min(rows, layer.inputs, layer.outputs)
-  # Multiplications; and the formed gradient is written and read twice with T, which costs about
-  # as much as eight multiplications an entry.
-  formed = rows * size + 8 * size
-  factored = (rows + rank) * rows * (layer.inputs + layer.outputs)
+  # Multiplications for the value and its derivative. Formed are G and, of its derivative, two
+  # products; G and T and that derivative go through memory, which costs about as much as 24
+  # multiplications an entry.
+  formed = 3 * rows * size + 24 * size
+  factored = 2 * rows * (rows + rank) * (layer.inputs + layer.outputs)
   return factored < formed
 
 
@@ -181,13 +184,21 @@ def prepare_alike(
   if any(set(k) != set(kernels[0]) for k in kernels):
     raise InputError("observations were prepared by different methods; prepare them together.")
   whole = {path for k in kernels for path, v in k.items() if not isinstance(v, Factors)}
+  ranks = {p: max(k[p].left.shape[1] for k in kernels) for p in kernels[0] if p not in whole}
 
-  def unify(observation):
-    target = observation.gradient
-    unified = {p: _whole(k) if p in whole else k for p, k in target.kernels.items()}
-    return dataclasses.replace(observation, gradient=target._replace(kernels=unified))
+  def unify(path, kernel):
+    if path in whole:
+      return _whole(kernel)
+    missing = ranks[path] - kernel.left.shape[1]
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, missing))), kernel)
 
-  return [unify(o) for o in prepared]
+  return [
+    dataclasses.replace(
+      o,
+      gradient=o.gradient._replace(kernels={p: unify(p, k) for p, k in o.gradient.kernels.items()}),
+    )
+    for o in prepared
+  ]
 
 
 def factorize(matrix: jax.Array, rank: int) -> Factors | None:
@@ -198,9 +209,9 @@ def factorize(matrix: jax.Array, rank: int) -> Factors | None:
     rank: the largest that is worth it.
 
   Returns:
-    Factors that reproduce the matrix to a few units of rounding, or None if it
-    has a higher rank, is not of single or double precision, or if the factors
-    would be no thinner than the matrix.
+    Factors of the matrix's numerical rank that reproduce it to a few units of
+    rounding, or None if that rank is higher than `rank`, if the matrix is not of
+    single or double precision, or if the factors would be no thinner than it.
   """
   inputs, outputs = matrix.shape
   if rank * (inputs + outputs) >= inputs * outputs or matrix.dtype not in (
@@ -208,12 +219,14 @@ def factorize(matrix: jax.Array, rank: int) -> Factors | None:
     jnp.float64,
   ):
     return None
-  if not bool(jnp.isfinite(matrix).all()):
-    return None
-  return _factorize(matrix, min(rank, inputs, outputs))
+  factors, numerical_rank = _factorize(matrix, min(rank, inputs, outputs))
+  # A matrix with NaN has no rank at all.
+  return None if numerical_rank < 0 else jax.tree.map(lambda x: x[:, : int(numerical_rank)], factors)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _factorize(matrix, rank):
+  """Returns factors of a rank, and how many of their columns are enough; -1 if not even all."""
   # A random sketch with a few more columns than the rank spans the column space.
   columns = min(rank + 8, *matrix.shape)
   sketch = jax.random.normal(jax.random.key(0), (matrix.shape[1], columns), matrix.dtype)
@@ -222,8 +235,10 @@ def _factorize(matrix, rank):
     u, s, vt = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)
     factors = Factors(basis @ (u[:, :rank] * s[:rank]), vt[:rank].T)
     error = jnp.linalg.norm(matrix - factors.left @ factors.right.T)
-  tolerance = 50 * jnp.finfo(matrix.dtype).eps * jnp.linalg.norm(matrix)
-  return factors if bool(error <= tolerance) else None
+  unit = jnp.finfo(matrix.dtype).eps * jnp.linalg.norm(matrix)
+  left_out = jnp.sqrt(jnp.cumsum(jnp.square(s[:rank])[::-1])[::-1])
+  numerical_rank = jnp.maximum(1, jnp.sum(left_out > unit))
+  return factors, jnp.where(error <= 50 * unit, numerical_rank, -1)
 
 
 def compare(
@@ -274,16 +289,35 @@ def compare(
       kernel = target.kernels[layer.path]
       a, delta = (jnp.concatenate(x[layer.path]) for x in (inputs, deltas))
       if isinstance(kernel, Factors):
-        layer_inner = _dot(a @ kernel.left, delta @ kernel.right)
+        layer_inner, layer_norm = _match(a, delta, jax.lax.stop_gradient(kernel))
         kernel_norm = _dot(kernel.left.T @ kernel.left, kernel.right.T @ kernel.right)
       else:
-        layer_inner = _dot(a @ kernel, delta)
+        zero = Factors(jnp.zeros((layer.inputs, 0), dtype), jnp.zeros((layer.outputs, 0), dtype))
+        layer_inner, layer_norm = _dot(a @ kernel, delta), _match(a, delta, zero)[1]
         kernel_norm = _dot(kernel, kernel)
-      layer_norm = _dot(a @ a.T, delta @ delta.T)
       inner += layer_inner
       squared_norm += layer_norm
       squared_distance += layer_norm - 2 * layer_inner + kernel_norm
   return Comparison(inner, squared_norm, target.squared_norm, squared_distance)
+
+
+@jax.custom_jvp
+def _match(a: jax.Array, delta: jax.Array, target: Factors) -> tuple[jax.Array, jax.Array]:
+  """Returns <G, T> and |G|² of the kernel gradient G = aᵀδ and a constant T."""
+  inner = _dot(a @ target.left, delta @ target.right)
+  return inner, _dot(a @ a.T, delta @ delta.T)
+
+
+@_match.defjvp
+def _match_derivative(primals, tangents):
+  # Differentiated as it stands, a aᵀ would cost two products more than it need: its derivative
+  # by one factor is that by the other, transposed, and so are those of δ δᵀ.
+  a, delta, (left, right) = primals
+  da, ddelta, _ = tangents
+  a_left, delta_right, a_a, delta_delta = a @ left, delta @ right, a @ a.T, delta @ delta.T
+  inner = _dot(da @ left, delta_right) + _dot(a_left, ddelta @ right)
+  norm = 2 * (_dot(da @ a.T, delta_delta) + _dot(a_a, ddelta @ delta.T))
+  return (_dot(a_left, delta_right), _dot(a_a, delta_delta)), (inner, norm)
 
 
 def layer_gradient(gradient: Gradient | Target, path: tuple[str, ...]) -> dict[str, jax.Array]:

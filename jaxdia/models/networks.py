@@ -147,25 +147,41 @@ class ResNet18(nn.Module):
 
 
 class _TransformerBlock(nn.Module):
-  """A pre-norm transformer block with the paper's four dropout sites."""
+  """A pre-norm transformer block with the paper's four dropout sites.
+
+  Attributes:
+    num_heads: attention heads.
+    mlp_size: hidden width of the MLP.
+    dropout_rate: at all sites.
+    num_outputs: computes the first so many tokens only, or all. The sites keep
+      an entry for every token: those of the others have no effect, whether they
+      are computed or not.
+  """
 
   num_heads: int
   mlp_size: int
   dropout_rate: float
+  num_outputs: int | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    def dropout(x, name):
-      return nn.Dropout(self.dropout_rate, name=name)(x, deterministic=not train)
-
     batch, tokens, width = x.shape
+    num_outputs = tokens if self.num_outputs is None else self.num_outputs
+
+    def dropout(x, name, axis=1):
+      padding = [(0, tokens - num_outputs) if i == axis else (0, 0) for i in range(x.ndim)]
+      x = nn.Dropout(self.dropout_rate, name=name)(jnp.pad(x, padding), deterministic=not train)
+      return jax.lax.slice_in_dim(x, 0, num_outputs, axis=axis)
+
     y = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="attention_norm")(x)
-    qkv = _dense(y, 3 * width, "qkv", use_bias=False)
-    q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
-    weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5)
-    weights = dropout(weights, "attention_dropout")
-    y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, tokens, width)
-    x = x + dropout(_dense(y, width, "projection"), "projection_dropout")
+    qkv = jnp.split(_dense(y, 3 * width, "qkv", use_bias=False), 3, axis=-1)
+    q, k, v = (part.reshape(batch, tokens, self.num_heads, -1) for part in qkv)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q[:, :num_outputs] * q.shape[-1] ** -0.5, k)
+    # The derivatives of this softmax are sums of products. Those of nn.softmax divide, and cost
+    # the attack, which differentiates twice, more.
+    weights = dropout(jnp.exp(nn.log_softmax(scores)), "attention_dropout", axis=2)
+    y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, num_outputs, width)
+    x = x[:, :num_outputs] + dropout(_dense(y, width, "projection"), "projection_dropout")
 
     y = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="mlp_norm")(x)
     y = nn.gelu(_dense(y, self.mlp_size, "mlp_hidden"), approximate=False)
@@ -210,7 +226,10 @@ class ViT(nn.Module):
     x = x + self.param("position_embedding", nn.initializers.normal(1.0), (1, *x.shape[1:]))
     x = nn.Dropout(self.dropout_rate, name="embedding_dropout")(x, deterministic=not train)
     for i in range(self.depth):
-      block = _TransformerBlock(self.num_heads, self.mlp_size, self.dropout_rate, name=f"block_{i}")
+      num_outputs = 1 if i == self.depth - 1 else None  # the class token alone is pooled
+      block = _TransformerBlock(
+        self.num_heads, self.mlp_size, self.dropout_rate, num_outputs, name=f"block_{i}"
+      )
       x = block(x, train)
     x = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(x[:, 0])
     return _dense(x, self.num_classes, "classifier")
