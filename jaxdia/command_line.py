@@ -11,6 +11,8 @@ from ml_collections import config_flags
 
 from jaxdia.errors import InputError
 
+_MAX_CPU_DEVICES = 8
+
 
 def launch(main: Callable[[], int | None], config: flags.FlagHolder | None = None) -> None:
   """Parses the flags and runs a program.
@@ -35,11 +37,24 @@ def default_workdir(config_flag: str = "config") -> str:
   return "runs/" + name.replace(".py", "").replace(":", "_")
 
 
+def _share_cpu() -> None:
+  """Makes devices of CPU cores, unless the environment says how many.
+
+  Trials on a core of their own are up to a third faster than ones that share all
+  cores operation by operation. Each device holds a copy of the weights.
+  """
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, _MAX_CPU_DEVICES))
+
+
 def _guarded(main) -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of each backend that is not there
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxdia"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  _share_cpu()
   try:
     return main() or 0
   except InputError as error:

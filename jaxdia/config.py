@@ -11,7 +11,11 @@ from ml_collections import config_dict
 from jaxdia.attacks import PRESETS, AttackSettings
 from jaxdia.data import STATISTICS
 from jaxdia.errors import InputError, unknown
+from jaxdia.matching import METHODS
 from jaxdia.models import MODELS
+
+# Products of fewer bits are not among them: see ARCHITECTURE.md.
+PRECISIONS = ("float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +46,16 @@ class EngineSettings:
   """How the trials are run: what changes speed but no result.
 
   Attributes:
-    lanes: trials that a device runs at once; None chooses from the memory.
+    lanes: trials that a device runs at once; None chooses from model and memory.
+    chunk: steps between two looks at the lanes; None chooses about a second.
+    matching: how the kernel gradients of dense layers are compared: "formed",
+      "factored", or "auto", which chooses the cheaper way for each layer.
     checkpoint_seconds: how often running trials are saved.
   """
 
   lanes: int | None = None
+  chunk: int | None = None
+  matching: str = "auto"
   checkpoint_seconds: float = 30.0
 
 
@@ -56,6 +65,7 @@ class ExperimentSettings:
 
   Attributes:
     seed: of everything that is drawn.
+    precision: floating-point type of weights, gradients and search.
     data: the victims.
     model: name, dropout_rate and options of `jaxdia.models.create`.
     restarts: trials for each batch; the one with the best objective counts.
@@ -64,6 +74,7 @@ class ExperimentSettings:
   """
 
   seed: int
+  precision: str
   data: DataSettings
   model: dict[str, Any]
   restarts: int
@@ -74,6 +85,7 @@ class ExperimentSettings:
     """Returns what goes into config.json: all settings, resolved."""
     return {
       "seed": self.seed,
+      "precision": self.precision,
       "data": dataclasses.asdict(self.data),
       "model": {k: list(v) if isinstance(v, tuple) else v for k, v in self.model.items()},
       "restarts": self.restarts,
@@ -93,6 +105,7 @@ def default_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     {
       "seed": 0,
+      "precision": "float32",
       "data": _placeholders(DataSettings()),
       "model": {"name": "mlp", "dropout_rate": 0.25},
       "attack": {"name": "dia", "restarts": 1} | settings,
@@ -125,15 +138,19 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
     InputError: a field that does not exist, or a value that it cannot take.
   """
   config = ml_collections.ConfigDict(config).to_dict()
-  _check_names("config field", config, ["seed", "data", "model", "attack", "engine"])
+  _check_names("config field", config, ["seed", "precision", "data", "model", "attack", "engine"])
   for name in ("data", "model", "attack", "engine"):
     if not isinstance(config.get(name), dict):
       raise InputError(f"config.{name} is {config.get(name)!r}; expected a group of fields.")
   seed = config.get("seed", 0)
   if type(seed) is not int or not 0 <= seed < 2**32:
     raise InputError(f"config.seed is {seed!r}; expected an integer in [0, 2**32).")
+  precision = config.get("precision", "float32")
+  if precision not in PRECISIONS:
+    raise unknown("value of config.precision:", precision, PRECISIONS)
   return ExperimentSettings(
     seed=seed,
+    precision=precision,
     data=_validate_data(config["data"]),
     model=_validate_model(config["model"]),
     **_validate_attack(dict(config["attack"])),
@@ -195,8 +212,11 @@ def _validate_engine(fields) -> EngineSettings:
   known = [f.name for f in dataclasses.fields(EngineSettings)]
   _check_names("field of config.engine:", fields, known)
   engine = EngineSettings(**fields)
-  if engine.lanes is not None:
-    _check_integer("config.engine.lanes", engine.lanes, 1)
+  for name in ("lanes", "chunk"):
+    if getattr(engine, name) is not None:
+      _check_integer(f"config.engine.{name}", getattr(engine, name), 1)
+  if engine.matching not in METHODS:
+    raise unknown("value of config.engine.matching:", engine.matching, METHODS)
   seconds = engine.checkpoint_seconds
   if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
     raise InputError(

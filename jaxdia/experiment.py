@@ -48,7 +48,11 @@ def run(
       for what was finished before a checkpoint turned out to be damaged.
   """
   settings = validate(config)
-  workdir = pathlib.Path(workdir)
+  with jax.enable_x64(settings.precision == "float64"):
+    return _run(settings, pathlib.Path(workdir), say)
+
+
+def _run(settings, workdir, say) -> dict[str, Any]:
   victims = data.load(
     settings.data.source,
     settings.data.count,
@@ -74,21 +78,33 @@ def run(
     raise InputError(
       f"cannot write in the work directory {workdir} ({error}). Choose another --workdir."
     ) from error
-  say(describe(settings, model, observations[0]))
-  experiment = _Experiment(settings, workdir, model, victims, observations, secrets)
+  trials = len(observations) * settings.restarts
+  lanes, devices = settings.engine.lanes, jax.local_devices()[:trials]
+  if lanes is None:
+    lanes = engine.choose_lanes(model, observations[0], trials, devices)
+  say(describe(settings, model, observations[0], lanes, len(devices)))
+  experiment = _Experiment(settings, workdir, model, victims, observations, secrets, lanes)
   experiment.load()
   for name in settings.attacks:
     experiment.attack(name, say)
   return experiment.finish(say)
 
 
-def describe(settings: ExperimentSettings, model: DropoutModel, observation: Observation) -> str:
+def describe(
+  settings: ExperimentSettings,
+  model: DropoutModel,
+  observation: Observation,
+  lanes: int,
+  devices: int,
+) -> str:
   """Returns what is about to be attempted, for a person to read.
 
   Args:
     settings: of the experiment.
     model: the client's network.
     observation: one of those that are attacked.
+    lanes: trials that a device runs at once.
+    devices: number of devices that share the trials.
   """
   d, size = settings.data, settings.data.batch_size
   batches = d.count // size
@@ -119,19 +135,11 @@ def describe(settings: ExperimentSettings, model: DropoutModel, observation: Obs
     labels = {"given": "labels given", "recovered": "labels read from the gradient"}
     assumed += ", " + labels.get(attack.labels, "labels searched")
     lines.append(f"  {name:8} unknown: {' + '.join(unknowns)} ({assumed})")
-  lanes = _num_lanes(settings, model, observation)
   lines.append(
     f"  run      {batches} x {settings.restarts} trials, {lanes} lanes on each of"
-    f" {jax.local_device_count()} {device.platform} device(s) ({device.device_kind})"
+    f" {devices} {device.platform} device(s) ({device.device_kind})"
   )
   return "\n".join(lines)
-
-
-def _num_lanes(settings, model, observation) -> int:
-  if settings.engine.lanes is not None:
-    return settings.engine.lanes
-  jobs = settings.data.count // settings.data.batch_size * settings.restarts
-  return engine.choose_lanes(model, observation, jobs, jax.local_device_count())
 
 
 def _digest(victims: data.Victims) -> str:
@@ -193,6 +201,7 @@ def _observe(settings, model, victims) -> tuple[list[Observation], list[Secret]]
   """Draws the weights and lets each client compute its gradient."""
   key = jax.random.key(settings.seed)
   params = jax.jit(model.init)(jax.random.fold_in(key, 0))
+  params = jax.tree.map(lambda x: x.astype(settings.precision), params)
   client_key = jax.random.fold_in(key, 1)
   images = data.normalize(victims.images, victims.statistics)
   size = settings.data.batch_size
@@ -214,13 +223,14 @@ def _observe(settings, model, victims) -> tuple[list[Observation], list[Secret]]
 class _Experiment:
   """The attacks of one experiment, and what is written of them."""
 
-  def __init__(self, settings, workdir, model, victims, observations, secrets):
+  def __init__(self, settings, workdir, model, victims, observations, secrets, lanes):
     self._settings: ExperimentSettings = settings
     self._workdir: pathlib.Path = workdir
     self._model: DropoutModel = model
     self._victims: data.Victims = victims
     self._observations: list[Observation] = observations
     self._secrets: list[Secret] = secrets
+    self._lanes: int = lanes
     self._done: dict[str, dict[int, outcomes.Outcome]] = {}  # by attack and batch
     self._rows: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by attack and batch
     self._images: dict[str, np.ndarray] = {}
@@ -270,11 +280,14 @@ class _Experiment:
       restarts=settings.restarts,
       # The one place where an attack is handed something of the secret: WIIG is defined by it.
       masks=[s.masks for s in self._secrets] if attack.settings.masks == "known" else None,
-      lanes=settings.engine.lanes,
+      lanes=self._lanes,
+      chunk=settings.engine.chunk,
+      matching=settings.engine.matching,
       finished=finished,
       checkpoint_path=self._workdir / "checkpoint" / f"{name}.npz",
       checkpoint_seconds=settings.engine.checkpoint_seconds,
       on_progress=on_progress,
+      say=say,
     )
     try:
       for trial in trials:

@@ -13,11 +13,12 @@ and δ [δᵀ R]. What is not a dense layer is formed.
 """
 
 import dataclasses
-import functools
+import typing
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdia.client import Observation, full_precision, loss_of_logits
 from jaxdia.errors import InputError
@@ -25,6 +26,7 @@ from jaxdia.models import DenseLayer, DropoutModel
 from jaxdia.typing import Gradient, Images, Labels, Masks, Params
 
 Method = Literal["auto", "formed", "factored"]
+METHODS = typing.get_args(Method)
 _Path = tuple[str, ...]
 
 
@@ -219,26 +221,21 @@ def factorize(matrix: jax.Array, rank: int) -> Factors | None:
     jnp.float64,
   ):
     return None
-  factors, numerical_rank = _factorize(matrix, min(rank, inputs, outputs))
-  # A matrix with NaN has no rank at all.
-  return None if numerical_rank < 0 else jax.tree.map(lambda x: x[:, : int(numerical_rank)], factors)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _factorize(matrix, rank):
-  """Returns factors of a rank, and how many of their columns are enough; -1 if not even all."""
+  matrix = np.asarray(matrix)  # on the host, where nothing needs to be compiled
+  if not np.isfinite(matrix).all():
+    return None
   # A random sketch with a few more columns than the rank spans the column space.
-  columns = min(rank + 8, *matrix.shape)
-  sketch = jax.random.normal(jax.random.key(0), (matrix.shape[1], columns), matrix.dtype)
-  with full_precision():
-    basis, _ = jnp.linalg.qr(matrix @ sketch)
-    u, s, vt = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)
-    factors = Factors(basis @ (u[:, :rank] * s[:rank]), vt[:rank].T)
-    error = jnp.linalg.norm(matrix - factors.left @ factors.right.T)
-  unit = jnp.finfo(matrix.dtype).eps * jnp.linalg.norm(matrix)
-  left_out = jnp.sqrt(jnp.cumsum(jnp.square(s[:rank])[::-1])[::-1])
-  numerical_rank = jnp.maximum(1, jnp.sum(left_out > unit))
-  return factors, jnp.where(error <= 50 * unit, numerical_rank, -1)
+  sketch = np.random.default_rng(0).standard_normal((outputs, min(rank + 8, inputs, outputs)))
+  basis, _ = np.linalg.qr(matrix @ sketch.astype(matrix.dtype))
+  u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+  # What is left out by keeping the first 1, 2, ... columns.
+  left_out = np.sqrt(np.cumsum(np.square(s[::-1]))[::-1])[1:rank]
+  unit = np.finfo(matrix.dtype).eps * np.linalg.norm(matrix)
+  enough = 1 + int(np.sum(left_out > unit))
+  factors = Factors(basis @ (u * s)[:, :enough], vt[:enough].T)
+  if np.linalg.norm(matrix - factors.left @ factors.right.T) > 50 * unit:
+    return None
+  return jax.tree.map(jnp.asarray, factors)
 
 
 def compare(

@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import make_victims
 
-from jaxdia import attacks, engine
+from jaxdia import attacks, engine, models
 from jaxdia.attacks import Status
 from jaxdia.engine import Job, checkpoint
 from jaxdia.errors import InputError
@@ -113,12 +114,13 @@ def test_a_lane_that_is_done_gets_the_next_job(model, victims):
 
 def test_nothing_is_compiled_in_a_run(model, victims):
   attack = attacks.dia(model, max_iterations=20)
-  program = engine.lanes.create_program(attack, victims[1][0], None, 2, ONE_DEVICE)
+  program = engine.lanes.create_program(attack, victims[1][0], None, 2, 2, ONE_DEVICE)
   lanes = program.empty()
   keys = [jax.random.key(i) for i in range(3)]
 
   def turn(lanes, lane, key, victim, steps):
-    lanes = program.load(lanes, 0, lane, key, victims[1][victim], None)
+    lanes = program.place(lanes, 0, lane, victims[1][victim])
+    lanes = program.load(lanes, 0, lane, lane, key, None)
     lanes, gauge = program.advance(lanes, steps)
     program.read(lanes, 0, lane)
     return lanes, gauge
@@ -213,6 +215,110 @@ def test_even_a_start_that_is_the_best_has_valid_pixels(model, victims):
     assert trial.candidate.images.min() >= 0 and trial.candidate.images.max() <= 1
 
 
+def test_results_do_not_depend_on_chunks(model, victims):
+  attack = attacks.dia(model, max_iterations=30)
+  results = [_by_job(_run(attack, victims, lanes=2, chunk=chunk)) for chunk in (1, 7, 1000)]
+  for other in results[1:]:
+    for job, trial in results[0].items():
+      np.testing.assert_array_equal(other[job].candidate.images, trial.candidate.images)
+
+
+def test_lanes_that_attack_one_victim_share_its_target(model, victims):
+  """Two victims, and one, on four lanes: as many targets as victims, and the same results."""
+  attack = attacks.dia(model, max_iterations=25)
+  alone = _by_job(_run(attack, victims, lanes=1, restarts=3))
+  for count in (2, 1):
+    observations = victims[1][:count]
+    program = engine.lanes.create_program(attack, observations[0], None, 4, count, ONE_DEVICE)
+    assert program.empty().slots.gradient["hidden_0"]["kernel"].shape == (1, count, 36, 24)
+    trials = _by_job(_run(attack, (None, observations, victims[2]), lanes=4, restarts=3))
+    assert len(trials) == 3 * count
+    for job, trial in trials.items():
+      np.testing.assert_allclose(trial.objective, alone[job].objective, rtol=1e-3, atol=1e-6)
+
+
+def test_victims_come_and_go_while_restarts_of_others_run(model, victims):
+  """Six victims with trials of very different lengths, on three lanes with three slots."""
+  _, observations, _ = make_victims(model, 6)
+  sick = jax.tree.map(lambda x: x * jnp.nan, observations[0].gradient)
+  for i in (1, 2, 4):
+    observations[i] = dataclasses.replace(observations[i], gradient=sick)
+  attack = attacks.dia(model, max_iterations=30)
+  trials = _by_job(_run(attack, (None, observations, None), lanes=3, chunk=7))
+  for job, trial in trials.items():
+    assert (trial.status == Status.DIVERGED) == (job.victim in (1, 2, 4))
+    if trial.status != Status.DIVERGED:
+      alone = _by_job(_run(attack, (None, observations[:6], None), lanes=1, chunk=50))[job]
+      np.testing.assert_allclose(trial.objective, alone.objective, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("when", [1, 3])
+def test_out_of_memory_halves_the_lanes_and_goes_on(model, victims, monkeypatch, tmp_path, when):
+  """Memory for two lanes only; it runs out in the given chunk."""
+  create, asked = engine.lanes.create_program, []
+
+  def create_in_little_memory(attack, observation, masks, lanes, *args):
+    asked.append(lanes)
+    program = create(attack, observation, masks, lanes, *args)
+    chunks = iter(range(1000))
+
+    def advance(state, steps):
+      if lanes > 2 and steps and next(chunks) >= when:
+        jax.tree.map(lambda x: x.delete(), state)  # as donated buffers are
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+      return program.advance(state, steps)
+
+    return program._replace(advance=advance)
+
+  monkeypatch.setattr(sys.modules["jaxdia.engine.run"], "create_program", create_in_little_memory)
+  said = []
+  attack = attacks.dia(model, max_iterations=200)
+  options = {"chunk": 20, "checkpoint_path": tmp_path / "c.npz", "checkpoint_seconds": 0.0}
+  trials = _by_job(_run(attack, victims, lanes=6, say=said.append, **options))
+  assert asked == [6, 3, 1]
+  assert said == [
+    "out of memory with 6 lanes a device; going on with 3",
+    "out of memory with 3 lanes a device; going on with 1",
+  ]
+  monkeypatch.undo()
+  alone = _by_job(_run(attack, victims, lanes=6))
+  assert set(trials) == set(alone)
+  for job, trial in alone.items():
+    assert trials[job].iterations == trial.iterations
+    np.testing.assert_allclose(trials[job].objective, trial.objective, rtol=0.5)
+
+
+def test_what_does_not_fit_at_all_is_refused():
+  """A real allocation that no machine can make: 10^5 images of 10^8 pixels and no end of them."""
+  model = models.create("mlp", (8, 8, 1), 2, 0.5, hidden_sizes=(2,))
+  _, observations, _ = make_victims(model, 1)
+  said = []
+  huge = dataclasses.replace(observations[0], batch_size=10**13)
+  with pytest.raises(InputError, match="not even one trial fits into the memory"):
+    list(
+      engine.run(
+        jax.random.key(0),
+        attacks.ig(model),
+        [huge],
+        restarts=2,
+        lanes=2,
+        say=said.append,
+        devices=ONE_DEVICE,
+        matching="formed",
+      )
+    )
+  assert said == ["out of memory with 2 lanes a device; going on with 1"]
+
+
+def test_other_errors_of_the_runtime_are_not_swallowed(model, victims, monkeypatch):
+  def fail(*args):
+    raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+  monkeypatch.setattr(sys.modules["jaxdia.engine.run"], "create_program", fail)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    _run(attacks.dia(model), victims)
+
+
 def test_a_checkpoint_is_removed_at_the_end(model, victims, tmp_path):
   path = tmp_path / "checkpoint.npz"
   attack = attacks.ig(model, max_iterations=5)
@@ -269,11 +375,13 @@ def test_checkpoints_of_bfloat16(tmp_path):
 
 def test_lanes_are_chosen_from_jobs_and_memory(model, victims):
   observation = victims[1][0]
-  assert engine.choose_lanes(model, observation, 3, 1) == 3
-  assert engine.choose_lanes(model, observation, 100, 1) == 16
-  assert engine.choose_lanes(model, observation, 100, 8) == 13
-  huge = jax.tree.map(lambda x: jax.ShapeDtypeStruct((10**9,), x.dtype), observation.params)
-  assert engine.choose_lanes(model, dataclasses.replace(observation, params=huge), 100, 1) == 1
+  eight = jax.local_devices()
+  assert engine.choose_lanes(model, observation, 3, ONE_DEVICE) == 3
+  assert engine.choose_lanes(model, observation, 1000, ONE_DEVICE) == 32
+  assert engine.choose_lanes(model, observation, 100, eight) == 13
+  huge = jax.tree.map(lambda x: jax.ShapeDtypeStruct((10**11,), x.dtype), observation.params)
+  huge = dataclasses.replace(observation, params=huge)
+  assert engine.choose_lanes(model, huge, 100, ONE_DEVICE) == 1
 
 
 def test_observations_of_other_params_are_refused(model, victims):

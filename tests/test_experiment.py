@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,7 +26,7 @@ FIELDS = [
 
 
 def _launch(*arguments, config="configs/mlp.py:mnist", popen=False):
-  # One device, as a user has; the tests' eight are for those of the engine.
+  # A device for each core, as a user has; the tests' eight are for those of the engine.
   command = [sys.executable, "launch/attack.py", f"--config={config}", *arguments]
   if popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -139,7 +140,7 @@ def test_killed_and_started_again_it_ends_with_the_same_numbers(tmp_path):
 
 def test_a_finished_run_is_shown_again_without_computing(tmp_path, monkeypatch):
   first = experiment.run(_small(), tmp_path, say=_silent)
-  monkeypatch.setattr("jaxdia.engine.lanes.create_program", None)
+  monkeypatch.setattr(sys.modules["jaxdia.engine.run"], "create_program", None)
   lines = []
   second = experiment.run(_small(), tmp_path, say=lines.append)
   assert second == first  # the times too
@@ -150,7 +151,38 @@ def test_speed_settings_do_not_make_another_experiment(tmp_path):
   experiment.run(_small(), tmp_path, say=_silent)
   config = _small()
   config.engine.lanes = 3
+  config.engine.chunk = 5
+  config.engine.matching = "formed"
   experiment.run(config, tmp_path, say=_silent)
+
+
+def test_double_precision_starts_from_the_same_point(tmp_path):
+  results = {}
+  for precision in ("float32", "float64"):
+    config = _small(max_iterations=8)
+    config.precision = precision
+    experiment.run(config, tmp_path / precision, say=_silent)
+    with np.load(tmp_path / precision / "trials" / "dia" / "00000.npz") as file:
+      assert file["images"].dtype == file["masks/dropout_0"].dtype == precision
+      results[precision] = file["images"], _rows(tmp_path / precision)[0]["objective"]
+  assert not jax.config.jax_enable_x64  # as it was before
+  images, objectives = zip(*results.values(), strict=True)
+  np.testing.assert_allclose(images[0], images[1], atol=0.01)
+  np.testing.assert_allclose(objectives[0], objectives[1], rtol=1e-4)
+  assert objectives[0] != objectives[1]
+
+
+@pytest.mark.parametrize("variable, devices", [(None, os.cpu_count()), ("1", 1), ("3", 3)])
+def test_cpu_cores_are_devices_unless_the_environment_says_otherwise(variable, devices, tmp_path):
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+  if variable is not None:
+    environment["JAX_NUM_CPU_DEVICES"] = variable
+  program = "import jax; from jaxdia.command_line import _share_cpu; _share_cpu()"
+  program += "; print(jax.local_device_count())"
+  output = subprocess.run(
+    [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+  ).stdout
+  assert int(output) == min(devices, 8)
 
 
 def test_a_work_directory_of_another_experiment_is_refused(tmp_path):
@@ -300,6 +332,9 @@ def test_every_config_is_valid(file):
     ({"data.batch_size": 2}, "cannot be cut into batches"),
     ({"data.source": "npz:/no/such"}, "/no/such is no file"),
     ({"engine.lanes": 0}, "config.engine.lanes is 0"),
+    ({"engine.chunk": 0}, "config.engine.chunk is 0"),
+    ({"engine.matching": "fast"}, "config.engine.matching: 'fast'. Choose one of: auto"),
+    ({"precision": "bfloat16"}, "config.precision: 'bfloat16'. Did you mean 'float"),
     ({"engine.checkpoint_seconds": -1.0}, "checkpoint_seconds is -1.0"),
     ({"engine.checkpoint_seconds": float("nan")}, "checkpoint_seconds is nan"),
     ({"attack.max_iterations": 10**10}, "max_iterations is 10000000000"),

@@ -57,7 +57,11 @@ MODELS = {
   "mlp": lambda: models.create("mlp", SHAPE, 5, 0.25, hidden_sizes=(16, 16)),
   "mlp_bias": lambda: models.create("mlp", SHAPE, 5, 0.25, hidden_sizes=(16, 16), use_bias=True),
   "lenet": lambda: models.create("lenet", SHAPE, 5, 0.25, channels=3, hidden_size=16),
+  "resnet18": lambda: models.create("resnet18", SHAPE, 5, 0.25, width=4, groups=2),
   "vit": lambda: models.create("vit", SHAPE, 5, 0.25, **VIT),
+  "vit_b16": lambda: models.create(
+    "vit_b16", SHAPE, 5, 0.25, **VIT | {"depth": 2, "patch_size": 4}
+  ),
   "shared": lambda: models.from_flax(SharedDense(), SHAPE),
   "hidden": lambda: models.from_flax(Hidden(), SHAPE),
 }
@@ -84,7 +88,11 @@ def _differentiate(model, observation, images, labels, compare):
     return matching.cosine_distance(comparison) + matching.squared_l2_distance(comparison)
 
   masks = models.expected_masks(model, len(labels), jnp.float64)
-  return jax.jit(jax.value_and_grad(distances, argnums=(0, 1)))(images, masks)
+  # Compiled in haste: it runs once.
+  haste = {"xla_backend_optimization_level": 0}
+  return jax.jit(jax.value_and_grad(distances, argnums=(0, 1)), compiler_options=haste)(
+    images, masks
+  )
 
 
 def _formed(model, observation, labels):
@@ -227,6 +235,60 @@ def test_factorize(shape, rank):
   assert matching.factorize(jnp.asarray(matrix * np.nan, jnp.float32), rank) is None
   assert matching.factorize(jnp.zeros(shape), rank) is not None
   assert matching.factorize(jnp.zeros(shape, jnp.bfloat16), rank) is None
+
+
+def test_factors_have_no_more_columns_than_the_matrix_has_rank():
+  rng = np.random.default_rng(0)
+  matrix = rng.normal(size=(60, 2)) @ rng.normal(size=(2, 50))
+  for limit in (2, 9):
+    factors = matching.factorize(jnp.asarray(matrix, jnp.float32), limit)
+    assert factors.left.shape == (60, 2) and factors.right.shape == (50, 2)
+
+
+def test_observations_of_different_rank_get_factors_of_one_shape():
+  """Without dropout the gradient of a batch that holds one image twice has rank 1."""
+  model = models.create("mlp", SHAPE, 5, 0.0, hidden_sizes=(16, 16))
+  params = jax.jit(model.init)(jax.random.key(0))
+  images = np.random.default_rng(0).uniform(size=(3, *SHAPE)).astype(np.float32)
+  observations = [
+    observe(jax.random.key(0), model, params, images[list(pair)], np.array([1, 1]))[0]
+    for pair in [(0, 0), (1, 2)]
+  ]
+  ranks = [
+    matching.prepare(model, o).gradient.kernels[("hidden_0",)].left.shape[1] for o in observations
+  ]
+  assert ranks == [1, 2]
+  for o, prepared in zip(observations, matching.prepare_alike(model, observations), strict=True):
+    left, right = prepared.gradient.kernels[("hidden_0",)]
+    assert left.shape[1] == right.shape[1] == 2
+    kernel = o.gradient["hidden_0"]["kernel"]
+    np.testing.assert_allclose(left @ right.T, kernel, atol=1e-5 * np.abs(kernel).max())
+
+
+def test_only_the_class_token_of_the_last_block_has_a_gradient():
+  model = models.create("vit", SHAPE, 5, 0.25, **VIT | {"depth": 2})
+  rows = {layer.path[0]: layer.rows for layer in model.dense(2) if layer.path[-1] == "mlp_hidden"}
+  assert rows == {"block_0": (10,), "block_1": (2,)}
+  assert model.mask_shapes(2)["block_1/hidden_dropout"] == (2, 5, 24)
+  assert model.mask_shapes(2)["block_1/attention_dropout"] == (2, 2, 5, 5)
+
+
+def test_forward_derivatives_and_second_ones_are_right_too():
+  """Those of the products that are written by hand in matching."""
+  with jax.enable_x64(True):
+    model, observation, images, labels = _case(MODELS["mlp"](), 2)
+    _, compare = _prepared(model, observation, labels, "factored")
+    masks = models.expected_masks(model, 2, jnp.float64)
+    formed = _formed(model, observation, labels)
+    directions = jax.random.normal(jax.random.key(5), (2, *images.shape), jnp.float64)
+
+    def second(compare):
+      def along(direction):
+        return lambda x: jax.jvp(lambda y: compare(masks, y)[:2], (x,), (direction,))[1]
+
+      return jax.jvp(along(directions[0]), (images,), (directions[1],))
+
+    _assert_close(second(compare), second(formed))
 
 
 def test_the_squared_distance_is_taken_of_formed_gradients():

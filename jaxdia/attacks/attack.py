@@ -121,12 +121,14 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
     _check_start(settings, observation, masks)
     images_key, masks_key, labels_key = jax.random.split(key, 3)
     size, dtype = observation.batch_size, observation.dtype
+
+    def draw(key, *shape):  # the same numbers for every type
+      return jax.random.normal(key, (size, *shape), jnp.float32).astype(dtype)
+
     candidate = Candidate(
-      images=jax.random.normal(images_key, (size, *model.image_shape), dtype),
+      images=draw(images_key, *model.image_shape),
       masks=sample_masks(masks_key, model, size, dtype) if settings.masks == "free" else None,
-      labels=jax.random.normal(labels_key, (size, model.num_classes), dtype)
-      if settings.labels == "free"
-      else None,
+      labels=draw(labels_key, model.num_classes) if settings.labels == "free" else None,
     )
     labels = {"given": observation.labels, "free": None}
     known = Known(

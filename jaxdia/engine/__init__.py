@@ -1,6 +1,7 @@
 """Many trials at once: lanes on devices, fed by a host loop."""
 
 from jaxdia.engine import lanes
-from jaxdia.engine.run import Job, Progress, Trial, choose_lanes, run, trial_key
+from jaxdia.engine.capacity import choose_lanes
+from jaxdia.engine.run import Job, Progress, Trial, run, trial_key
 
 __all__ = ["Job", "Progress", "Trial", "choose_lanes", "lanes", "run", "trial_key"]

@@ -1,8 +1,9 @@
 """Lanes: the only vmap over trials and the only pmap over devices.
 
-A device runs a fixed number of lanes, each with one trial. All devices run the
-same compiled program. What is replaced when a trial ends is the content of its
-lane, so nothing is compiled again.
+A device runs a fixed number of lanes, each with one trial, and has a fixed number
+of slots, each with what the server saw of one victim; lanes that attack the same
+victim share its slot. All devices run the same compiled program. What is replaced
+when a trial ends is the content of its lane, so nothing is compiled again.
 """
 
 import dataclasses
@@ -18,17 +19,29 @@ from jaxdia.client import Observation
 from jaxdia.typing import Gradient, Key, Labels, Masks
 
 
-class Lanes(NamedTuple):
-  """The trials of all lanes; every array has leading axes [device, lane].
+class Slots(NamedTuple):
+  """What of the observations differs between victims; leading axes [device, slot].
 
   Attributes:
-    gradient: the client's gradient that the trial attacks.
-    labels: i[B] if the observations grant them.
-    state: of the trial.
+    gradient: of the client, as `jaxdia.matching.prepare` made it.
+    labels: i[B] if the observation grants them.
   """
 
   gradient: Gradient
   labels: Labels | None
+
+
+class Lanes(NamedTuple):
+  """The trials of all lanes, and their victims.
+
+  Attributes:
+    slots: the victims.
+    slot: i[device, lane], where the victim of the lane's trial is.
+    state: of the trials; every array has leading axes [device, lane].
+  """
+
+  slots: Slots
+  slot: jax.Array
   state: State
 
 
@@ -51,21 +64,26 @@ class LaneProgram(NamedTuple):
 
   Attributes:
     empty: `empty() -> Lanes`, with no trial in them.
-    load: `load(lanes, device, lane, key, observation, masks) -> Lanes`, starts a
-      trial in a lane.
+    place: `place(lanes, device, slot, observation) -> Lanes`, puts a victim in a
+      slot that no running trial needs.
+    load: `load(lanes, device, lane, slot, key, masks) -> Lanes`, starts a trial in
+      a lane, on the victim in a slot.
     advance: `advance(lanes, steps) -> (Lanes, Gauge)`, at most `steps` steps of
       every running trial; returns early when none runs.
     read: `read(lanes, device, lane) -> Best`, on the host, with valid pixels.
     restore: `restore(lanes, state) -> Lanes`, with the states from the host.
     shape: (devices, lanes a device).
+    num_slots: victims that a device has room for.
   """
 
   empty: Callable[[], Lanes]
-  load: Callable[[Lanes, int, int, Key, Observation, Masks | None], Lanes]
+  place: Callable[[Lanes, int, int, Observation], Lanes]
+  load: Callable[[Lanes, int, int, int, Key, Masks | None], Lanes]
   advance: Callable[[Lanes, int], tuple[Lanes, Gauge]]
   read: Callable[[Lanes, int, int], Best]
   restore: Callable[[Lanes, State], Lanes]
   shape: tuple[int, int]
+  num_slots: int
 
 
 def create_program(
@@ -73,6 +91,7 @@ def create_program(
   observation: Observation,
   masks: Masks | None,
   lanes_per_device: int,
+  num_slots: int,
   devices: Sequence[jax.Device],
 ) -> LaneProgram:
   """Builds the functions that run an attack in lanes.
@@ -83,6 +102,8 @@ def create_program(
       shared by all lanes.
     masks: the client's masks, or any like them, if the attack knows them.
     lanes_per_device: number of trials that a device runs at once.
+    num_slots: number of victims that a device has room for; no more than lanes are
+      of use, and with one, all lanes share the products with its gradient.
     devices: local devices to run on.
 
   Returns:
@@ -95,40 +116,51 @@ def create_program(
   shared = replicate(device_numbers, dataclasses.replace(observation, gradient=None, labels=None))
   state_shape = jax.eval_shape(attack.init, jax.random.key(0), observation, masks)
 
-  def one_lane(shape):
-    return jnp.zeros((lanes_per_device, *shape.shape), shape.dtype)
+  slot_shape = _shapes(Slots(observation.gradient, observation.labels))
+
+  def zeros(count, shapes):
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
 
   def empty_on_device(_):
-    lanes = jax.tree.map(
-      one_lane, Lanes(*_shapes((observation.gradient, observation.labels)), state_shape)
-    )
+    state = zeros(lanes_per_device, state_shape)
     # Any status but RUNNING. (An IntEnum as it is would make the array weakly typed.)
     status = jnp.full((lanes_per_device,), int(Status.MAX_ITERATIONS), jnp.int32)
-    return lanes._replace(state=lanes.state._replace(status=status))
+    slot = jnp.zeros((lanes_per_device,), jnp.int32)
+    return Lanes(zeros(num_slots, slot_shape), slot, state._replace(status=status))
 
-  def load_on_device(shared, lanes, here, lane, key, gradient, labels, masks):
-    observation = dataclasses.replace(shared, gradient=gradient, labels=labels)
-    new = Lanes(gradient, labels, attack.init(key, observation, masks))
+  def observation_in(shared, slots, slot):
+    # Of a single slot there is nothing to choose: then no lane has a target of its own.
+    one = jax.tree.map(lambda x: x[slot if num_slots > 1 else 0], slots)
+    return dataclasses.replace(shared, gradient=one.gradient, labels=one.labels)
+
+  def write(tree, index, new, here):
     return jax.tree.map(
-      lambda old, new: old.at[lane].set(jnp.where(here, new, old[lane])), lanes, new
+      lambda old, new: old.at[index].set(jnp.where(here, new, old[index])), tree, new
     )
 
-  def step(shared, lane):
-    observation = dataclasses.replace(shared, gradient=lane.gradient, labels=lane.labels)
-    return lane._replace(state=attack.step(observation, lane.state)[0])
+  def place_on_device(lanes, here, slot, new):
+    return lanes._replace(slots=write(lanes.slots, slot, new, here))
+
+  def load_on_device(shared, lanes, here, lane, slot, key, masks):
+    new = attack.init(key, observation_in(shared, lanes.slots, slot), masks)
+    return lanes._replace(
+      slot=write(lanes.slot, lane, slot, here), state=write(lanes.state, lane, new, here)
+    )
 
   def advance_on_device(shared, lanes, steps):
+    def step(slot, state):
+      return attack.step(observation_in(shared, lanes.slots, slot), state)[0]
+
     def more(carry):
-      i, lanes = carry
-      return (i < steps) & jnp.any(lanes.state.status == Status.RUNNING)
+      i, state = carry
+      return (i < steps) & jnp.any(state.status == Status.RUNNING)
 
     def turn(carry):
-      i, lanes = carry
-      return i + 1, jax.vmap(step, in_axes=(None, 0))(shared, lanes)
+      i, state = carry
+      return i + 1, jax.vmap(step)(lanes.slot, state)
 
-    _, lanes = jax.lax.while_loop(more, turn, (jnp.zeros((), jnp.int32), lanes))
-    state = lanes.state
-    return lanes, Gauge(state.status, state.iteration, state.best.objective)
+    _, state = jax.lax.while_loop(more, turn, (jnp.zeros((), jnp.int32), lanes.state))
+    return lanes._replace(state=state), Gauge(state.status, state.iteration, state.best.objective)
 
   def read_on_device(shared, lanes, lane):
     best = jax.tree.map(lambda x: x[lane], lanes.state.best)
@@ -139,14 +171,19 @@ def create_program(
     return jax.pmap(function, in_axes=in_axes, donate_argnums=donate, devices=devices)
 
   p_empty = pmap(empty_on_device, 0)
-  p_load = pmap(load_on_device, (0, 0, 0, None, None, None, None, None), donate=(1,))
+  p_place = pmap(place_on_device, (0, 0, None, None), donate=(0,))
+  p_load = pmap(load_on_device, (0, 0, 0, None, None, None, None), donate=(1,))
   p_advance = pmap(advance_on_device, (0, 0, None), donate=(1,))
   p_read = pmap(read_on_device, (0, 0, None))
   p_put = pmap(lambda x: x, 0)
 
-  def load(lanes, device, lane, key, observation, masks):
+  def place(lanes, device, slot, observation):
+    new = Slots(observation.gradient, observation.labels)
+    return p_place(lanes, device_numbers == device, np.int32(slot), new)
+
+  def load(lanes, device, lane, slot, key, masks):
     here = device_numbers == device
-    return p_load(shared, lanes, here, lane, key, observation.gradient, observation.labels, masks)
+    return p_load(shared, lanes, here, np.int32(lane), np.int32(slot), key, masks)
 
   def advance(lanes, steps):
     lanes, gauge = p_advance(shared, lanes, np.int32(steps))
@@ -157,11 +194,13 @@ def create_program(
 
   return LaneProgram(
     empty=lambda: p_empty(device_numbers),
+    place=place,
     load=load,
     advance=advance,
     read=read,
     restore=lambda lanes, state: lanes._replace(state=p_put(state)),
     shape=(num_devices, lanes_per_device),
+    num_slots=num_slots,
   )
 
 

@@ -12,15 +12,12 @@ import numpy as np
 from jaxdia.attacks import Attack, Candidate, Status
 from jaxdia.client import Observation
 from jaxdia.engine import checkpoint
-from jaxdia.engine.lanes import Gauge, LaneProgram, create_program
+from jaxdia.engine.capacity import choose_lanes, halve_lanes
+from jaxdia.engine.lanes import Gauge, create_program
 from jaxdia.errors import InputError
 from jaxdia.matching import Method, prepare_alike, suits
-from jaxdia.models import DropoutModel
 from jaxdia.typing import Key, Masks
 
-# Device memory that the lanes may take where their number is not set.
-_LANE_MEMORY = 4 * 2**30
-_MAX_LANES = 16
 # The host looks at the lanes about so often.
 _CHUNK_SECONDS = 1.0
 _MAX_CHUNK = 1_000
@@ -89,24 +86,6 @@ def trial_key(key: Key, job: Job) -> Key:
   return jax.random.fold_in(jax.random.fold_in(key, job.victim), job.restart)
 
 
-def choose_lanes(model: DropoutModel, observation: Observation, jobs: int, devices: int) -> int:
-  """Returns a number of lanes a device that suits the jobs and the memory.
-
-  Args:
-    model: the client's network.
-    observation: one of those that are attacked.
-    jobs: number of trials.
-    devices: number of devices.
-  """
-  masks = model.mask_shapes(observation.batch_size)
-  entries = sum(int(np.prod(shape)) for shape in masks.values())
-  params = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
-  # At worst a lane holds its target and about four arrays like the parameters for the dummy
-  # gradient and its derivative; and about eight arrays like the masks for the search.
-  lane_bytes = 4 * (5 * params + 8 * entries)
-  return max(1, min(-(-jobs // devices), _MAX_LANES, _LANE_MEMORY // lane_bytes))
-
-
 def run(
   key: Key,
   attack: Attack,
@@ -115,12 +94,14 @@ def run(
   restarts: int = 1,
   masks: Sequence[Masks] | None = None,
   lanes: int | None = None,
+  chunk: int | None = None,
   devices: Sequence[jax.Device] | None = None,
   finished: Collection[Job] = (),
   checkpoint_path: pathlib.Path | None = None,
   checkpoint_seconds: float = 30.0,
   matching: Method = "auto",
   on_progress: Callable[[Progress], None] = lambda progress: None,
+  say: Callable[[str], None] = print,
 ) -> Iterator[Trial]:
   """Runs an attack on many observations, many trials at once.
 
@@ -131,51 +112,61 @@ def run(
     observations: of one model and batch size; they share their params.
     restarts: number of trials for each observation.
     masks: the client's masks for each observation, if the attack knows them.
-    lanes: trials that a device runs at once; chosen from the memory if None.
-    devices: all local ones if None.
+    lanes: trials that a device runs at once, fewer if they do not fit into its
+      memory; see `choose_lanes` if None.
+    chunk: steps between two looks at the lanes; if None, as many as take about a
+      second.
+    devices: all local ones if None, but no more than there are trials.
     finished: jobs that are left out.
     checkpoint_path: where running trials are saved, and found again; the file is
       removed at the end.
     checkpoint_seconds: how often.
     matching: how gradients are compared; see `jaxdia.matching.choose_layers`.
     on_progress: called once a chunk.
+    say: called with what a person should read.
 
   Yields:
     Each trial as it ends.
 
   Raises:
-    InputError: there is nothing to attack, or the checkpoint cannot be used.
+    InputError: there is nothing to attack, the checkpoint cannot be used, or not
+      even one trial fits into the memory.
   """
   if not observations or restarts < 1:
     raise InputError(
       f"got {len(observations)} observations and {restarts} restarts; expected at least one of"
       " each."
     )
-  devices = list(devices or jax.local_devices())
   jobs = [Job(v, r) for v in range(len(observations)) for r in range(restarts)]
   finished = set(finished)
   queue = collections.deque(job for job in jobs if job not in finished)
   if not queue:
     _remove(checkpoint_path)
     return
-  if lanes is None:
-    # From all jobs, not from those that are left, so that a resumed run finds its lanes.
-    lanes = choose_lanes(attack.model, observations[0], len(jobs), len(devices))
   _check_alike(observations)
-  method = suits(attack.settings.distance, matching)
-  observations = prepare_alike(attack.model, list(observations), method)
-  program = create_program(
-    attack, observations[0], masks[0] if masks is not None else None, lanes, devices
-  )
-  loop = _Loop(program, key, observations, masks)
-  if checkpoint_path is not None:
-    queue = loop.resume(checkpoint_path, queue)
-  saved = time.monotonic()
-  done_before = len(jobs) - len(queue) - len(loop.jobs)
+  # All of these from all jobs, not from those that are left, so that a resumed run finds its lanes.
+  devices = list(devices or jax.local_devices())[: len(jobs)]
+  if lanes is None:
+    lanes = choose_lanes(attack.model, observations[0], len(jobs), devices)
+  lanes = min(lanes, -(-len(jobs) // len(devices)))
+  loop = _Loop(key, attack, observations, masks, devices, chunk, matching)
   done_steps = []
+  saved = time.monotonic()
   while queue or loop.jobs:
-    loop.fill(queue)
-    gauge = loop.advance()
+    try:
+      if not loop.started:
+        loop.start(lanes)
+        if checkpoint_path is not None:
+          queue = loop.resume(checkpoint_path, queue)
+        done_before = len(jobs) - len(queue) - len(loop.jobs) - len(done_steps)
+      loop.fill(queue)
+      gauge = loop.advance()
+    except jax.errors.JaxRuntimeError as error:
+      fewer = halve_lanes(lanes, error)
+      say(f"out of memory with {lanes} lanes a device; going on with {fewer}")
+      lanes = fewer
+      queue.extendleft(loop.stop())
+      continue
     for place in loop.ended(gauge):
       trial = loop.take(place, gauge)
       done_steps.append(trial.iterations)
@@ -225,31 +216,81 @@ class _Loop:
 
   def __init__(
     self,
-    program: LaneProgram,
     key: Key,
+    attack: Attack,
     observations: Sequence[Observation],
     masks: Sequence[Masks] | None,
+    devices: Sequence[jax.Device],
+    chunk: int | None,
+    matching: Method,
   ):
-    self._program = program
+    start = time.monotonic()
+    method = suits(attack.settings.distance, matching)
+    self._observations = prepare_alike(attack.model, list(observations), method)
     self._key = key
-    self._observations = observations
+    self._attack = attack
     self._masks = masks
-    self._lanes = program.empty()
-    self._chunk = 1
-    self._compiled = False
-    self._started: dict[tuple[int, int], float] = {}  # run_seconds at which a job began
-    self.jobs: dict[tuple[int, int], Job] = {}  # (device, lane) -> job
+    self._devices = devices
+    self._fixed_chunk = chunk
     self.compile_seconds = 0.0
-    self.run_seconds = 0.0
+    self.run_seconds = time.monotonic() - start
     self.resumed_steps = 0
+    self.started = False
+    self.jobs: dict[tuple[int, int], Job] = {}  # (device, lane) -> job
+
+  def start(self, lanes: int) -> None:
+    """Makes lanes, with no job in them."""
+    start = time.monotonic()
+    masks = self._masks[0] if self._masks is not None else None
+    first = self._observations[0]
+    slots = min(lanes, len(self._observations))
+    self._victims: dict[tuple[int, int], int] = {}  # (device, slot) -> victim
+    self._program = create_program(self._attack, first, masks, lanes, slots, self._devices)
+    self._lanes = self._program.empty()
+    # Each compiled function once, without a step, so that none is compiled in the run.
+    self._place(0, 0, 0)
+    self._lanes = self._program.load(self._lanes, 0, 0, 0, trial_key(self._key, Job(0, 0)), masks)
+    self._lanes, _ = self._program.advance(self._lanes, 0)
+    self._program.read(self._lanes, 0, 0)
+    self._victims.clear()
+    self._lanes = None
+    self._lanes = self._program.empty()
+    self.compile_seconds += time.monotonic() - start
+    self._chunk = self._fixed_chunk or 1
+    self._began: dict[tuple[int, int], float] = {}  # place -> run_seconds when its job began
+    self.started = True
+
+  def stop(self) -> list[Job]:
+    """Gives up the lanes; returns the jobs that were in them, the last first."""
+    jobs = sorted(self.jobs.values(), reverse=True)
+    self.jobs.clear()
+    self._program = self._lanes = None
+    self.resumed_steps = 0
+    self.started = False
+    return jobs
+
+  def _place(self, device, slot, victim):
+    self._lanes = self._program.place(self._lanes, device, slot, self._observations[victim])
+    self._victims[device, slot] = victim
+
+  def _slot(self, device, victim) -> int:
+    """Returns where on a device a victim is, or is put now."""
+    here = [self._victims.get((device, slot)) for slot in range(self._program.num_slots)]
+    if victim in here:
+      return here.index(victim)
+    # There are as many slots as victims, or as lanes, so one is free.
+    needed = {job.victim for (d, _), job in self.jobs.items() if d == device}
+    slot = next(slot for slot, other in enumerate(here) if other not in needed)
+    self._place(device, slot, victim)
+    return slot
 
   def _load(self, place, job):
     masks = self._masks[job.victim] if self._masks is not None else None
-    self._lanes = self._program.load(
-      self._lanes, *place, trial_key(self._key, job), self._observations[job.victim], masks
-    )
+    slot = self._slot(place[0], job.victim)
+    key = trial_key(self._key, job)
+    self._lanes = self._program.load(self._lanes, *place, slot, key, masks)
     self.jobs[place] = job
-    self._started[place] = self.run_seconds
+    self._began[place] = self.run_seconds
 
   def fill(self, queue: collections.deque[Job]) -> None:
     """Puts waiting jobs into free lanes, device by device."""
@@ -260,18 +301,14 @@ class _Loop:
         self._load(place, queue.popleft())
 
   def advance(self) -> Gauge:
-    """Runs one chunk, of a length that takes about `_CHUNK_SECONDS`."""
-    if not self._compiled:  # no steps: only compiles
-      start = time.monotonic()
-      self._lanes, _ = self._program.advance(self._lanes, 0)
-      self.compile_seconds += time.monotonic() - start
-      self._compiled = True
+    """Runs one chunk, if not set then of a length that takes about `_CHUNK_SECONDS`."""
     start = time.monotonic()
     self._lanes, gauge = self._program.advance(self._lanes, self._chunk)
     seconds = time.monotonic() - start
     self.run_seconds += seconds
-    wanted = self._chunk * _CHUNK_SECONDS / max(seconds, 1e-9)
-    self._chunk = int(np.clip(wanted, 1, min(2 * self._chunk, _MAX_CHUNK)))
+    if self._fixed_chunk is None:
+      wanted = self._chunk * _CHUNK_SECONDS / max(seconds, 1e-9)
+      self._chunk = int(np.clip(wanted, 1, min(2 * self._chunk, _MAX_CHUNK)))
     return gauge
 
   def ended(self, gauge: Gauge) -> list[tuple[int, int]]:
@@ -289,7 +326,7 @@ class _Loop:
       iterations=int(gauge.iteration[place]),
       best_iteration=int(best.iteration),
       status=Status(int(gauge.status[place])),
-      seconds=self.run_seconds - self._started.pop(place),
+      seconds=self.run_seconds - self._began.pop(place),
     )
 
   def _checkpoint(self):
@@ -297,7 +334,7 @@ class _Loop:
     seconds = np.zeros(self._program.shape, np.float64)
     for place, job in self.jobs.items():
       jobs[place] = job
-      seconds[place] = self.run_seconds - self._started[place]
+      seconds[place] = self.run_seconds - self._began[place]
     return {"jobs": jobs, "seconds": seconds, "state": self._lanes.state}
 
   def save(self, path: pathlib.Path) -> None:
@@ -320,7 +357,7 @@ class _Loop:
       if job not in waiting or (place := next(places, None)) is None:
         continue
       self._load(place, job)
-      self._started[place] = -float(saved["seconds"][source])
+      self._began[place] = -float(saved["seconds"][source])
       for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(saved["state"]), strict=True):
         new[place] = old[source]
       self.resumed_steps += int(state.iteration[place])

@@ -103,12 +103,12 @@ def sample_masks(key: Key, model: DropoutModel, batch_size: int, dtype=jnp.float
     dtype: floating-point type of the masks.
 
   Returns:
-    {site name: f[shape]} of zeros and ones.
+    {site name: f[shape]} of zeros and ones, the same ones for every type.
   """
   shapes = model.mask_shapes(batch_size)
   return {
     site.name: jax.random.bernoulli(
-      jax.random.fold_in(key, i), 1 - site.rate, shapes[site.name]
+      jax.random.fold_in(key, i), jnp.float32(1 - site.rate), shapes[site.name]
     ).astype(dtype)
     for i, site in enumerate(model.sites)
   }

@@ -1,0 +1,72 @@
+"""How many lanes a device has room for."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import psutil
+
+from jaxdia.client import Observation
+from jaxdia.errors import InputError
+from jaxdia.files import first_line
+from jaxdia.models import DropoutModel
+
+# Of a device's free memory, the share that the lanes may take where their number is not set, and
+# what is taken to be free where nobody tells.
+_MEMORY_SHARE = 0.5
+_UNKNOWN_MEMORY = 4 * 2**30
+# More lanes make an iteration of each little cheaper, and the last trials of a run more lonely.
+_MAX_LANES = 256
+_MAX_LANES_CPU = 32
+
+
+def choose_lanes(
+  model: DropoutModel, observation: Observation, jobs: int, devices: Sequence[jax.Device]
+) -> int:
+  """Returns a number of lanes a device that suits the jobs, the model and the memory.
+
+  Args:
+    model: the client's network.
+    observation: one of those that are attacked.
+    jobs: number of trials.
+    devices: that share the trials.
+  """
+  masks = model.mask_shapes(observation.batch_size)
+  entries = sum(int(np.prod(shape)) for shape in masks.values())
+  params = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
+  # At worst a lane holds its target and about four arrays like the parameters for the dummy
+  # gradient and its derivative; and about eight arrays like the masks for the search.
+  lane_bytes = observation.dtype.itemsize * (5 * params + 8 * entries)
+  fitting = int(_MEMORY_SHARE * _free_memory(devices) / lane_bytes)
+  most = _MAX_LANES_CPU if devices[0].platform == "cpu" else _MAX_LANES
+  return max(1, min(-(-jobs // len(devices)), most, fitting))
+
+
+def _free_memory(devices: Sequence[jax.Device]) -> float:
+  """Returns the bytes that each device has left."""
+  stats = devices[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+  if devices[0].platform == "cpu":  # all of them share the memory of the machine
+    return psutil.virtual_memory().available / len(devices)
+  return _UNKNOWN_MEMORY
+
+
+def halve_lanes(lanes: int, error: jax.errors.JaxRuntimeError) -> int:
+  """Returns half as many lanes if an error says that these did not fit into the memory.
+
+  Args:
+    lanes: on each device, when it was raised.
+    error: that was raised; raised again if it says something else.
+
+  Raises:
+    InputError: there was but one lane.
+  """
+  if "RESOURCE_EXHAUSTED" not in str(error):
+    raise error
+  if lanes == 1:
+    raise InputError(
+      f"not even one trial fits into the memory of a device ({first_line(error)}). Attack smaller"
+      " batches or images, or a smaller network."
+    ) from error
+  return lanes // 2
