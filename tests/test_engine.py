@@ -66,6 +66,7 @@ def test_one_device_and_eight_give_the_same(model):
       {"devices": ONE_DEVICE, "lanes": 1},
       {"devices": ONE_DEVICE, "lanes": 6},
       {"devices": jax.local_devices(), "lanes": 1},
+      {"devices": jax.local_devices()[:2], "lanes": 2, "chunk": 7},
     ]
     results = [_by_job(_run(attack, (params, observations, secrets), **case)) for case in cases]
   assert len(jax.local_devices()) == 8
@@ -130,6 +131,30 @@ def test_nothing_is_compiled_in_a_run(model, victims):
     lanes, _ = turn(lanes, 1, keys[1], 1, 5)
     lanes, gauge = turn(lanes, 0, keys[2], 2, 50)
   assert gauge.iteration.tolist() == [[20, 20]]
+
+
+def test_nothing_is_compiled_after_the_first_chunk_of_a_run(model, victims):
+  """Though trials end, victims come and go, and lanes run out of jobs."""
+  compiled, at_each_chunk = [], []
+
+  def listen(name, seconds, **kwargs):
+    if name == "/jax/core/compile/backend_compile_duration":
+      compiled.append(name)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    trials = _run(
+      attacks.dia(model, max_iterations=23),
+      victims,
+      lanes=2,
+      restarts=3,
+      chunk=5,
+      on_progress=lambda progress: at_each_chunk.append(len(compiled)),
+    )
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert len(trials) == 9 and at_each_chunk[0] > 0
+  assert set(at_each_chunk) == {at_each_chunk[0]} and len(compiled) == at_each_chunk[0]
 
 
 class _no_compilation:
@@ -378,7 +403,8 @@ def test_lanes_are_chosen_from_jobs_and_memory(model, victims):
   eight = jax.local_devices()
   assert engine.choose_lanes(model, observation, 3, ONE_DEVICE) == 3
   assert engine.choose_lanes(model, observation, 1000, ONE_DEVICE) == 32
-  assert engine.choose_lanes(model, observation, 100, eight) == 13
+  assert engine.choose_lanes(model, observation, 10, ONE_DEVICE) == 4
+  assert engine.choose_lanes(model, observation, 64, eight[:2]) == 8
   huge = jax.tree.map(lambda x: jax.ShapeDtypeStruct((10**11,), x.dtype), observation.params)
   huge = dataclasses.replace(observation, params=huge)
   assert engine.choose_lanes(model, huge, 100, ONE_DEVICE) == 1

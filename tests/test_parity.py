@@ -13,41 +13,6 @@ from jaxdia.client import Observation, client_gradient, client_loss
 PARITY = pathlib.Path(__file__).parent / "parity"
 
 
-def _mlp_params(get):
-  names = ["hidden_0", "hidden_1", "hidden_2", "classifier"]
-  return {name: {"kernel": get(f"layers.{i}.linear.weight").T} for i, name in enumerate(names)}
-
-
-def _vit_params(get):
-  def dense(name, bias=True):
-    layer = {"kernel": get(f"{name}.weight").T}
-    return layer | {"bias": get(f"{name}.bias")} if bias else layer
-
-  def norm(name):
-    return {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
-
-  def block(i):
-    attention, mlp = (f"transformer.layers.{i}.{j}" for j in range(2))
-    return {
-      "attention_norm": norm(f"{attention}.norm"),
-      "qkv": dense(f"{attention}.fn.to_qkv", bias=False),
-      "projection": dense(f"{attention}.fn.to_out.0"),
-      "mlp_norm": norm(f"{mlp}.norm"),
-      "mlp_hidden": dense(f"{mlp}.fn.net.0"),
-      "mlp_output": dense(f"{mlp}.fn.net.3"),
-    }
-
-  return {
-    "patch_embedding": dense("to_patch_embedding.1"),
-    "class_token": get("cls_token"),
-    "position_embedding": get("pos_embedding"),
-    "block_0": block(0),
-    "block_1": block(1),
-    "norm": norm("mlp_head.0"),
-    "classifier": dense("mlp_head.1"),
-  }
-
-
 class Case:
   """One parity file, with its arrays in this package's layout."""
 
@@ -56,17 +21,19 @@ class Case:
       self.arrays = dict(file)
     if name == "mlp":
       self.model = models.create("mlp", (12, 12, 1), 10, 0.25, hidden_sizes=(24, 24, 24))
-      to_params, mean, std = _mlp_params, [0.13066373765468597], [0.30810782313346863]
+      mean, std = [0.13066373765468597], [0.30810782313346863]
     else:
       self.model = models.create(
         "vit", (8, 8, 3), 10, 0.25, patch_size=4, width=16, depth=2, num_heads=4, mlp_size=24
       )
-      to_params = _vit_params
       mean = [0.4914672374725342, 0.4822617471218109, 0.4467701315879822]
       std = [0.24703224003314972, 0.24348513782024384, 0.26158785820007324]
     params, gradient = (
-      to_params(lambda key, kind=kind: jnp.asarray(self.arrays[f"{kind}/{key}"]))
-      for kind in ("param", "grad")
+      models.params_of_reference(
+        {k.removeprefix(kind): v for k, v in self.arrays.items() if k.startswith(kind)},
+        self.model.image_shape,
+      )
+      for kind in ("param/", "grad/")
     )
     self.labels = jnp.asarray(self.arrays["labels"])
     self.observation = Observation(

@@ -20,6 +20,7 @@ from jaxdia.models.base import (
   sample_masks,
 )
 from jaxdia.models.flax_adapter import from_flax
+from jaxdia.models.reference import params_of_reference
 
 __all__ = [
   "MODELS",
@@ -31,6 +32,7 @@ __all__ = [
   "drop",
   "expected_masks",
   "from_flax",
+  "params_of_reference",
   "sample_masks",
 ]
 
