@@ -9,6 +9,7 @@ import psutil
 from jaxdia.client import Observation
 from jaxdia.errors import InputError
 from jaxdia.files import first_line
+from jaxdia.matching import choose_layers
 from jaxdia.models import DropoutModel
 
 # Of a device's free memory, the share that the lanes may take where their number is not set, and
@@ -17,11 +18,13 @@ _MEMORY_SHARE = 0.5
 _UNKNOWN_MEMORY = 4 * 2**30
 _MAX_LANES = 256
 # On a CPU a lane whose trial has ended costs as much as any other. So few enough lanes that each
-# gets some trials one after another, and is idle only at the end: 64 victims of the MLP are solved
-# in 26 s with 8 lanes on each of two cores, in 42 s with 32. Beyond 32, and below 4, an iteration
-# of a trial gets no cheaper, or much dearer.
+# gets some trials one after another, and is idle only at the end. Beyond 32, and below 4, an
+# iteration of a trial gets no cheaper, or much dearer. And few enough to stay near the caches,
+# without which an iteration of the ViT or the ResNet takes half as long again or twice as long
+# (python benchmarks/iteration.py --cases=vit:cifar10,resnet18:cifar10 --lanes=2,4,8,16).
 _CPU_LANES = (4, 32)
 _CPU_TRIALS_A_LANE = 4
+_CPU_NEAR_BYTES = 64 * 2**20
 
 
 def choose_lanes(
@@ -35,18 +38,28 @@ def choose_lanes(
     jobs: number of trials.
     devices: that share the trials.
   """
-  masks = model.mask_shapes(observation.batch_size)
-  entries = sum(int(np.prod(shape)) for shape in masks.values())
-  params = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
-  # At worst a lane holds its target and about four arrays like the parameters for the dummy
-  # gradient and its derivative; and about eight arrays like the masks for the search.
-  lane_bytes = observation.dtype.itemsize * (5 * params + 8 * entries)
-  fitting = int(_MEMORY_SHARE * _free_memory(devices) / lane_bytes)
+  size = _lane_bytes(model, observation)
+  fitting = _MEMORY_SHARE * _free_memory(devices) / size
   each = -(-jobs // len(devices))
   most = _MAX_LANES
   if devices[0].platform == "cpu":
-    most = int(np.clip(each // _CPU_TRIALS_A_LANE, *_CPU_LANES))
-  return max(1, min(each, most, fitting))
+    most = min(np.clip(each // _CPU_TRIALS_A_LANE, *_CPU_LANES), _CPU_NEAR_BYTES / size)
+  return int(max(1, min(each, most, fitting)))
+
+
+def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
+  """Returns about how much memory a lane takes."""
+  masks = model.mask_shapes(observation.batch_size)
+  entries = sum(int(np.prod(shape)) for shape in masks.values())
+  formed = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
+  thin = 0
+  for layer in choose_layers(model, observation.batch_size, "auto"):
+    formed -= layer.inputs * layer.outputs
+    thin += sum(layer.rows) * (layer.inputs + layer.outputs)
+  # Of what is formed, the target and about four arrays for the dummy gradient and its derivative;
+  # of what is thin, the factors and about as many for what passes the layer; of the masks about
+  # eight for the search.
+  return observation.dtype.itemsize * (5 * formed + 5 * thin + 8 * entries)
 
 
 def _free_memory(devices: Sequence[jax.Device]) -> float:
