@@ -1,6 +1,6 @@
 """What matrix products of bfloat16 would cost the reconstruction.
 
-python benchmarks/precision.py
+python benchmarks/precision.py --rates=0.5 --count=4 --max_iterations=3000
 
 Clients train the paper's MLP on MNIST in float32. DIA attacks it with the same
 network, once as it is and once with the operands of every product, and what flows
