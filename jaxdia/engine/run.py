@@ -165,11 +165,13 @@ def run(
       fewer = halve_lanes(lanes, error)
       say(f"out of memory with {lanes} lanes a device; going on with {fewer}")
       lanes = fewer
-      queue.extendleft(loop.stop())
+      loop.stop()
+      queue = collections.deque(job for job in jobs if job not in finished)
       continue
     for place in loop.ended(gauge):
       trial = loop.take(place, gauge)
       done_steps.append(trial.iterations)
+      finished.add(trial.job)
       yield trial
     running = list(loop.jobs)
     running_steps = sum(int(gauge.iteration[p]) for p in running)
@@ -260,14 +262,12 @@ class _Loop:
     self._began: dict[tuple[int, int], float] = {}  # place -> run_seconds when its job began
     self.started = True
 
-  def stop(self) -> list[Job]:
-    """Gives up the lanes; returns the jobs that were in them, the last first."""
-    jobs = sorted(self.jobs.values(), reverse=True)
+  def stop(self) -> None:
+    """Gives up the lanes, and what was in them."""
     self.jobs.clear()
     self._program = self._lanes = None
     self.resumed_steps = 0
     self.started = False
-    return jobs
 
   def _place(self, device, slot, victim):
     self._lanes = self._program.place(self._lanes, device, slot, self._observations[victim])
@@ -357,7 +357,7 @@ class _Loop:
       if job not in waiting or (place := next(places, None)) is None:
         continue
       self._load(place, job)
-      self._began[place] = -float(saved["seconds"][source])
+      self._began[place] = self.run_seconds - float(saved["seconds"][source])
       for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(saved["state"]), strict=True):
         new[place] = old[source]
       self.resumed_steps += int(state.iteration[place])
