@@ -313,8 +313,32 @@ def test_out_of_memory_halves_the_lanes_and_goes_on(model, victims, monkeypatch,
     np.testing.assert_allclose(trials[job].objective, trial.objective, rtol=0.5)
 
 
+def test_out_of_memory_while_loading_loses_no_job(model, victims, monkeypatch):
+  create = engine.lanes.create_program
+
+  def create_in_little_memory(attack, observation, masks, lanes, *args):
+    program = create(attack, observation, masks, lanes, *args)
+    loads = iter(range(1000))
+
+    def load(*args):
+      if lanes > 2 and next(loads) == 2:  # after the first, which compiles, and a real one
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+      return program.load(*args)
+
+    return program._replace(load=load)
+
+  monkeypatch.setattr(sys.modules["jaxdia.engine.run"], "create_program", create_in_little_memory)
+  said, reports = [], []
+  attack = attacks.dia(model, max_iterations=20)
+  options = {"say": said.append, "on_progress": reports.append}
+  trials = _by_job(_run(attack, victims, lanes=4, **options))
+  assert set(trials) == {Job(v, r) for v in range(3) for r in range(2)}
+  assert said == ["out of memory with 4 lanes a device; going on with 2"]
+  assert reports[-1].finished == reports[-1].total == 6 and reports[-1].steps == 120
+
+
 def test_what_does_not_fit_at_all_is_refused():
-  """A real allocation that no machine can make: 10^5 images of 10^8 pixels and no end of them."""
+  """A real allocation that no machine can make: a batch of 10^13 images."""
   model = models.create("mlp", (8, 8, 1), 2, 0.5, hidden_sizes=(2,))
   _, observations, _ = make_victims(model, 1)
   said = []
