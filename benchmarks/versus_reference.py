@@ -17,8 +17,9 @@ that both do the same.
 With --solve=N the attacks also run to the end, objective 1e-5: the reference on the
 first --solve_reference victims one after another, this library on N victims
 together. Told are the time, the worst error at the end, and the time after which
-the mean squared error, in normalised space, first was below --mse; that of the
-reference is scaled from its victims to N.
+the mean squared error, in normalised space, first was below --mse (here in a run of
+its own, with a lane for each victim); the times of the reference are scaled from its
+victims to N.
 """
 
 import time

@@ -40,8 +40,8 @@ def default_workdir(config_flag: str = "config") -> str:
 def _share_cpu() -> None:
   """Makes devices of CPU cores, unless the environment says how many.
 
-  Trials on a core of their own are up to a third faster than ones that share all
-  cores operation by operation. Each device holds a copy of the weights.
+  Trials on a core of their own are faster than ones that share all cores operation
+  by operation. Each device holds a copy of the weights.
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return

@@ -8,8 +8,7 @@ image and position, the kernel gradient is G = Σ_rows aᵀδ, so
 
 (in differential privacy known as ghost clipping; mixed by cost for each layer: Bu
 et al. 2022). The client's T itself has no more rank than its batch had rows, so it
-is kept as thin factors L Rᵀ, and both sums come out of two thin products, a [aᵀ L]
-and δ [δᵀ R]. What is not a dense layer is formed.
+is kept as thin factors. What is not a dense layer is formed.
 """
 
 import dataclasses
