@@ -153,7 +153,7 @@ def prepare(
   """
   if isinstance(observation.gradient, Target):
     return observation
-  gradient = _flatten(observation.gradient)
+  gradient = flatten(observation.gradient)
   squared_norm = sum(_dot(leaf, leaf) for leaf in gradient.values())
   kernels = {}
   for layer in choose_layers(model, observation.batch_size, method):
@@ -261,14 +261,14 @@ def compare(
   layers = []
   if target.kernels:
     layers = [x for x in model.dense(images.shape[0]) if x.path in target.kernels]
-  leaves = _flatten(params)
+  leaves = flatten(params)
   fixed = {path: leaves[path] for path in leaves if path not in target.formed}
   free = {path: leaves[path] for path in target.formed}
   dtype = images.dtype
   taps = {x.path: tuple(jnp.zeros((rows, x.outputs), dtype) for rows in x.rows) for x in layers}
 
   def loss(free, taps):
-    merged = _unflatten(params, fixed | free)
+    merged = unflatten(params, fixed | free)
     if not taps:
       return loss_of_logits(model.apply(merged, masks, images), labels), {}
     logits, inputs = model.apply_tapped(merged, masks, images, taps)
@@ -326,7 +326,7 @@ def layer_gradient(gradient: Gradient | Target, path: tuple[str, ...]) -> dict[s
   Returns:
     {"kernel": f[inputs, outputs]}, with "bias" if the layer has one.
   """
-  leaves = gradient.formed if isinstance(gradient, Target) else _flatten(gradient)
+  leaves = gradient.formed if isinstance(gradient, Target) else flatten(gradient)
   layer = {name[-1]: leaf for name, leaf in leaves.items() if name[:-1] == path}
   if "kernel" not in layer:
     layer["kernel"] = _whole(gradient.kernels[path])
@@ -344,10 +344,12 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.sum(a * b)
 
 
-def _flatten(tree: Gradient) -> dict[_Path, Any]:
+def flatten(tree: Gradient) -> dict[_Path, Any]:
+  """Returns the leaves of params, or of a gradient, by their paths."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {tuple(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
 
 
-def _unflatten(like: Params, leaves: dict[_Path, Any]) -> Params:
-  return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _flatten(like)])
+def unflatten(like: Params, leaves: dict[_Path, Any]) -> Params:
+  """Returns a tree like the given one, with leaves by their paths."""
+  return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in flatten(like)])

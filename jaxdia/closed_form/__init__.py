@@ -1,5 +1,6 @@
 """What a gradient gives away without any search."""
 
 from jaxdia.closed_form.labels import recover_labels
+from jaxdia.closed_form.recovery import Parts, Recovery, Verdict, recover
 
-__all__ = ["recover_labels"]
+__all__ = ["Parts", "Recovery", "Verdict", "recover", "recover_labels"]

@@ -6,43 +6,93 @@ import jax.numpy as jnp
 from jaxdia.client import Observation
 from jaxdia.errors import InputError
 from jaxdia.matching import layer_gradient
-from jaxdia.models import DropoutModel
+from jaxdia.models import DropoutModel, expected_masks
 from jaxdia.typing import Labels
+
+_DUMMIES = 32
 
 
 def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
-  """Reads the label of a single image from the gradient of the classifier.
+  """Reads the labels of a batch from the gradient of the classifier.
 
   The gradient by the logits is softmax - one-hot: negative for the true class
   only (iDLG, Zhao et al. 2020), and, as it sums to zero, largest in size there.
-  So the label is the least entry of the bias gradient or, where the classifier
-  has no bias, the column of the kernel gradient with the largest norm, whatever
-  the sign of its inputs. (Of two classes without a bias the columns are equal;
-  then the answer is arbitrary.)
+  So the label of a single image is the least entry of the bias gradient or, where
+  the classifier has no bias, the column of the kernel gradient with the largest
+  norm, whatever the sign of its inputs. (Of two classes without a bias the columns
+  are equal; then the answer is arbitrary.)
+
+  Of a batch, the gradient by a class is `mean softmax - share of the class`. The
+  mean softmax, and without a bias the mean input of the classifier too, are those of
+  dummy images that are noise, as in LLG (Wainakh et al. 2022) and iLRG (Ma et al. 2023);
+  the scale is such that the class with the largest gradient is absent, if one may
+  be. The shares are rounded to whole counts. For distinct labels this is the sign
+  rule of Yin et al. (2021): the classes with a negative gradient. How well it does
+  depends on how alike the softmax of all images is: best at random weights.
 
   Args:
     model: the network; its `classifier` says where to look.
-    observation: of a batch of one image.
+    observation: of one client.
 
   Returns:
-    i[1], the label.
+    i[B], for a batch in ascending order: which image has which label, it does not tell.
 
   Raises:
-    InputError: the batch is larger, or the model has no known classifier.
+    InputError: the model has no known classifier.
   """
-  if observation.batch_size != 1:
-    raise InputError(
-      f"labels=recovered is for one image, not for a batch of {observation.batch_size}. Use"
-      " batch_size=1, or labels=free or labels=given."
-    )
   if model.classifier is None:
     raise InputError(
       "labels=recovered reads the gradient of a dense layer that gives the logits; this model"
       " has none. Use labels=free or labels=given."
     )
   layer = layer_gradient(observation.gradient, model.classifier)
+  if observation.batch_size > 1:
+    return _recover_counts(model, observation, layer)
   if "bias" in layer:
     label = jnp.argmin(layer["bias"])
   else:
     label = jnp.argmax(jnp.sum(jnp.square(layer["kernel"]), axis=0))
   return jax.lax.convert_element_type(label, jnp.int32)[None]
+
+
+def _recover_counts(model, observation, layer) -> Labels:
+  size = observation.batch_size
+  images = jax.random.normal(jax.random.key(0), (_DUMMIES, *model.image_shape), jnp.float32)
+  images = images.astype(observation.dtype)
+  masks = expected_masks(model, _DUMMIES, observation.dtype)
+  softmax = jnp.mean(jax.nn.softmax(model.apply(observation.params, masks, images)), axis=0)
+  if "bias" in layer:
+    shares = softmax - layer["bias"]
+  else:
+    inputs = _mean_inputs(model, observation, masks, images)
+    slopes = inputs @ layer["kernel"] / jnp.sum(inputs**2)
+    # The inputs of real images may be larger or smaller than those of noise. Of more classes than
+    # images one is absent; then its share, 0, gives the scale.
+    largest = jnp.max(slopes / softmax)
+    absent = (model.num_classes > size) | (largest > 1)
+    shares = softmax - slopes / jnp.where(absent, jnp.maximum(largest, 1e-30), 1.0)
+  wanted = jnp.maximum(shares, 0)
+  wanted = wanted * size / jnp.maximum(jnp.sum(wanted), 1e-30)
+  counts = jnp.floor(wanted).astype(jnp.int32)
+  # The largest remainders make up for what rounding down left out.
+  order = jnp.argsort(counts - wanted)
+  rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
+  counts += rank < size - jnp.sum(counts)
+  return jnp.repeat(
+    jnp.arange(model.num_classes, dtype=jnp.int32), counts, total_repeat_length=size
+  )
+
+
+def _mean_inputs(model, observation, masks, images):
+  taps = {
+    layer.path: tuple(jnp.zeros((rows, layer.outputs), images.dtype) for rows in layer.rows)
+    for layer in model.dense(len(images))
+    if layer.path == model.classifier
+  }
+  if not taps:
+    raise InputError(
+      "the labels of a batch cannot be read from a classifier that has no bias and cannot be"
+      " tapped. Use labels=free or labels=given."
+    )
+  _, inputs = model.apply_tapped(observation.params, masks, images, taps)
+  return jnp.mean(inputs[model.classifier][0], axis=0)

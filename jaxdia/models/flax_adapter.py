@@ -111,7 +111,11 @@ def from_flax(
       raise InputError(f"{name} has no parameters, so a client has no gradient to send.")
     return variables["params"]
 
-  params_shape = _refusing(name, lambda: jax.eval_shape(init, jax.random.key(0)))
+  # Of one type, as the params of a run are: a mixture would be converted before its products.
+  params_shape = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
+    _refusing(name, lambda: jax.eval_shape(init, jax.random.key(0))),
+  )
 
   @functools.lru_cache
   def discover(batch_size: int) -> _Discovery:

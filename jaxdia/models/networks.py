@@ -11,6 +11,10 @@ from flax import linen as nn
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def _token_init(key, shape):
+  return jax.random.normal(key, shape, jnp.float32)  # the same numbers where float64 is on
+
+
 def _bias_init(fan_in: int) -> nn.initializers.Initializer:
   bound = fan_in**-0.5
 
@@ -221,9 +225,9 @@ class ViT(nn.Module):
     x = images.reshape(batch, height // size, size, image_width // size, size, channels)
     x = jnp.swapaxes(x, 2, 3).reshape(batch, -1, size * size * channels)
     x = _dense(x, self.width, "patch_embedding")
-    class_token = self.param("class_token", nn.initializers.normal(1.0), (1, 1, self.width))
+    class_token = self.param("class_token", _token_init, (1, 1, self.width))
     x = jnp.concatenate([jnp.tile(class_token, (batch, 1, 1)), x], axis=1)
-    x = x + self.param("position_embedding", nn.initializers.normal(1.0), (1, *x.shape[1:]))
+    x = x + self.param("position_embedding", _token_init, (1, *x.shape[1:]))
     x = nn.Dropout(self.dropout_rate, name="embedding_dropout")(x, deterministic=not train)
     for i in range(self.depth):
       num_outputs = 1 if i == self.depth - 1 else None  # the class token alone is pooled

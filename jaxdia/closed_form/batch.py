@@ -1,0 +1,162 @@
+"""All samples of a batch, in rounds: find planes, complete samples, take them out.
+
+What is taken out of the gradient lowers its rank, and leaves the zeros of the others
+as many as they were: so every round is easier than the one before (deflation).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia.closed_form import chain as chains
+from jaxdia.closed_form import sparse
+from jaxdia.closed_form.structure import Chain
+from jaxdia.models import DropoutModel
+from jaxdia.typing import Gradient, Key, Params
+
+# A sample whose residual is larger is not believed, and not taken out. Those with a small one are
+# taken out first: what is wrong with the others may show when less is in their way.
+_GOOD, _BELIEVED = 1e-4, 0.02
+# After so many rounds without a sample, each with four times the starts, the search ends.
+_EMPTY_ROUNDS = 3
+# A column that all samples dropped is rounding; in size, relative to the usual one.
+_EMPTY_COLUMN = 1e-4
+
+
+class Batch(NamedTuple):
+  """What was found of a batch.
+
+  Attributes:
+    samples: with leading axis k, at most the batch size.
+    noise: f[], least singular value that is left out by the largest that is kept, over
+      the layers: 1e-8 or so for an exact gradient, 1 for one that has not the rank of
+      the batch.
+    rounds: how often was searched.
+  """
+
+  samples: chains.Sample | None
+  noise: float
+  rounds: int
+
+
+def solve(
+  key: Key,
+  model: DropoutModel,
+  chain: Chain,
+  params: Params,
+  gradient: Gradient,
+  batch_size: int,
+  most_noise: float,
+) -> Batch:
+  """Recovers the samples of a batch from the gradients of a chain of dense layers.
+
+  Args:
+    key: random key, of the starts of the search.
+    model: the network.
+    chain: its dense layers, at least two.
+    params: its parameters, f64.
+    gradient: that the client sent.
+    batch_size: of the client.
+    most_noise: with more than this no sample is looked for.
+
+  Returns:
+    The samples that fit the gradient.
+  """
+  links = tuple(zip(chain.layers[:-1], chain.layers[1:], strict=True))
+  rates = {site.name: site.rate for site in model.sites}
+  rates = tuple(rates.get(source.site, 0.0) for source in chain.inputs[1:])
+  # The gradient of the logits has no more rank than classes but one, so it is used only where the
+  # inputs of the last layer are shown by no other.
+  spanning = chain.layers if len(chain.layers) == 2 else chain.layers[:-1]
+  matrices = [np.asarray(x.weights) for x in chains.layers_of(spanning, gradient)]
+  found, noise, left, empty, rounds = [], 0.0, batch_size, 0, 0
+  while left and empty < _EMPTY_ROUNDS:
+    spanned = [chains.span(matrix, left, batch_size) for matrix in matrices]
+    spaces = tuple(space for space, _ in spanned)
+    if not rounds:
+      noise = max(rest for _, rest in spanned)
+      if noise > most_noise:
+        break
+    known = _candidates(jax.random.fold_in(key, rounds), spaces, rates[0], left, 4**empty)
+    rounds += 1
+    samples = None
+    if known is not None:
+      samples = _complete(model, links, params, spaces, rates, known, batch_size)
+      samples = _distinct(samples)
+    if samples is None:
+      empty += 1
+      continue
+    empty = 0
+    for k, space in enumerate(spaces):
+      for inputs, delta in zip(samples.inputs[k], samples.deltas[k], strict=True):
+        # Scaled so that the rank becomes exactly one less.
+        scale = float(chains.share(inputs, delta, space))
+        matrices[k] = matrices[k] - np.outer(inputs, delta) / scale
+    found.append(samples)
+    left -= len(samples.label)
+  if not found:
+    return Batch(None, noise, rounds)
+  return Batch(jax.tree.map(lambda *x: np.concatenate(x), *found), noise, rounds)
+
+
+def _candidates(key, spaces, rate, left, effort):
+  """Returns what candidate samples kept after the first layer, and their vectors there."""
+  first, second = spaces[0], spaces[1]
+  sizes = np.linalg.norm(first.right, axis=0)
+  counts = (sizes > _EMPTY_COLUMN * np.median(sizes[sizes > 0])).astype(float)
+  if left == 1:
+    zero = (counts == 0)[None]
+  else:
+    if not rate:
+      return None
+    points = (first.right / np.where(counts > 0, sizes, 1) * counts).T
+    dimensions = len(first.values)
+    starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))
+    starts = starts.astype(jnp.float64) * (1 - first.padding)
+    starts /= jnp.linalg.norm(starts, axis=-1, keepdims=True)
+    normals = np.concatenate(
+      [sparse.search(points, counts, first.padding, some) for some in starts]
+    )
+    zeros = sparse.examine(points, counts, first.padding, normals, rate)
+    chosen = sparse.distinct(zeros)[:left]
+    if not len(chosen):
+      return None
+    zero = np.asarray(zeros.zero)[chosen] | (counts == 0)
+  return _see(first, second, zero, rate)
+
+
+def _see(first, second, zero, rate):
+  # In sizes of which there are few, as each is compiled anew.
+  size = next(n for n in (1, 4, 16, 64, 256, len(zero)) if n >= len(zero))
+  missing = size - len(zero)
+  zero = np.pad(zero, ((0, missing), (0, 0)), mode="edge")
+  if not rate:
+    kept = np.ones(zero.shape)
+    return kept[:1], first.right[:1], second.left[: zero.shape[1], 0][None]
+  return _refine(first, second, zero, rate)
+
+
+@jax.jit
+def _refine(first, second, zero, rate):
+  return jax.lax.map(lambda one: chains.refine(first, second, one, rate), zero, batch_size=64)
+
+
+def _complete(model, links, params, spaces, rates, known, batch_size):
+  samples = chains.complete(model, links, params, spaces, rates, known, batch_size)
+  return jax.tree.map(np.asarray, samples)
+
+
+def _distinct(samples):
+  """Returns the samples that are believed, each once; None if there is none."""
+  kept: list[int] = []
+  masks = samples.kept[0]
+  limit = _GOOD if np.min(samples.residual) < _GOOD else _BELIEVED
+  for i in np.argsort(samples.residual):
+    if not samples.residual[i] < limit:
+      break
+    same = [j for j in kept if np.mean(masks[i] != masks[j]) < 0.02]
+    if not any(np.allclose(samples.inputs[0][i], samples.inputs[0][j], rtol=1e-2) for j in same):
+      kept.append(int(i))
+  return jax.tree.map(lambda x: x[np.asarray(kept)], samples) if kept else None

@@ -1,0 +1,267 @@
+"""What a gradient gives away without a search, for any network whose structure allows it."""
+
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia.client import Observation
+from jaxdia.closed_form import batch as batches
+from jaxdia.closed_form.labels import recover_labels
+from jaxdia.closed_form.patches import find_patching, solve_patches
+from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
+from jaxdia.closed_form.structure import Chain, find_chain
+from jaxdia.errors import InputError
+from jaxdia.matching import Target, layer_gradient
+from jaxdia.models import DropoutModel, batch_axes, expected_masks
+from jaxdia.typing import Images, Key, Labels, Masks
+
+# A sample that leaves no more than this of the gradient unexplained, relative, is exact.
+_EXACT = 1e-3
+# A gradient with so much outside the rank of its batch is not the sum of that many samples.
+_MOST_NOISE = 0.1
+
+
+class Verdict(enum.IntEnum):
+  """How well an image of the batch is known."""
+
+  NOT_APPLICABLE = 0
+  APPROXIMATE = 1
+  EXACT = 2
+
+
+class Parts(NamedTuple):
+  """What was recovered of a batch, and which of it; leaves have the shapes of the batch.
+
+  Attributes:
+    images: f[B, H, W, C], normalised; zeros where the verdict is not applicable.
+    verdict: i[B], a `Verdict` on each image.
+    masks: {site: f[shape]}, the expected ones where they are not known.
+    known_masks: {site: b[shape]}.
+    labels: i[B]; where they are not known, the most likely ones.
+    known_labels: b[B], labels that belong to the image in their place.
+    features: {path of a dense layer: f[B, inputs]}; zeros where not known.
+    known_features: {path: b[B]}.
+  """
+
+  images: Images
+  verdict: jax.Array
+  masks: Masks
+  known_masks: Masks
+  labels: Labels
+  known_labels: jax.Array
+  features: dict[tuple[str, ...], jax.Array]
+  known_features: dict[tuple[str, ...], jax.Array]
+
+
+class Recovery(NamedTuple):
+  """The result of the closed forms.
+
+  Attributes:
+    parts: what was recovered; the images in no particular order.
+    residual: f[B], the share of the gradient that each image or its features leave unexplained;
+      NaN where there are none.
+    reason: why there is not more, for a person to read; empty if all is exact.
+  """
+
+  parts: Parts
+  residual: np.ndarray
+  reason: str
+
+
+def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery:
+  """Recovers what linear algebra can from one client's gradient.
+
+  Two structures are looked for, by calling the network: dense layers up to the
+  logits with elementwise functions and dropout between them, whose inputs, be they
+  pixels or features, are told by the zeros that dropout left (`chain.py`,
+  `sparse.py`); and, for a single image, patches with a position embedding
+  (`patches.py`). Computed in float64, whatever the type of the gradient.
+
+  Args:
+    key: random key, of the starts of the search for sparse factors.
+    model: the network.
+    observation: of one client, not prepared for matching, with concrete values.
+
+  Returns:
+    What was recovered, of the gradient's type, on the host.
+  """
+  assert not isinstance(observation.gradient, Target), "closed forms need the gradient itself"
+  with jax.enable_x64(True):
+    return _recover(key, model, observation)
+
+
+def _recover(key, model, observation) -> Recovery:
+  size = observation.batch_size
+  gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), observation.gradient)
+  found = _Found(model, observation)
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)):
+    return found.recovery("the gradient has NaN or infinite entries")
+  reason = "the network has no dense layers up to the logits, and no patch embedding"
+  if (chain := find_chain(model)) is not None:
+    reason = _use_chain(key, model, chain, observation, gradient, found)
+  if chain is None or chain.pixels is None:
+    patching = find_patching(model)
+    if patching is not None and size == 1:
+      reason = _use_patches(patching, gradient, found)
+    elif patching is not None:
+      reason = "patches of a batch of more than one image are summed over the images"
+  return found.recovery(reason)
+
+
+class _Found:
+  """The parts, while they are put together."""
+
+  def __init__(self, model, observation):
+    size = observation.batch_size
+    self.dtype = observation.dtype
+    self.axes = batch_axes(model)
+    self.residual = np.full(size, np.nan)
+    masks = expected_masks(model, size, jnp.float64)
+    try:
+      labels = np.asarray(recover_labels(model, observation))
+    except InputError:  # as where no dense layer gives the logits
+      labels = np.zeros(size, np.int32)
+    self.parts = Parts(
+      images=np.zeros((size, *model.image_shape)),
+      verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),
+      masks=jax.tree.map(np.array, masks),
+      known_masks={site: np.zeros(mask.shape, bool) for site, mask in masks.items()},
+      labels=labels,
+      known_labels=np.full(size, size == 1 and model.classifier is not None),
+      features={},
+      known_features={},
+    )
+
+  def set_label(self, number, label):
+    """Gives an image its label, and the others those that are left."""
+    labels, known = self.parts.labels.copy(), self.parts.known_labels
+    others = [i for i in range(len(labels)) if i != number and not known[i]]
+    if not known[number] and labels[number] != label:
+      for i in others:
+        if labels[i] == label:
+          labels[i] = labels[number]
+          break
+    labels[number] = label
+    known[number] = True
+    self.parts = self.parts._replace(labels=labels)
+
+  def set_mask(self, site, number, entries, kept):
+    """Notes the entries of an image's part of a mask."""
+    if site is None or self.axes[site] != 0:
+      return
+    entries, kept = entries[entries >= 0], kept[entries >= 0]
+    self.parts.masks[site][number].reshape(-1)[entries] = kept
+    self.parts.known_masks[site][number].reshape(-1)[entries] = True
+
+  def set_features(self, path, number, features):
+    """Notes the inputs of a dense layer."""
+    size = len(self.residual)
+    self.parts.features.setdefault(path, np.zeros((size, len(features))))[number] = features
+    self.parts.known_features.setdefault(path, np.zeros(size, bool))[number] = True
+
+  def set_image(self, number, image, residual):
+    """Notes an image, and how far it can be believed."""
+    self.parts.images[number] = image
+    exact = residual <= _EXACT
+    self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
+
+  def recovery(self, reason) -> Recovery:
+    parts = jax.tree.map(lambda x: x.astype(self.dtype) if x.dtype == np.float64 else x, self.parts)
+    exact = bool((parts.verdict == Verdict.EXACT).all())
+    return Recovery(parts, self.residual, "" if exact else reason)
+
+
+def _use_patches(patching, gradient, found) -> str:
+  patches = solve_patches(patching, gradient)
+  if patches is None:
+    return "there are more patches than outputs of their embedding, or their gradients coincide"
+  found.residual[0] = patches.residual
+  if not patches.residual < 1:
+    return "the gradient is not that of one image"
+  found.set_image(0, patches.image.reshape(found.parts.images.shape[1:]), patches.residual)
+  if patches.kept is not None and patches.residual <= _EXACT:
+    found.set_mask(patching.site, 0, np.arange(patches.kept.size), patches.kept)
+  return f"the patches leave {patches.residual:.1e} of their gradient unexplained"
+
+
+def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
+  """Notes what the dense layers tell; returns why there is not more."""
+  size = observation.batch_size
+  rates = {site.name: site.rate for site in model.sites}
+  if len(chain.layers) == 1:
+    return _use_classifier(chain, observation, gradient, rates, found)
+  if size > 1 and chain.inputs[1].site is None:
+    return (
+      "without dropout after its first dense layer, the samples of a batch cannot be told apart"
+    )
+  narrowest = min(
+    min(layer.inputs, layer.outputs) for layer in chain.layers[: max(2, len(chain.layers) - 1)]
+  )
+  if size > 1 and size >= narrowest:
+    return f"a layer of width {narrowest} cannot hold {size} samples apart"
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
+  result = batches.solve(key, model, chain, params, gradient, size, _MOST_NOISE)
+  samples = result.samples
+  count = 0 if samples is None else len(samples.label)
+  for i in range(count):
+    inputs, residual = samples.inputs[0][i], samples.residual[i]
+    exact = residual <= _EXACT
+    features = inputs[: chain.layers[0].inputs]
+    found.residual[i] = residual
+    if chain.pixels is not None:
+      image = np.zeros(features.size)
+      image[chain.pixels[0]] = features
+      found.set_image(i, image.reshape(found.parts.images.shape[1:]), residual)
+    else:
+      found.set_features(chain.layers[0].path, i, features)
+    if not exact:
+      continue
+    found.set_label(i, int(samples.label[i]))
+    for k, kept in enumerate(samples.kept):
+      source = chain.inputs[k + 1]
+      found.set_mask(source.site, i, source.entries, kept[i])
+      if chain.pixels is None:
+        path = chain.layers[k + 1].path
+        found.set_features(path, i, samples.inputs[k + 1][i][: chain.layers[k + 1].inputs])
+    if chain.inputs[0].site is not None:
+      kept = _kept_features(features, rates[chain.inputs[0].site])
+      if kept is not None:
+        found.set_mask(chain.inputs[0].site, i, chain.inputs[0].entries, kept)
+  if result.noise > _MOST_NOISE:
+    return f"the gradient is not that of {size} image(s): {result.noise:.1e} of it lies outside"
+  if count < size:
+    return f"{size - count} of {size} samples were not found among the zeros of dropout"
+  if chain.pixels is None:
+    return "the first of the dense layers is fed with features, not with pixels"
+  return "some images leave more of the gradient unexplained than rounding does"
+
+
+def _use_classifier(chain, observation, gradient, rates, found) -> str:
+  """Notes the inputs of the last layer, of one image."""
+  path = chain.layers[0].path
+  layer = layer_gradient(gradient, path)
+  if observation.batch_size > 1 or "bias" not in layer:
+    return "a single dense layer tells its inputs for one image, and if it has a bias"
+  delta = layer["bias"]
+  features = layer["kernel"] @ delta / max(delta @ delta, 1e-300)
+  left = np.linalg.norm(np.outer(features, delta) - layer["kernel"])
+  residual = float(left / max(np.linalg.norm(layer["kernel"]), 1e-300))
+  found.residual[0] = residual
+  if residual < 1:
+    found.set_features(path, 0, features)
+  if residual <= _EXACT and chain.inputs[0].site is not None:
+    site = chain.inputs[0].site
+    kept = _kept_features(features, rates[site])
+    if kept is not None:
+      found.set_mask(site, 0, chain.inputs[0].entries, kept)
+  return "the classifier is fed with features, not with pixels"
+
+
+def _kept_features(features, rate):
+  """Returns which inputs of a layer were kept, if those that were dropped stand out."""
+  least, most = bounds(features.size, 1.0, rate)
+  zeros = split_zeros(features, np.ones(features.size), least, most)
+  return 1.0 - np.asarray(zeros.zero) if zeros.gap > LEAST_GAP else None

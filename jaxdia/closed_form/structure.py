@@ -1,0 +1,243 @@
+"""What a network is made of, found by calling it.
+
+A closed form holds for a certain structure: dense layers with elementwise functions
+and dropout between them, or patches to which a position embedding is added. A
+`DropoutModel` is a tuple of functions, so the structure is not read but tried: with
+chosen parameters, masks and taps, and in float64, where what must be equal is.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia.models import DenseLayer, DropoutModel
+from jaxdia.typing import Masks, Params
+
+# Two numbers that should be equal differ by less, relative to the largest of their array.
+_TOLERANCE = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+  """Where the inputs of a dense layer come from.
+
+  Attributes:
+    site: name of the dropout site that multiplies them, or None.
+    entries: i[inputs], which entry of an image's part of that mask each one meets; -1
+      for an input that is always 0.
+  """
+
+  site: str | None = None
+  entries: np.ndarray | None = None
+
+
+class Chain(NamedTuple):
+  """Dense layers up to the logits, one row an image, with functions of single entries between.
+
+  Attributes:
+    layers: from the first to the classifier.
+    inputs: of each layer.
+    pixels: i[inputs], which pixel each input of the first layer is; None if these
+      are features.
+  """
+
+  layers: tuple[DenseLayer, ...]
+  inputs: tuple[Input, ...]
+  pixels: np.ndarray | None
+
+
+def probing_params(model: DropoutModel) -> Params:
+  """Returns parameters, f64, of the usual size and of which none is zero."""
+  shapes, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+
+  def draw(number, shape):
+    values = _random(number, shape) * np.prod(shape[:-1]) ** -0.5
+    return values if len(shape) > 1 else jnp.abs(values)  # so that few a ReLU stays dead
+
+  return jax.tree.unflatten(tree, [draw(i, x.shape) for i, x in enumerate(shapes)])
+
+
+@functools.lru_cache
+def find_chain(model: DropoutModel) -> Chain | None:
+  """Finds the dense layers at the end of a network.
+
+  Args:
+    model: the network.
+
+  Returns:
+    The longest chain that ends with the classifier; None if the model has no
+    known classifier, or it cannot be tapped.
+  """
+  layers = [layer for layer in model.dense(1) if layer.rows == (1,)] if model.dense else []
+  paths = [layer.path for layer in layers]
+  if model.classifier not in paths:
+    return None
+  last = first = paths.index(model.classifier)
+  with jax.enable_x64(True):
+    params = probing_params(model)
+    while first > 0 and _is_elementwise(model, params, layers[first - 1], layers[first]):
+      first -= 1
+    chain = tuple(layers[first : last + 1])
+    inputs = tuple(_find_input(model, params, layer) for layer in chain)
+    return Chain(chain, inputs, find_pixels(model, params, chain[0]))
+
+
+def full_masks(model: DropoutModel, batch_size: int = 1) -> Masks:
+  """Returns masks that keep every entry: {site: f64[shape] of ones}."""
+  return {
+    site: jnp.ones(shape, jnp.float64) for site, shape in model.mask_shapes(batch_size).items()
+  }
+
+
+def layer_inputs(
+  model: DropoutModel, params: Params, layer: DenseLayer, masks: Masks, images: jax.Array
+) -> jax.Array:
+  """Returns the inputs of a dense layer, f64[rows, inputs].
+
+  Args:
+    model: the network.
+    params: its parameters.
+    layer: whose inputs are wanted.
+    masks: of one image.
+    images: f64[1, H, W, C].
+  """
+  taps = {layer.path: tuple(jnp.zeros((rows, layer.outputs)) for rows in layer.rows)}
+  return jnp.concatenate(model.apply_tapped(params, masks, images, taps)[1][layer.path])
+
+
+def activate(
+  model: DropoutModel,
+  params: Params,
+  layer: DenseLayer,
+  after: DenseLayer,
+  outputs: jax.Array,
+  images: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the inputs of a layer of a chain as a function of the outputs before it.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    layer: of the chain, with one row an image.
+    after: the next one.
+    outputs: f64[outputs], of `layer`.
+    images: f64[1, H, W, C], which make no difference in a chain.
+
+  Returns:
+    f64[inputs], of `after`, with nothing dropped (but scaled as by dropout).
+  """
+  silent = replace_layer(params, layer.path, jnp.zeros_like)
+  taps = {
+    layer.path: (outputs[None],),
+    after.path: (jnp.zeros((1, after.outputs), outputs.dtype),),
+  }
+  if images is None:
+    images = jnp.zeros((1, *model.image_shape), outputs.dtype)
+  return model.apply_tapped(silent, full_masks(model), images, taps)[1][after.path][0][0]
+
+
+def replace_layer(params: Params, path: tuple[str, ...], change: Any) -> Params:
+  """Returns params with `change` applied to the leaves of one layer."""
+
+  def leaf(keys, value):
+    names = tuple(str(getattr(key, "key", key)) for key in keys)
+    return change(value) if names[:-1] == path else value
+
+  return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def close(a: jax.Array, b: jax.Array) -> bool:
+  """Returns whether arrays are equal up to rounding in float64."""
+  return bool(jnp.max(jnp.abs(a - b)) <= _TOLERANCE * (jnp.max(jnp.abs(b)) + 1e-30))
+
+
+def _random(number: int, shape) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(number).standard_normal(shape))
+
+
+def _is_elementwise(model, params, layer, after) -> bool:
+  """Returns whether each input of `after` is a function of one output of `layer`, and no more."""
+  if layer.outputs != after.inputs:
+    return False
+
+  @jax.jit
+  def probe(params, outputs, direction, images):
+    def inputs_after(outputs):
+      return activate(model, params, layer, after, outputs, images)
+
+    expected, slope = jax.jvp(inputs_after, (outputs,), (jnp.ones_like(outputs),))
+    _, along = jax.jvp(inputs_after, (outputs,), (direction,))
+    # The image itself reaches `after` on no other way.
+    other = activate(model, params, layer, after, outputs)
+    return along, slope * direction, expected, other
+
+  try:
+    along, expected_along, expected, other = probe(
+      params, *(_random(i, layer.outputs) for i in range(2)), _random(2, (1, *model.image_shape))
+    )
+  except KeyError:  # `after` comes before `layer`
+    return False
+  return close(along, expected_along) and close(other, expected)
+
+
+def _find_input(model, params, layer) -> Input:
+  """Finds the dropout site that multiplies the inputs of a layer."""
+  ones = full_masks(model)
+
+  @jax.jit
+  def inputs_of(params, masks, images):
+    return layer_inputs(model, params, layer, masks, images)[0]
+
+  @jax.jit
+  def changes(params, weights, images):
+    def weighted_sum(scales):
+      masks = {site: ones[site] * scales[site] for site in ones}
+      return jnp.sum(weights * layer_inputs(model, params, layer, masks, images))
+
+    return jax.value_and_grad(weighted_sum)({site: jnp.ones(()) for site in ones})
+
+  # Scaling the mask of the wanted site scales the inputs.
+  images = [_random(i, (1, *model.image_shape)) for i in range(4)]
+  value, slopes = changes(params, _random(5, layer.inputs), images[0])
+  for site, slope in slopes.items():
+    if not np.isclose(slope, value, rtol=1e-9, atol=0):
+      continue
+    # A mask of which no two entries are alike tells which one each input met; several images,
+    # since an input that is 0 tells nothing.
+    values = 1 + np.arange(ones[site].size) / ones[site].size
+    masks = ones | {site: jnp.asarray(values.reshape(ones[site].shape))}
+    before, after = (np.stack([inputs_of(params, m, x) for x in images], 1) for m in (ones, masks))
+    best = np.argmax(np.abs(before), axis=1)[:, None]
+    before, after = (np.take_along_axis(x, best, axis=1)[:, 0] for x in (before, after))
+    seen = before != 0
+    ratios = np.divide(after, before, out=np.ones_like(after), where=seen)
+    entries = np.rint((ratios - 1) * values.size).astype(int)
+    in_range = (entries >= 0) & (entries < values.size)
+    if seen.any() and in_range.all() and close(before * values[entries], after):
+      return Input(site, np.where(seen, entries, -1))
+  return Input()
+
+
+def find_pixels(model: DropoutModel, params: Params, layer: DenseLayer) -> np.ndarray | None:
+  """Finds which pixel each input of a layer is, if they are all the pixels, each once.
+
+  Args:
+    model: the network.
+    params: its parameters, f64.
+    layer: a dense layer, called once.
+
+  Returns:
+    i[rows, inputs], indices into the flattened image; None if the inputs are not pixels.
+  """
+  size = int(np.prod(model.image_shape))
+  if len(layer.rows) != 1 or layer.rows[0] * layer.inputs != size:
+    return None
+  images = jnp.arange(size, dtype=jnp.float64).reshape(1, *model.image_shape)
+  found = np.asarray(layer_inputs(model, params, layer, full_masks(model), images))
+  if not np.array_equal(np.sort(found.ravel()), np.arange(size)):
+    return None
+  return found.astype(int)
