@@ -1,11 +1,11 @@
 """Runs a configured experiment in a work directory."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,13 +13,15 @@ import ml_collections
 import numpy as np
 
 from jaxdia import data, engine, evaluation, models, outcomes, reporting
-from jaxdia.attacks import AttackSettings, create_attack
+from jaxdia.attacks import AttackSettings, Candidate, Status, create_attack
 from jaxdia.client import Observation, Secret, observe
-from jaxdia.closed_form import recover_labels
+from jaxdia.closed_form import Parts, recover, recover_labels
 from jaxdia.config import ExperimentSettings, validate
+from jaxdia.description import describe
 from jaxdia.errors import InputError
 from jaxdia.files import write_json, write_json_lines, write_npz
 from jaxdia.models import DropoutModel
+from jaxdia.workdir import check_workdir, digest
 
 
 def run(
@@ -68,8 +70,8 @@ def _run(settings, workdir, say) -> dict[str, Any]:
   for attack_settings in settings.attacks.values():
     _check_labels(attack_settings, model, settings.data.batch_size)
   config_json = settings.to_json()
-  config_json["data"]["sha256"] = _digest(victims)
-  _check_workdir(workdir, config_json)
+  config_json["data"]["sha256"] = digest(victims)
+  check_workdir(workdir, config_json)
   observations, secrets = _observe(settings, model, victims)
   try:
     (workdir / "trials").mkdir(parents=True, exist_ok=True)
@@ -88,104 +90,6 @@ def _run(settings, workdir, say) -> dict[str, Any]:
   for name in settings.attacks:
     experiment.attack(name, say)
   return experiment.finish(say)
-
-
-def describe(
-  settings: ExperimentSettings,
-  model: DropoutModel,
-  observation: Observation,
-  lanes: int,
-  devices: int,
-) -> str:
-  """Returns what is about to be attempted, for a person to read.
-
-  Args:
-    settings: of the experiment.
-    model: the client's network.
-    observation: one of those that are attacked.
-    lanes: trials that a device runs at once.
-    devices: number of devices that share the trials.
-  """
-  d, size = settings.data, settings.data.batch_size
-  batches = d.count // size
-  gradient = sum(leaf.size for leaf in jax.tree.leaves(observation.gradient))
-  masks = sum(int(np.prod(shape)) for shape in model.mask_shapes(size).values())
-  pixels = size * int(np.prod(model.image_shape))
-  shape = "x".join(str(n) for n in model.image_shape)
-  device = jax.local_devices()[0]
-  lines = [
-    f"jaxdia: {d.count} images of {d.source} ({shape}) in {batches} batches of {size}",
-    f"  model    {settings.model['name']}, dropout rate {settings.model['dropout_rate']} at"
-    f" {len(model.sites)} sites, random weights",
-    "  threat   an honest-but-curious server knows the weights, the dropout rates and one"
-    " client gradient",
-    f"  known    {gradient:,} gradient entries a batch",
-  ]
-  for name, attack in settings.attacks.items():
-    unknowns = [f"{pixels:,} pixels"]
-    if attack.masks == "free":
-      unknowns.append(f"{masks:,} mask entries")
-    if attack.labels != "given":
-      unknowns.append(f"{size} labels")
-    assumed = {
-      "expected": "no dropout assumed",
-      "known": "the client's masks are given to it",
-      "free": "masks searched",
-    }[attack.masks]
-    labels = {"given": "labels given", "recovered": "labels read from the gradient"}
-    assumed += ", " + labels.get(attack.labels, "labels searched")
-    lines.append(f"  {name:8} unknown: {' + '.join(unknowns)} ({assumed})")
-  lines.append(
-    f"  run      {batches} x {settings.restarts} trials, {lanes} lanes on each of"
-    f" {devices} {device.platform} device(s) ({device.device_kind})"
-  )
-  return "\n".join(lines)
-
-
-def _digest(victims: data.Victims) -> str:
-  """Returns what tells apart victims that come from the same source, as after a file changed."""
-  digest = hashlib.sha256()
-  for array in (victims.images, victims.labels, np.asarray(victims.num_classes)):
-    digest.update(np.ascontiguousarray(array).tobytes())
-  return digest.hexdigest()
-
-
-def _check_workdir(workdir: pathlib.Path, here: dict[str, Any]) -> None:
-  """Refuses a work directory that belongs to another experiment."""
-  path = workdir / "config.json"
-  try:
-    if workdir.exists() and not workdir.is_dir():
-      raise InputError(f"the work directory {workdir} is a file. Choose another --workdir.")
-    if not path.exists():
-      return
-    there = json.loads(path.read_text())
-    if not isinstance(there, dict):
-      raise ValueError(f"{path} holds no settings")
-  except InputError:
-    raise
-  except (OSError, ValueError) as error:
-    raise InputError(
-      f"cannot use the work directory {workdir} ({error}). Choose another --workdir."
-    ) from error
-  # The engine's settings change no result.
-  there, here = ({k: v for k, v in config.items() if k != "engine"} for config in (there, here))
-  differing = list(_differences(there, json.loads(json.dumps(here))))
-  if differing:
-    name, old, new = differing[0]
-    more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-    raise InputError(
-      f"the work directory {workdir} holds another experiment: its {name} is {old}, this one's"
-      f" is {new}{more}. Choose another --workdir, or delete that one."
-    )
-
-
-def _differences(there: Any, here: Any, name: str = ""):
-  if isinstance(there, dict) or isinstance(here, dict):
-    there, here = (x if isinstance(x, dict) else {} for x in (there, here))
-    for key in sorted(set(there) | set(here)):
-      yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-  elif there != here:
-    yield name, repr(there), repr(here)
 
 
 def _check_labels(settings: AttackSettings, model: DropoutModel, batch_size: int) -> None:
@@ -266,38 +170,67 @@ class _Experiment:
       total = len(self._observations) * settings.restarts
       say(f"{name}: {len(finished)} of {total} trials were finished before")
     progress = reporting.ProgressReport(name, attack.settings.max_iterations)
-    before = dict(self._times[name])
+    before = dict(self._times[name])  # what earlier calls took
 
     def on_progress(report):
       progress.update(report)
       self._times[name] = {kind: before[kind] + getattr(report, kind) for kind in before}
       write_json(self._times_path(name), self._times[name])
 
-    trials = engine.run(
-      self._trial_key,
-      attack,
-      [self._shown_to(attack.settings, o) for o in self._observations],
-      restarts=settings.restarts,
-      # The one place where an attack is handed something of the secret: WIIG is defined by it.
-      masks=[s.masks for s in self._secrets] if attack.settings.masks == "known" else None,
-      lanes=self._lanes,
-      chunk=settings.engine.chunk,
-      matching=settings.engine.matching,
-      finished=finished,
-      checkpoint_path=self._workdir / "checkpoint" / f"{name}.npz",
-      checkpoint_seconds=settings.engine.checkpoint_seconds,
-      on_progress=on_progress,
-      say=say,
-    )
+    observations = [self._shown_to(attack.settings, o) for o in self._observations]
     try:
+      recoveries = None
+      if attack.settings.closed_form != "none":
+        recoveries = self._recover(name, observations, progress)
+        self._times[name]["run_seconds"] += sum(seconds for _, seconds in recoveries)
+        before = dict(self._times[name])
+        write_json(self._times_path(name), before)
+      if attack.settings.closed_form == "only":
+        trials = _without_search(recoveries)
+      else:
+        trials = engine.run(
+          self._trial_key,
+          attack,
+          observations,
+          restarts=settings.restarts,
+          # The one place where an attack is handed something of the secret: WIIG is defined by it.
+          masks=[s.masks for s in self._secrets] if attack.settings.masks == "known" else None,
+          parts=recoveries and _parts(recoveries),
+          lanes=self._lanes,
+          chunk=settings.engine.chunk,
+          matching=settings.engine.matching,
+          finished=finished,
+          checkpoint_path=self._workdir / "checkpoint" / f"{name}.npz",
+          checkpoint_seconds=settings.engine.checkpoint_seconds,
+          on_progress=on_progress,
+          say=say,
+        )
       for trial in trials:
         batch = trial.job.victim
         done[batch] = outcomes.merge(done.get(batch), trial)
+        if recoveries is not None:
+          done[batch] = done[batch]._replace(origin=outcomes.origin(*recoveries[batch]))
         outcomes.save(self._outcome_path(name, batch), done[batch])
         self._evaluate(name, batch)
         self._write_results()
     finally:
       progress.close()
+
+  def _recover(self, name, observations, progress) -> list[tuple[Any, float]]:
+    """Returns closed forms of the batches that are not finished, with seconds; else (None, 0)."""
+    left = [i for i in range(len(observations)) if not self._is_finished(name, i)]
+    found: list[tuple[Any, float]] = [(None, 0.0)] * len(observations)
+    for count, i in enumerate(left):
+      start = time.monotonic()
+      recovery = recover(jax.random.fold_in(self._trial_key, i), self._model, observations[i])
+      found[i] = recovery, time.monotonic() - start
+      progress.note(f"closed form of batch {count + 1}/{len(left)}: {recovery.summary()}")
+    return found
+
+  def _is_finished(self, name, batch) -> bool:
+    outcome, attack = self._done[name].get(batch), self._settings.attacks[name]
+    restarts = 1 if attack.closed_form == "only" else self._settings.restarts
+    return outcome is not None and len(outcome.records) >= restarts
 
   def _shown_to(self, settings: AttackSettings, observation: Observation) -> Observation:
     """Returns an observation without the labels unless the attack is given them."""
@@ -308,19 +241,24 @@ class _Experiment:
   def _evaluate(self, name: str, batch: int) -> None:
     """Scores one batch once all of its trials are finished."""
     settings, outcome = self._settings, self._done[name][batch]
-    if len(outcome.records) < settings.restarts:
+    if not self._is_finished(name, batch):
       return
     size = settings.data.batch_size
     record, secret = outcome.best, self._secrets[batch]
-    recovered = None
-    if settings.attacks[name].labels == "recovered":
+    attack, origin, recovered = settings.attacks[name], outcome.origin, None
+    if attack.labels == "recovered":
       recovered = recover_labels(self._model, self._observations[batch])
+      if origin is not None:
+        recovered = origin.labels
+    alone = attack.closed_form == "only"
     result = evaluation.evaluate(
       self._model,
       secret,
       outcome.candidate,
       self._victims.statistics,
       evaluation.found_labels(outcome.candidate, recovered),
+      found=origin.verdict > 0 if alone else None,
+      known_masks=origin.known_masks if alone else None,
     )
     rows = []
     for i, score in enumerate(result.scores):
@@ -336,15 +274,21 @@ class _Experiment:
         }
         | {key: None if outcome.failed else value for key, value in score.items()}
         | {
-          "objective": None if outcome.failed else record.objective,
-          "gradient_distance": None if outcome.failed else record.distance,
+          "objective": None if outcome.failed or alone else record.objective,
+          "gradient_distance": None if outcome.failed or alone else record.distance,
           "iterations": record.iterations,
           "best_iteration": record.best_iteration,
           "restart": record.restart,
-          "seconds": round(record.seconds, 3),
+          "seconds": round(record.seconds + (origin.seconds if origin else 0), 3),
           "status": "failed" if outcome.failed else record.status.name.lower(),
+          "closed_form": None
+          if origin is None
+          else outcomes.describe_origin(origin, int(result.order[i])),
         }
       )
+    if alone:
+      for row in rows:
+        row["status"] = row["closed_form"]["verdict"]
     self._rows[name][batch] = rows
     if not outcome.failed:
       self._images[name][batch * size : (batch + 1) * size] = result.reconstructions
@@ -386,7 +330,32 @@ def _read_times(path: pathlib.Path) -> dict[str, float]:
     raise InputError(f"{path} is damaged ({error}). Delete it; it only holds times.") from error
 
 
+def _without_search(recoveries) -> Iterator[engine.Trial]:
+  """Yields what was recovered as trials of no iteration."""
+  for batch, (recovery, _) in enumerate(recoveries):
+    if recovery is None:
+      continue
+    parts = recovery.parts
+    residual = recovery.residual[np.isfinite(recovery.residual)]
+    yield engine.Trial(
+      job=engine.Job(batch, 0),
+      candidate=Candidate(parts.images, parts.masks, None),
+      objective=float(residual.max(initial=0.0)),
+      distance=0.0,
+      iterations=0,
+      best_iteration=0,
+      status=Status.NO_SEARCH,
+      seconds=0.0,
+    )
+
+
+def _parts(recoveries) -> list[Parts]:
+  """Returns the parts of each batch; those of a finished one are any, and not looked at."""
+  parts = [recovery.parts for recovery, _ in recoveries if recovery is not None]
+  return [parts[0] if recovery is None else recovery.parts for recovery, _ in recoveries]
+
+
 def _caption(row: dict[str, Any]) -> str:
-  if row["status"] == "failed":
-    return "failed"
+  if row["status"] in ("failed", "not_applicable"):
+    return row["status"].replace("_", " ")
   return f"MSE {row['mse_normalized']:.1e}\nSSIM {row['ssim']:.2f}"

@@ -1,14 +1,16 @@
 """Finished trials on disk: the best candidate of each batch, and how each restart went."""
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxdia.attacks import Candidate, Status
+from jaxdia.closed_form import Recovery, Verdict
 from jaxdia.engine import Trial
 from jaxdia.errors import InputError
 from jaxdia.files import UnreadableFile, read_npz, write_npz
+from jaxdia.typing import Masks
 
 
 class Record(NamedTuple):
@@ -23,16 +25,42 @@ class Record(NamedTuple):
   seconds: float
 
 
+class Origin(NamedTuple):
+  """What of a result a closed form gave; images in the order of the candidate.
+
+  Attributes:
+    verdict: i[B], a `jaxdia.closed_form.Verdict` on each image.
+    residual: f[B], NaN where nothing was recovered.
+    labels: i[B].
+    known_labels: b[B], which of them belong to the image in their place.
+    known_masks: {site: b[shape]}.
+    features: dense layers, by path, whose inputs were recovered for some image.
+    reason: why there is not more; empty if all is exact.
+    seconds: that it took.
+  """
+
+  verdict: np.ndarray
+  residual: np.ndarray
+  labels: np.ndarray
+  known_labels: np.ndarray
+  known_masks: Masks
+  features: tuple[str, ...]
+  reason: str
+  seconds: float
+
+
 class Outcome(NamedTuple):
   """The finished trials of one observation.
 
   Attributes:
     candidate: of the trial with the best objective.
     records: of all finished trials.
+    origin: for an attack with a closed form.
   """
 
   candidate: Candidate
   records: tuple[Record, ...]
+  origin: Origin | None = None
 
   @property
   def best(self) -> Record:
@@ -43,6 +71,26 @@ class Outcome(NamedTuple):
   def failed(self) -> bool:
     """Returns whether no trial ever measured a finite objective."""
     return not np.isfinite(self.best.objective)
+
+
+def origin(recovery: Recovery, seconds: float) -> Origin:
+  """Returns what is kept of a closed form besides images and masks.
+
+  Args:
+    recovery: its result.
+    seconds: that it took.
+  """
+  parts = recovery.parts
+  return Origin(
+    verdict=np.asarray(parts.verdict),
+    residual=np.asarray(recovery.residual),
+    labels=np.asarray(parts.labels),
+    known_labels=np.asarray(parts.known_labels),
+    known_masks={site: np.asarray(known) for site, known in parts.known_masks.items()},
+    features=tuple("/".join(path) for path, known in parts.known_features.items() if known.any()),
+    reason=recovery.reason,
+    seconds=seconds,
+  )
 
 
 def merge(outcome: Outcome | None, trial: Trial) -> Outcome:
@@ -65,16 +113,25 @@ def merge(outcome: Outcome | None, trial: Trial) -> Outcome:
     return Outcome(trial.candidate, (record,))
   better = record.objective < outcome.best.objective
   candidate = trial.candidate if better else outcome.candidate
-  return Outcome(candidate, (*outcome.records, record))
+  return outcome._replace(candidate=candidate, records=(*outcome.records, record))
 
 
 def save(path: pathlib.Path, outcome: Outcome) -> None:
   """Writes an outcome atomically as an npz file."""
   candidate = outcome.candidate
-  arrays = {"images": candidate.images, "records": np.asarray(outcome.records, np.float64)}
+  arrays: dict[str, Any] = {
+    "images": candidate.images,
+    "records": np.asarray(outcome.records, np.float64),
+  }
   if candidate.labels is not None:
     arrays["labels"] = candidate.labels
   arrays |= {f"masks/{site}": mask for site, mask in (candidate.masks or {}).items()}
+  if outcome.origin is not None:
+    for name, value in outcome.origin._asdict().items():
+      if name == "known_masks":
+        arrays |= {f"origin/masks/{site}": known for site, known in value.items()}
+      else:
+        arrays[f"origin/{name}"] = np.asarray(value, str) if name == "features" else value
   # The names once more, so that none can be lost without being missed.
   write_npz(path, arrays | {"names": np.asarray(sorted(arrays))})
 
@@ -101,4 +158,47 @@ def load(path: pathlib.Path) -> Outcome | None:
     Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6])
     for r in arrays["records"].tolist()
   )
-  return Outcome(Candidate(arrays["images"], masks or None, arrays.get("labels")), records)
+  candidate = Candidate(arrays["images"], masks or None, arrays.get("labels"))
+  return Outcome(candidate, records, _load_origin(arrays))
+
+
+def _load_origin(arrays) -> Origin | None:
+  if "origin/verdict" not in arrays:
+    return None
+  prefix = "origin/masks/"
+  known = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+  fields = {n: arrays[f"origin/{n}"] for n in Origin._fields if n != "known_masks"}
+  fields |= {
+    "features": tuple(fields["features"].tolist()),
+    "reason": str(fields["reason"]),
+    "seconds": float(fields["seconds"]),
+  }
+  return Origin(known_masks=known, **fields)
+
+
+def describe_origin(origin: Origin, number: int) -> dict[str, Any]:
+  """Returns what of one image's result came from the closed form, for results.jsonl.
+
+  Args:
+    origin: of the batch.
+    number: place of the image in the candidate.
+
+  Returns:
+    `verdict`, `residual`, `reason`, `label` (whether it is known to be this image's),
+    `masks` (the known share of each site) and `features`. The rest was searched or, without a
+    search, is missing.
+  """
+  size, residual = len(origin.verdict), float(origin.residual[number])
+  masks = {
+    site: float(np.mean(known[number] if len(known) == size else known))
+    for site, known in origin.known_masks.items()
+  }
+  return {
+    "verdict": Verdict(int(origin.verdict[number])).name.lower(),
+    "residual": residual if np.isfinite(residual) else None,
+    "reason": origin.reason or None,
+    "label": bool(origin.known_labels[number]),
+    "masks": {site: share for site, share in masks.items() if share},
+    "features": list(origin.features),
+    "seconds": round(origin.seconds, 3),
+  }

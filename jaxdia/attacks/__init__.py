@@ -7,6 +7,7 @@ from jaxdia.attacks.attack import (
   State,
   Status,
   create_attack,
+  hold,
   project,
 )
 from jaxdia.attacks.objective import (
@@ -18,7 +19,7 @@ from jaxdia.attacks.objective import (
   objective,
   total_variation,
 )
-from jaxdia.attacks.presets import PRESETS, create, dia, dlg, idlg, ig, wiig
+from jaxdia.attacks.presets import PRESETS, create, dia, dlg, hybrid, idlg, ig, wiig
 from jaxdia.attacks.settings import CHOICES, AttackSettings
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
   "create_attack",
   "dia",
   "dlg",
+  "hold",
+  "hybrid",
   "idlg",
   "ig",
   "mask_prior",

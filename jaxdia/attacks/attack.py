@@ -15,7 +15,7 @@ from jaxdia.attacks.objective import Candidate, Known, Terms, objective
 from jaxdia.attacks.optimizers import create_optimizer, create_plateau, create_schedule
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
-from jaxdia.closed_form import recover_labels
+from jaxdia.closed_form import Parts, Verdict, recover_labels
 from jaxdia.errors import InputError
 from jaxdia.models import DropoutModel, sample_masks
 from jaxdia.typing import Key, Masks
@@ -29,6 +29,7 @@ class Status(enum.IntEnum):
   STALLED = 2  # no improvement for `patience` iterations
   MAX_ITERATIONS = 3
   DIVERGED = 4  # the objective became NaN or infinite
+  NO_SEARCH = 5  # a closed form alone
 
 
 class Best(NamedTuple):
@@ -87,8 +88,9 @@ class Attack(NamedTuple):
   """An attack on one observation.
 
   Attributes:
-    init: `init(key, observation, masks=None) -> State`. The masks are the
-      client's, for the well-informed attacker only.
+    init: `init(key, observation, masks=None, parts=None) -> State`. The masks are
+      the client's, for the well-informed attacker only; the parts are those of
+      `jaxdia.closed_form.recover`, for attacks that start from them.
     start: `start(candidate, known) -> State`, a trial from a given point.
     step: `step(observation, state) -> (State, Info)`.
     model: the network that it attacks.
@@ -116,9 +118,14 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
   schedule = create_schedule(settings)
   plateau = create_plateau(settings)
 
-  def init(key: Key, observation: Observation, masks: Masks | None = None) -> State:
+  def init(
+    key: Key,
+    observation: Observation,
+    masks: Masks | None = None,
+    parts: Parts | None = None,
+  ) -> State:
     """Starts a trial from random images, and random masks if they are searched."""
-    _check_start(settings, observation, masks)
+    _check_start(settings, observation, masks, parts)
     images_key, masks_key, labels_key = jax.random.split(key, 3)
     size, dtype = observation.batch_size, observation.dtype
 
@@ -130,14 +137,18 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
       masks=sample_masks(masks_key, model, size, dtype) if settings.masks == "free" else None,
       labels=draw(labels_key, model.num_classes) if settings.labels == "free" else None,
     )
+    known_masks = masks if settings.masks == "known" else None
+    if settings.closed_form != "none":
+      candidate = Candidate(
+        images=jnp.where(_each(parts.verdict > 0), parts.images, candidate.images),
+        masks=_where(parts.known_masks, parts.masks, candidate.masks),
+        labels=None,
+      )
+      return start(candidate, Known(known_masks, parts.labels, parts))
     labels = {"given": observation.labels, "free": None}
-    known = Known(
-      masks=masks if settings.masks == "known" else None,
-      labels=recover_labels(model, observation)
-      if settings.labels == "recovered"
-      else labels[settings.labels],
-    )
-    return start(candidate, known)
+    if settings.labels == "recovered":
+      labels["recovered"] = recover_labels(model, observation)
+    return start(candidate, Known(known_masks, labels[settings.labels]))
 
   def start(candidate: Candidate, known: Known) -> State:
     """Starts a trial from a given point."""
@@ -177,6 +188,8 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
     rate = settings.learning_rate * schedule(state.iteration) * state.plateau.scale
     updates = optax.tree.scale(rate, updates)
     candidate = project(observation, optax.apply_updates(state.candidate, updates))
+    if state.known.parts is not None:
+      candidate = hold(state.known.parts, candidate)
     _, plateau_state = plateau.update((), state.plateau, value=value)
 
     iteration = state.iteration + 1
@@ -217,11 +230,42 @@ def project(observation: Observation, candidate: Candidate) -> Candidate:
   )
 
 
+def hold(parts: Parts, candidate: Candidate) -> Candidate:
+  """Returns the candidate with what is known exactly as it is known.
+
+  Args:
+    parts: what was recovered in closed form.
+    candidate: any point.
+  """
+  exact = _each(parts.verdict == Verdict.EXACT)
+  return candidate._replace(
+    images=jnp.where(exact, parts.images, candidate.images),
+    masks=_where(parts.known_masks, parts.masks, candidate.masks),
+  )
+
+
+def _each(flags):
+  return flags[:, None, None, None]
+
+
 def _where(condition, tree, other):
-  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
+  """Chooses between two trees by one condition, or by a tree of them."""
+  if not isinstance(condition, dict):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
+  return jax.tree.map(jnp.where, condition, tree, other)
 
 
-def _check_start(settings, observation, masks):
+def _check_start(settings, observation, masks, parts):
+  if settings.closed_form == "only":
+    raise InputError(
+      "attack.closed_form=only searches nothing, so there is no trial to start. Call"
+      " jaxdia.closed_form.recover, or set attack.closed_form=first."
+    )
+  if settings.closed_form == "first" and parts is None:
+    raise InputError(
+      "attack.closed_form=first starts from what was recovered: init(key, observation,"
+      " parts=closed_form.recover(key, model, observation).parts)."
+    )
   if settings.labels == "given" and observation.labels is None:
     raise InputError(
       "attack.labels=given, but the observation grants no labels. Observe with"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
+from jaxdia.closed_form import Parts
 from jaxdia.matching import DISTANCES, compare, prepare, suits
 from jaxdia.models import DropoutModel, expected_masks
 from jaxdia.typing import Images, Labels, Masks
@@ -32,10 +33,12 @@ class Known(NamedTuple):
   Attributes:
     masks: the client's masks; None also if the expected masks are used.
     labels: i[B].
+    parts: what was recovered in closed form.
   """
 
   masks: Masks | None
   labels: Labels | None
+  parts: Parts | None = None
 
 
 class Terms(NamedTuple):
@@ -44,6 +47,7 @@ class Terms(NamedTuple):
   distance: jax.Array
   total_variation: jax.Array
   mask_prior: jax.Array
+  feature_distance: jax.Array
 
 
 def total_variation(images: Images) -> jax.Array:
@@ -80,6 +84,34 @@ def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
     return excess * jax.lax.stop_gradient(jnp.sign(excess)) / mask.size
 
   return sum(deviation(masks[site.name], site.rate) for site in model.sites)
+
+
+def feature_distance(
+  model: DropoutModel, observation: Observation, candidate: Candidate, parts: Parts
+) -> jax.Array:
+  """Returns how far the inputs of dense layers are from those that were recovered.
+
+  Args:
+    model: the network.
+    observation: gives the parameters.
+    candidate: with images and masks.
+    parts: with the features.
+
+  Returns:
+    f[], the mean over the recovered features of |a - f|² / |f|².
+  """
+  layers = [x for x in model.dense(observation.batch_size) if x.path in parts.features]
+  dtype = candidate.images.dtype
+  taps = {x.path: tuple(jnp.zeros((rows, x.outputs), dtype) for rows in x.rows) for x in layers}
+  _, inputs = model.apply_tapped(observation.params, candidate.masks, candidate.images, taps)
+  total, count = jnp.zeros((), dtype), jnp.zeros((), dtype)
+  for path, features in parts.features.items():
+    known = parts.known_features[path]
+    difference = jnp.sum((inputs[path][0] - features) ** 2, axis=1)
+    size = jnp.sum(features**2, axis=1)
+    total += jnp.sum(jnp.where(known, difference / jnp.where(known, size, 1), 0))
+    count += jnp.sum(known)
+  return total / jnp.maximum(count, 1)
 
 
 def complete(
@@ -121,7 +153,7 @@ def objective(
 
   Returns:
     f[], and its unweighted terms. The mask prior counts only where masks are
-    searched.
+    searched, the features only where some were recovered.
   """
   masks, labels = complete(model, observation, candidate, known)
   # Without concrete values the target's kernels stay whole; the engine prepares them once.
@@ -129,14 +161,19 @@ def objective(
   target = prepare(model, observation, method, compress=False).gradient
   comparison = compare(model, observation.params, target, masks, candidate.images, labels)
   zero = jnp.zeros((), candidate.images.dtype)
+  with_features = settings.feature_weight and known.parts is not None and known.parts.features
   terms = Terms(
     distance=DISTANCES[settings.distance](comparison),
     total_variation=total_variation(candidate.images),
     mask_prior=mask_prior(model, candidate.masks) if candidate.masks else zero,
+    feature_distance=feature_distance(model, observation, candidate, known.parts)
+    if with_features
+    else zero,
   )
   value = (
     terms.distance
     + settings.tv_weight * terms.total_variation
     + settings.mask_weight * terms.mask_prior
+    + settings.feature_weight * terms.feature_distance
   )
   return value, terms

@@ -27,6 +27,10 @@ PRESETS: dict[str, AttackSettings] = {
   "wiig": AttackSettings(masks="known"),
   # The Dropout Inversion Attack, the paper's contribution: masks searched too.
   "dia": AttackSettings(masks="free"),
+  # What linear algebra gives, and nothing else.
+  "closed_form": AttackSettings(closed_form="only", labels="recovered"),
+  # DIA that starts from there.
+  "hybrid": AttackSettings(closed_form="first", labels="recovered"),
 }
 
 
@@ -72,3 +76,8 @@ def wiig(model: DropoutModel, **overrides: Any) -> Attack:
 def dia(model: DropoutModel, **overrides: Any) -> Attack:
   """The Dropout Inversion Attack (Scheliga et al. 2023); see `create`."""
   return create("dia", model, **overrides)
+
+
+def hybrid(model: DropoutModel, **overrides: Any) -> Attack:
+  """DIA that starts from what `jaxdia.closed_form.recover` gives; see `create`."""
+  return create("hybrid", model, **overrides)

@@ -9,6 +9,7 @@ from jaxdia.errors import InputError, unknown
 CHOICES = {
   "masks": ("expected", "known", "free"),
   "labels": ("given", "recovered", "free"),
+  "closed_form": ("none", "first", "only"),
   "distance": ("cosine", "squared_l2"),
   "optimizer": ("signed_adam", "adam", "lbfgs"),
   "schedule": ("plateau", "step", "cosine", "constant"),
@@ -27,6 +28,8 @@ class AttackSettings:
       "free" (searched).
     labels: "given" in the observation, "recovered" from it, or "free": soft
       labels are searched.
+    closed_form: "first" starts from what linear algebra recovers and holds fixed what
+      is exact (see `jaxdia.closed_form`), "only" searches nothing, "none" does without.
     distance: between gradients: "cosine" or "squared_l2".
     optimizer: "signed_adam" (the sign of the images' derivative, then Adam; plain
       Adam for all else), "adam", or "lbfgs" with a line search.
@@ -37,6 +40,7 @@ class AttackSettings:
     learning_rate: at the start, for images, masks and labels.
     tv_weight: of the total variation of the images.
     mask_weight: of the mask prior.
+    feature_weight: of the distance from features that the closed form recovered.
     max_iterations: the trial ends after so many.
     patience: the trial ends after so many without improvement.
     plateau_patience: of the schedule "plateau".
@@ -46,12 +50,14 @@ class AttackSettings:
 
   masks: str = "free"
   labels: str = "given"
+  closed_form: str = "none"
   distance: str = "cosine"
   optimizer: str = "signed_adam"
   schedule: str = "plateau"
   learning_rate: float = 0.1
   tv_weight: float = 1e-5
   mask_weight: float = 1e-4
+  feature_weight: float = 0.0
   max_iterations: int = 20_000
   patience: int = 4_000
   plateau_patience: int = 800
@@ -68,7 +74,7 @@ class AttackSettings:
         lambda v: type(v) is int and 1 <= v <= _MAX_COUNT,
         f"an integer from 1 to {_MAX_COUNT}",
       )
-    for name in ("tv_weight", "mask_weight", "tolerance"):
+    for name in ("tv_weight", "mask_weight", "feature_weight", "tolerance"):
       self._check(name, lambda v: _is_finite(v) and v >= 0, "a finite number of at least 0")
     self._check("learning_rate", lambda v: _is_finite(v) and v > 0, "a finite number above 0")
     self._check("plateau_factor", lambda v: _is_finite(v) and 0 < v < 1, "a number in (0, 1)")
@@ -77,6 +83,17 @@ class AttackSettings:
         f"attack.optimizer=lbfgs with schedule={self.schedule} and"
         f" learning_rate={self.learning_rate}: its line search sets the length of each step."
         " Set attack.schedule=constant and attack.learning_rate=1."
+      )
+
+    if self.closed_form != "none" and (self.masks != "free" or self.labels == "free"):
+      raise InputError(
+        f"attack.closed_form={self.closed_form} with masks={self.masks} and labels={self.labels}:"
+        " it recovers both. Set attack.masks=free and attack.labels=recovered or given."
+      )
+    if self.feature_weight and self.closed_form == "none":
+      raise InputError(
+        f"attack.feature_weight is {self.feature_weight}, but no features are recovered. Set"
+        " attack.closed_form=first, or attack.feature_weight=0."
       )
 
   def _check(self, name, is_valid, expected):

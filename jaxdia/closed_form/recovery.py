@@ -13,7 +13,6 @@ from jaxdia.closed_form.labels import recover_labels
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain
-from jaxdia.errors import InputError
 from jaxdia.matching import Target, layer_gradient
 from jaxdia.models import DropoutModel, batch_axes, expected_masks
 from jaxdia.typing import Images, Key, Labels, Masks
@@ -70,6 +69,12 @@ class Recovery(NamedTuple):
   residual: np.ndarray
   reason: str
 
+  def summary(self) -> str:
+    """Returns how many images are exact or approximate, and why not more, in one line."""
+    counts = {v: int(np.sum(np.asarray(self.parts.verdict) == v)) for v in reversed(Verdict)}
+    words = [f"{n} {v.name.lower().replace('_', ' ')}" for v, n in counts.items() if n]
+    return ", ".join(words) + (f" ({self.reason})" if self.reason else "")
+
 
 def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery:
   """Recovers what linear algebra can from one client's gradient.
@@ -87,6 +92,9 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
 
   Returns:
     What was recovered, of the gradient's type, on the host.
+
+  Raises:
+    InputError: the observation grants no labels, and none can be read (see `recover_labels`).
   """
   assert not isinstance(observation.gradient, Target), "closed forms need the gradient itself"
   with jax.enable_x64(True):
@@ -120,10 +128,10 @@ class _Found:
     self.axes = batch_axes(model)
     self.residual = np.full(size, np.nan)
     masks = expected_masks(model, size, jnp.float64)
-    try:
+    if observation.labels is not None:
+      labels = np.asarray(observation.labels)
+    else:
       labels = np.asarray(recover_labels(model, observation))
-    except InputError:  # as where no dense layer gives the logits
-      labels = np.zeros(size, np.int32)
     self.parts = Parts(
       images=np.zeros((size, *model.image_shape)),
       verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),
@@ -150,17 +158,22 @@ class _Found:
 
   def set_mask(self, site, number, entries, kept):
     """Notes the entries of an image's part of a mask."""
-    if site is None or self.axes[site] != 0:
+    if site is None or self.axes[site] != 0 or len(self.parts.masks[site]) != len(self.residual):
       return
     entries, kept = entries[entries >= 0], kept[entries >= 0]
     self.parts.masks[site][number].reshape(-1)[entries] = kept
     self.parts.known_masks[site][number].reshape(-1)[entries] = True
 
+  def declare_features(self, layer):
+    """Makes room for the inputs of a dense layer."""
+    size = len(self.residual)
+    self.parts.features[layer.path] = np.zeros((size, layer.inputs))
+    self.parts.known_features[layer.path] = np.zeros(size, bool)
+
   def set_features(self, path, number, features):
     """Notes the inputs of a dense layer."""
-    size = len(self.residual)
-    self.parts.features.setdefault(path, np.zeros((size, len(features))))[number] = features
-    self.parts.known_features.setdefault(path, np.zeros(size, bool))[number] = True
+    self.parts.features[path][number] = features
+    self.parts.known_features[path][number] = True
 
   def set_image(self, number, image, residual):
     """Notes an image, and how far it can be believed."""
@@ -190,6 +203,9 @@ def _use_patches(patching, gradient, found) -> str:
 def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   """Notes what the dense layers tell; returns why there is not more."""
   size = observation.batch_size
+  if chain.pixels is None:  # of every client, so that all results have the same form
+    for layer in chain.layers:
+      found.declare_features(layer)
   rates = {site.name: site.rate for site in model.sites}
   if len(chain.layers) == 1:
     return _use_classifier(chain, observation, gradient, rates, found)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxdia.attacks import Attack, Best, State, Status, project
 from jaxdia.client import Observation
+from jaxdia.closed_form import Parts
 from jaxdia.typing import Gradient, Key, Labels, Masks
 
 
@@ -45,6 +46,18 @@ class Lanes(NamedTuple):
   state: State
 
 
+class Given(NamedTuple):
+  """What an attack is given of a victim besides the observation; see `Attack.init`.
+
+  Attributes:
+    masks: the client's, for an attack that knows them.
+    parts: recovered in closed form, for an attack that starts from them.
+  """
+
+  masks: Masks | None = None
+  parts: Parts | None = None
+
+
 class Gauge(NamedTuple):
   """The few scalars that the host looks at; each [device, lane].
 
@@ -66,7 +79,7 @@ class LaneProgram(NamedTuple):
     empty: `empty() -> Lanes`, with no trial in them.
     place: `place(lanes, device, slot, observation) -> Lanes`, puts a victim in a
       slot that no running trial needs.
-    load: `load(lanes, device, lane, slot, key, masks) -> Lanes`, starts a trial in
+    load: `load(lanes, device, lane, slot, key, given) -> Lanes`, starts a trial in
       a lane, on the victim in a slot.
     advance: `advance(lanes, steps) -> (Lanes, Gauge)`, at most `steps` steps of
       every running trial; returns early when none runs.
@@ -78,7 +91,7 @@ class LaneProgram(NamedTuple):
 
   empty: Callable[[], Lanes]
   place: Callable[[Lanes, int, int, Observation], Lanes]
-  load: Callable[[Lanes, int, int, int, Key, Masks | None], Lanes]
+  load: Callable[[Lanes, int, int, int, Key, Given], Lanes]
   advance: Callable[[Lanes, int], tuple[Lanes, Gauge]]
   read: Callable[[Lanes, int, int], Best]
   restore: Callable[[Lanes, State], Lanes]
@@ -89,7 +102,7 @@ class LaneProgram(NamedTuple):
 def create_program(
   attack: Attack,
   observation: Observation,
-  masks: Masks | None,
+  given: Given,
   lanes_per_device: int,
   num_slots: int,
   devices: Sequence[jax.Device],
@@ -100,7 +113,7 @@ def create_program(
     attack: what to run.
     observation: one that is like all others; its params and statistics are
       shared by all lanes.
-    masks: the client's masks, or any like them, if the attack knows them.
+    given: what the attack is given of a victim besides, or any like it.
     lanes_per_device: number of trials that a device runs at once.
     num_slots: number of victims that a device has room for; no more than lanes are
       of use, and with one, all lanes share the products with its gradient.
@@ -114,7 +127,7 @@ def create_program(
   # The parameters are an argument of the compiled functions, one copy a device.
   replicate = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=devices)
   shared = replicate(device_numbers, dataclasses.replace(observation, gradient=None, labels=None))
-  state_shape = jax.eval_shape(attack.init, jax.random.key(0), observation, masks)
+  state_shape = jax.eval_shape(attack.init, jax.random.key(0), observation, *given)
 
   slot_shape = _shapes(Slots(observation.gradient, observation.labels))
 
@@ -141,8 +154,8 @@ def create_program(
   def place_on_device(lanes, here, slot, new):
     return lanes._replace(slots=write(lanes.slots, slot, new, here))
 
-  def load_on_device(shared, lanes, here, lane, slot, key, masks):
-    new = attack.init(key, observation_in(shared, lanes.slots, slot), masks)
+  def load_on_device(shared, lanes, here, lane, slot, key, given):
+    new = attack.init(key, observation_in(shared, lanes.slots, slot), *given)
     return lanes._replace(
       slot=write(lanes.slot, lane, slot, here), state=write(lanes.state, lane, new, here)
     )
@@ -181,9 +194,9 @@ def create_program(
     new = Slots(observation.gradient, observation.labels)
     return p_place(lanes, device_numbers == device, np.int32(slot), new)
 
-  def load(lanes, device, lane, slot, key, masks):
+  def load(lanes, device, lane, slot, key, given):
     here = device_numbers == device
-    return p_load(shared, lanes, here, np.int32(lane), np.int32(slot), key, masks)
+    return p_load(shared, lanes, here, np.int32(lane), np.int32(slot), key, given)
 
   def advance(lanes, steps):
     lanes, gauge = p_advance(shared, lanes, np.int32(steps))

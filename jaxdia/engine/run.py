@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxdia.attacks import Attack, Candidate, Status
 from jaxdia.client import Observation
+from jaxdia.closed_form import Parts
 from jaxdia.engine import checkpoint
 from jaxdia.engine.capacity import choose_lanes, halve_lanes
-from jaxdia.engine.lanes import Gauge, create_program
+from jaxdia.engine.lanes import Gauge, Given, create_program
 from jaxdia.errors import InputError
 from jaxdia.matching import Method, prepare_alike, suits
 from jaxdia.typing import Key, Masks
@@ -93,6 +94,7 @@ def run(
   *,
   restarts: int = 1,
   masks: Sequence[Masks] | None = None,
+  parts: Sequence[Parts] | None = None,
   lanes: int | None = None,
   chunk: int | None = None,
   devices: Sequence[jax.Device] | None = None,
@@ -112,6 +114,8 @@ def run(
     observations: of one model and batch size; they share their params.
     restarts: number of trials for each observation.
     masks: the client's masks for each observation, if the attack knows them.
+    parts: of `jaxdia.closed_form.recover` for each observation, if the attack starts
+      from them.
     lanes: trials that a device runs at once, fewer if they do not fit into its
       memory; see `choose_lanes` if None.
     chunk: steps between two looks at the lanes; if None, as many as take about a
@@ -149,7 +153,8 @@ def run(
   if lanes is None:
     lanes = choose_lanes(attack.model, observations[0], len(jobs), devices)
   lanes = min(lanes, -(-len(jobs) // len(devices)))
-  loop = _Loop(key, attack, observations, masks, devices, chunk, matching)
+  given = [Given(masks and masks[i], parts and parts[i]) for i in range(len(observations))]
+  loop = _Loop(key, attack, observations, given, devices, chunk, matching)
   done_steps = []
   saved = time.monotonic()
   while queue or loop.jobs:
@@ -221,7 +226,7 @@ class _Loop:
     key: Key,
     attack: Attack,
     observations: Sequence[Observation],
-    masks: Sequence[Masks] | None,
+    given: Sequence[Given],
     devices: Sequence[jax.Device],
     chunk: int | None,
     matching: Method,
@@ -231,7 +236,7 @@ class _Loop:
     self._observations = prepare_alike(attack.model, list(observations), method)
     self._key = key
     self._attack = attack
-    self._masks = masks
+    self._given = given
     self._devices = devices
     self._fixed_chunk = chunk
     self.compile_seconds = 0.0
@@ -243,15 +248,14 @@ class _Loop:
   def start(self, lanes: int) -> None:
     """Makes lanes, with no job in them."""
     start = time.monotonic()
-    masks = self._masks[0] if self._masks is not None else None
-    first = self._observations[0]
+    first, given = self._observations[0], self._given[0]
     slots = min(lanes, len(self._observations))
     self._victims: dict[tuple[int, int], int] = {}  # (device, slot) -> victim
-    self._program = create_program(self._attack, first, masks, lanes, slots, self._devices)
+    self._program = create_program(self._attack, first, given, lanes, slots, self._devices)
     self._lanes = self._program.empty()
     # Each compiled function once, without a step, so that none is compiled in the run.
     self._place(0, 0, 0)
-    self._lanes = self._program.load(self._lanes, 0, 0, 0, trial_key(self._key, Job(0, 0)), masks)
+    self._lanes = self._program.load(self._lanes, 0, 0, 0, trial_key(self._key, Job(0, 0)), given)
     self._lanes, _ = self._program.advance(self._lanes, 0)
     self._program.read(self._lanes, 0, 0)
     self._victims.clear()
@@ -285,10 +289,9 @@ class _Loop:
     return slot
 
   def _load(self, place, job):
-    masks = self._masks[job.victim] if self._masks is not None else None
     slot = self._slot(place[0], job.victim)
     key = trial_key(self._key, job)
-    self._lanes = self._program.load(self._lanes, *place, slot, key, masks)
+    self._lanes = self._program.load(self._lanes, *place, slot, key, self._given[job.victim])
     self.jobs[place] = job
     self._began[place] = self.run_seconds
 

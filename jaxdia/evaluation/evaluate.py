@@ -10,7 +10,9 @@ from jaxdia.client import Secret
 from jaxdia.data import denormalize
 from jaxdia.evaluation import metrics
 from jaxdia.models import DropoutModel
-from jaxdia.typing import Statistics
+from jaxdia.typing import Masks, Statistics
+
+_IMAGE_METRICS = ("mse_normalized", "mse", "psnr", "ssim", "lpips")
 
 
 class Evaluation(NamedTuple):
@@ -18,13 +20,15 @@ class Evaluation(NamedTuple):
 
   Attributes:
     originals: f32[B, H, W, C], pixels in [0, 1].
-    reconstructions: f32[B, H, W, C], pixels in [0, 1].
+    reconstructions: f32[B, H, W, C], pixels in [0, 1]; NaN where there is none.
     scores: one dictionary an image.
+    order: i[B], the place that each of them has in the candidate.
   """
 
   originals: np.ndarray
   reconstructions: np.ndarray
   scores: list[dict[str, Any]]
+  order: np.ndarray
 
 
 def evaluate(
@@ -33,6 +37,9 @@ def evaluate(
   candidate: Candidate,
   statistics: Statistics,
   labels: np.ndarray | None = None,
+  *,
+  found: np.ndarray | None = None,
+  known_masks: Masks | None = None,
 ) -> Evaluation:
   """Scores the result of an attack.
 
@@ -42,6 +49,9 @@ def evaluate(
     candidate: what it found; masks that were not searched (None) get no score.
     statistics: what normalised the images.
     labels: i[B], the labels that the attack found by itself, if it did.
+    found: b[B], which images it found; the others get no score but that of their
+      labels or, in a batch of one, of their mask. All if None.
+    known_masks: {site: b[shape]}, the entries of the masks that it found; all if None.
 
   Returns:
     For each image `mse_normalized` (the paper's MSE); `mse`, `psnr`, `ssim` and
@@ -49,15 +59,15 @@ def evaluate(
     `mask_accuracy` over all entries and `mask_accuracy_by_site`;
     `label_accuracy`, 0 or 1. What does not apply is None.
   """
-  originals, found = np.asarray(secret.images), np.asarray(candidate.images)
-  order = metrics.assign(found, originals)
-  found = found[order]
+  originals, images = np.asarray(secret.images), np.asarray(candidate.images)
+  order = metrics.assign(images, originals, found)
+  images = images[order]
   pixels, found_pixels = (
-    denormalize(images, statistics).astype(np.float32) for images in (originals, found)
+    denormalize(x, statistics).astype(np.float32) for x in (originals, images)
   )
   lpips = metrics.lpips(originals.shape[-1])
   columns: dict[str, Any] = {
-    "mse_normalized": metrics.mse(originals, found),
+    "mse_normalized": metrics.mse(originals, images),
     "mse": metrics.mse(pixels, found_pixels),
     "psnr": metrics.psnr(pixels, found_pixels),
     "ssim": metrics.ssim(pixels, found_pixels),
@@ -69,15 +79,31 @@ def evaluate(
   }
   by_site = {}
   if candidate.masks:
-    by_site = metrics.mask_accuracy(model, candidate.masks, secret.masks, order)
-    sizes = [np.size(secret.masks[site]) for site in by_site]
-    columns["mask_accuracy"] = np.average(list(by_site.values()), axis=0, weights=sizes)
+    by_site = metrics.mask_accuracy(model, candidate.masks, secret.masks, order, known_masks)
+    columns["mask_accuracy"] = _weighted_mean(by_site, known_masks or secret.masks)
   scores = []
+  missing = np.zeros(len(originals), bool) if found is None else ~np.asarray(found)[order]
   for i in range(len(originals)):
     score = {name: None if c is None else float(c[i]) for name, c in columns.items()}
-    score["mask_accuracy_by_site"] = {s: float(a[i]) for s, a in by_site.items()} or None
+    masks = {s: float(a[i]) for s, a in by_site.items() if not np.isnan(a[i])}
+    if missing[i]:
+      score |= {name: None for name in _IMAGE_METRICS}
+      if len(originals) > 1:  # then nothing says whose masks these are
+        masks = {}
+    score["mask_accuracy_by_site"] = masks or None
+    score["mask_accuracy"] = score["mask_accuracy"] if masks else None
     scores.append(score)
-  return Evaluation(pixels, found_pixels, scores)
+  found_pixels[missing] = np.nan
+  return Evaluation(pixels, found_pixels, scores, order)
+
+
+def _weighted_mean(by_site, known):
+  """Returns f[B], the mean over sites, by the number of entries that count in each."""
+  values = np.asarray(list(by_site.values()))
+  sizes = np.asarray([np.size(known[site]) for site in by_site], float)
+  weights = np.where(np.isnan(values), 0, sizes[:, None])
+  total = np.maximum(weights.sum(axis=0), 1)
+  return np.sum(np.where(np.isnan(values), 0, values) * weights, axis=0) / total
 
 
 def found_labels(candidate: Candidate, recovered: jax.Array | None) -> np.ndarray | None:

@@ -20,7 +20,9 @@ _MAX_PSNR = 150.0
 _LPIPS_SIDE = 64
 
 
-def assign(reconstructions: np.ndarray, originals: np.ndarray) -> np.ndarray:
+def assign(
+  reconstructions: np.ndarray, originals: np.ndarray, found: np.ndarray | None = None
+) -> np.ndarray:
   """Finds which reconstruction stands for which original.
 
   A gradient does not tell the order of a batch. The assignment is the one of
@@ -29,12 +31,16 @@ def assign(reconstructions: np.ndarray, originals: np.ndarray) -> np.ndarray:
   Args:
     reconstructions: f[B, H, W, C].
     originals: f[B, H, W, C].
+    found: b[B], which reconstructions there are; the others go to the originals that
+      are left over.
 
   Returns:
     i[B]: `reconstructions[result[i]]` is matched to `originals[i]`.
   """
   difference = originals[:, None] - reconstructions[None]
   cost = np.mean(np.square(difference, dtype=np.float64), axis=(2, 3, 4))
+  if found is not None:
+    cost = np.where(found, cost, 1e9)
   return linear_sum_assignment(cost)[1]
 
 
@@ -114,7 +120,11 @@ def _lpips_input(images):
 
 
 def mask_accuracy(
-  model: DropoutModel, masks: Masks, true: Masks, order: np.ndarray
+  model: DropoutModel,
+  masks: Masks,
+  true: Masks,
+  order: np.ndarray,
+  known: Masks | None = None,
 ) -> dict[str, np.ndarray]:
   """Returns the share of mask entries that are right once rounded, by site.
 
@@ -123,10 +133,11 @@ def mask_accuracy(
     masks: of the reconstruction, in [0, 1].
     true: the client's.
     order: i[B], which reconstruction stands for which original.
+    known: {site: b[shape]}, the entries that count; all if None.
 
   Returns:
-    {site: f[B]}. A site whose mask is shared by the batch gives the same number
-    to all images.
+    {site: f[B]}, NaN where no entry counts. A site whose mask is shared by the batch
+    gives the same number to all images.
   """
   batch = len(order)
 
@@ -134,10 +145,15 @@ def mask_accuracy(
     # Some networks fold another axis into that of the batch, as (batch * tokens).
     return np.moveaxis(np.asarray(mask) >= 0.5, axis, 0).reshape(batch, -1)
 
-  def accuracy(mask, true, axis):
+  def accuracy(mask, true, counts, axis):
     if axis is None:
-      return np.full(batch, np.mean((np.asarray(mask) >= 0.5) == (np.asarray(true) >= 0.5)))
-    return np.mean(by_image(mask, axis)[order] == by_image(true, axis), axis=1)
+      right = [np.mean((np.asarray(mask) >= 0.5) == (np.asarray(true) >= 0.5))] * batch
+      return np.where(np.all(counts), right, np.nan)
+    right = by_image(mask, axis)[order] == by_image(true, axis)
+    counts = by_image(counts, axis)[order]
+    total = np.sum(counts, axis=1)
+    return np.where(total > 0, np.sum(right & counts, axis=1) / np.maximum(total, 1), np.nan)
 
   axes = batch_axes(model)
-  return {site: accuracy(masks[site], true[site], axes[site]) for site in true}
+  known = known or {site: np.ones(np.shape(true[site]), bool) for site in true}
+  return {site: accuracy(masks[site], true[site], known[site], axes[site]) for site in true}

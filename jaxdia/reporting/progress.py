@@ -52,6 +52,18 @@ class ProgressReport:
       self._last_line = time.monotonic()
       print(f"{self._name}: {text}", file=self._stream, flush=True)
 
+  def note(self, text: str) -> None:
+    """Shows what is done before the first trial.
+
+    Args:
+      text: one line.
+    """
+    if self._bar is not None:
+      self._bar.set_description_str(f"{self._name}: {text}")
+    elif time.monotonic() - self._last_line >= _LINE_SECONDS:
+      self._last_line = time.monotonic()
+      print(f"{self._name}: {text}", file=self._stream, flush=True)
+
   def close(self) -> None:
     """Ends the bar."""
     if self._bar is not None:

@@ -19,13 +19,17 @@ def summarize(rows: Sequence[dict[str, Any]], attempted: int) -> dict[str, Any]:
 
   Returns:
     The counts, and for each metric mean, std, median, min and max over the
-    `count` images that have it. A failed image has no metrics.
+    `count` images that have it. A failed image has no metrics, one to which no closed
+    form applies none of its image.
   """
-  failed = sum(row["status"] == "failed" for row in rows)
+  failed, not_applicable = (
+    sum(row["status"] == status for row in rows) for status in ("failed", "not_applicable")
+  )
   return {
     "attempted": attempted,
-    "finished": len(rows) - failed,
+    "finished": len(rows) - failed - not_applicable,
     "failed": failed,
+    "not_applicable": not_applicable,
     "metrics": {
       name: statistics
       for name in METRICS + _COSTS
@@ -45,7 +49,8 @@ def _statistics(values):
 
 def _mean_by_site(rows):
   sites = [row["mask_accuracy_by_site"] for row in rows if row["mask_accuracy_by_site"]]
-  return {site: float(np.mean([row[site] for row in sites])) for site in sites[0]} if sites else {}
+  names = dict.fromkeys(site for row in sites for site in row)
+  return {name: float(np.mean([row[name] for row in sites if name in row])) for name in names}
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
