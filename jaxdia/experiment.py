@@ -352,7 +352,8 @@ def _without_search(recoveries) -> Iterator[engine.Trial]:
 def _parts(recoveries) -> list[Parts]:
   """Returns the parts of each batch; those of a finished one are any, and not looked at."""
   parts = [recovery.parts for recovery, _ in recoveries if recovery is not None]
-  return [parts[0] if recovery is None else recovery.parts for recovery, _ in recoveries]
+  spare = next(iter(parts), None)
+  return [spare if recovery is None else recovery.parts for recovery, _ in recoveries]
 
 
 def _caption(row: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain
 from jaxdia.matching import Target, layer_gradient
-from jaxdia.models import DropoutModel, batch_axes, expected_masks
+from jaxdia.models import DenseLayer, DropoutModel, batch_axes, expected_masks
 from jaxdia.typing import Images, Key, Labels, Masks
 
 # A sample that leaves no more than this of the gradient unexplained, relative, is exact.
@@ -143,7 +143,7 @@ class _Found:
       known_features={},
     )
 
-  def set_label(self, number, label):
+  def set_label(self, number: int, label: int) -> None:
     """Gives an image its label, and the others those that are left."""
     labels, known = self.parts.labels.copy(), self.parts.known_labels
     others = [i for i in range(len(labels)) if i != number and not known[i]]
@@ -156,7 +156,7 @@ class _Found:
     known[number] = True
     self.parts = self.parts._replace(labels=labels)
 
-  def set_mask(self, site, number, entries, kept):
+  def set_mask(self, site: str | None, number: int, entries: np.ndarray, kept: np.ndarray) -> None:
     """Notes the entries of an image's part of a mask."""
     if site is None or self.axes[site] != 0 or len(self.parts.masks[site]) != len(self.residual):
       return
@@ -164,24 +164,25 @@ class _Found:
     self.parts.masks[site][number].reshape(-1)[entries] = kept
     self.parts.known_masks[site][number].reshape(-1)[entries] = True
 
-  def declare_features(self, layer):
+  def declare_features(self, layer: DenseLayer) -> None:
     """Makes room for the inputs of a dense layer."""
     size = len(self.residual)
     self.parts.features[layer.path] = np.zeros((size, layer.inputs))
     self.parts.known_features[layer.path] = np.zeros(size, bool)
 
-  def set_features(self, path, number, features):
+  def set_features(self, path: tuple[str, ...], number: int, features: np.ndarray) -> None:
     """Notes the inputs of a dense layer."""
     self.parts.features[path][number] = features
     self.parts.known_features[path][number] = True
 
-  def set_image(self, number, image, residual):
+  def set_image(self, number: int, image: np.ndarray, residual: float) -> None:
     """Notes an image, and how far it can be believed."""
     self.parts.images[number] = image
     exact = residual <= _EXACT
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
 
-  def recovery(self, reason) -> Recovery:
+  def recovery(self, reason: str) -> Recovery:
+    """Returns the result, with the reason why there is not more."""
     parts = jax.tree.map(lambda x: x.astype(self.dtype) if x.dtype == np.float64 else x, self.parts)
     exact = bool((parts.verdict == Verdict.EXACT).all())
     return Recovery(parts, self.residual, "" if exact else reason)
