@@ -19,7 +19,9 @@ from jaxdia.typing import Gradient, Key, Params
 # A sample whose residual is larger is not believed, and not taken out. Those with a small one are
 # taken out first: what is wrong with the others may show when less is in their way.
 _GOOD, _BELIEVED = 1e-4, 0.02
-# After so many rounds without a sample, each with four times the starts, the search ends.
+# After so many rounds without a sample the search ends. Each has four times the starts of the one
+# before, and a fourth of its first epsilon: they keep to where they start, and do not all end
+# in one place where points crowd without lying on a plane (as for two images of one class).
 _EMPTY_ROUNDS = 3
 # A column that all samples dropped is rounding; in size, relative to the usual one.
 _EMPTY_COLUMN = 1e-4
@@ -105,7 +107,7 @@ def _candidates(key, spaces, rate, left, effort):
   """Returns what candidate samples kept after the first layer, and their vectors there."""
   first, second = spaces[0], spaces[1]
   sizes = np.linalg.norm(first.right, axis=0)
-  counts = (sizes > _EMPTY_COLUMN * np.median(sizes[sizes > 0])).astype(float)
+  counts = (sizes > _EMPTY_COLUMN * np.max(sizes)).astype(float)
   if left == 1:
     zero = (counts == 0)[None]
   else:
@@ -117,9 +119,11 @@ def _candidates(key, spaces, rate, left, effort):
     starts = starts.astype(jnp.float64) * (1 - first.padding)
     starts /= jnp.linalg.norm(starts, axis=-1, keepdims=True)
     normals = np.concatenate(
-      [sparse.search(points, counts, first.padding, some) for some in starts]
+      [sparse.search(points, counts, first.padding, some, 1 / effort) for some in starts]
     )
-    zeros = sparse.examine(points, counts, first.padding, normals, rate)
+    # Of the columns that are not empty a sample dropped fewer, as it dropped all of the empty ones.
+    share = max(rate * counts.size - np.sum(counts == 0), 1.0) / np.sum(counts)
+    zeros = sparse.examine(points, counts, first.padding, normals, share)
     chosen = sparse.distinct(zeros)[:left]
     if not len(chosen):
       return None

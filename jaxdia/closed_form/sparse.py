@@ -18,6 +18,8 @@ _STEPS = 110
 _SHRINK = 0.9
 # From one value to the next, in order of size, near-zeros and the rest differ by this factor.
 LEAST_GAP = 8.0
+# A plane is worth a try from here on: what comes of it is checked against the gradient.
+_CANDIDATE_GAP = 3.0
 
 
 class Zeros(NamedTuple):
@@ -33,7 +35,11 @@ class Zeros(NamedTuple):
 
 
 def search(
-  points: jax.Array, counts: jax.Array, padding: jax.Array, starts: jax.Array
+  points: jax.Array,
+  counts: jax.Array,
+  padding: jax.Array,
+  starts: jax.Array,
+  scale: float = 1.0,
 ) -> jax.Array:
   """Looks for hyperplanes through the origin on which many points lie.
 
@@ -47,15 +53,16 @@ def search(
     counts: f64[n], 1 for points that count, otherwise 0.
     padding: f64[rank], 1 for dimensions that are not used, otherwise 0.
     starts: f64[k, rank], unit vectors.
+    scale: of the first ε, relative to a typical q·r.
 
   Returns:
     f64[k, rank], unit normals; many may be of the same plane, or of none.
   """
-  return _search(points, counts, padding, starts)
+  return _search(points, counts, padding, starts, scale)
 
 
 @jax.jit
-def _search(points, counts, padding, starts):
+def _search(points, counts, padding, starts, scale):
   rank = points.shape[1] - jnp.sum(padding)
 
   def one(q):
@@ -65,7 +72,7 @@ def _search(points, counts, padding, starts):
       matrix = (points.T * weights) @ points
       return _least_eigenvector(matrix, padding, q, 2), epsilon * _SHRINK
 
-    return jax.lax.fori_loop(0, _STEPS, step, (q, 1 / jnp.sqrt(rank)))[0]
+    return jax.lax.fori_loop(0, _STEPS, step, (q, scale / jnp.sqrt(rank)))[0]
 
   return jax.lax.map(one, starts, batch_size=64)
 
@@ -89,7 +96,8 @@ def normal(points: jax.Array, chosen: jax.Array, padding: jax.Array) -> jax.Arra
 def _least_eigenvector(matrix, padding, start, steps):
   # Inverse iteration, not eigh: it is cheaper, and batched LAPACK calls that may run side by side
   # can wait for each other for ever on a CPU with few cores (jaxlib 0.10.2), so there is one chain.
-  size = jnp.trace(matrix)
+  trace = jnp.trace(matrix)
+  size = jnp.where(trace > 0, trace, 1.0)  # of no points, any vector will do
   factor = jax.scipy.linalg.cho_factor(
     matrix + jnp.diag(padding * (1 + size) + 1e-13 * size + 1e-300)
   )
@@ -167,7 +175,7 @@ def bounds(count: jax.Array, floor: jax.Array, rate: jax.Array) -> tuple[jax.Arr
 
 
 def distinct(zeros: Zeros) -> np.ndarray:
-  """Returns indices of planes that are certain, each once, the clearest first.
+  """Returns indices of planes that may be of a sample, each once, the clearest first.
 
   Args:
     zeros: with leading axis k.
@@ -178,7 +186,7 @@ def distinct(zeros: Zeros) -> np.ndarray:
   zero, gap = np.asarray(zeros.zero), np.asarray(zeros.gap)
   kept: list[int] = []
   for i in np.argsort(-gap):
-    if not gap[i] >= LEAST_GAP:
+    if not gap[i] >= _CANDIDATE_GAP:
       break
     if all(np.mean(zero[i] != zero[j]) > 0.02 for j in kept):
       kept.append(int(i))
