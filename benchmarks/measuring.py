@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxdia import attacks, data, matching, models
 from jaxdia.client import Observation, observe
-from jaxdia.engine.lanes import LaneProgram, Lanes, create_program
+from jaxdia.engine.lanes import Given, LaneProgram, Lanes, create_program
 from jaxdia.models import DropoutModel
 
 # A trial that never ends.
@@ -86,14 +86,14 @@ def fill_lanes(
   each = len(keys) // len(devices)
   slots = min(each, len(observations))
   observations = matching.prepare_alike(attack.model, list(observations[: len(keys)]), method)
-  program = create_program(attack, observations[0], None, each, slots, devices)
+  program = create_program(attack, observations[0], Given(), each, slots, devices)
   state = program.empty()
   for device in range(len(devices)):
     for slot in range(slots):
       victim = (device * each + slot) % len(observations)
       state = program.place(state, device, slot, observations[victim])
     for lane in range(each):
-      state = program.load(state, device, lane, lane % slots, keys[device * each + lane], None)
+      state = program.load(state, device, lane, lane % slots, keys[device * each + lane], Given())
   return program, state
 
 

@@ -115,13 +115,15 @@ def test_a_lane_that_is_done_gets_the_next_job(model, victims):
 
 def test_nothing_is_compiled_in_a_run(model, victims):
   attack = attacks.dia(model, max_iterations=20)
-  program = engine.lanes.create_program(attack, victims[1][0], None, 2, 2, ONE_DEVICE)
+  program = engine.lanes.create_program(
+    attack, victims[1][0], engine.lanes.Given(), 2, 2, ONE_DEVICE
+  )
   lanes = program.empty()
   keys = [jax.random.key(i) for i in range(3)]
 
   def turn(lanes, lane, key, victim, steps):
     lanes = program.place(lanes, 0, lane, victims[1][victim])
-    lanes = program.load(lanes, 0, lane, lane, key, None)
+    lanes = program.load(lanes, 0, lane, lane, key, engine.lanes.Given())
     lanes, gauge = program.advance(lanes, steps)
     program.read(lanes, 0, lane)
     return lanes, gauge
@@ -254,7 +256,9 @@ def test_lanes_that_attack_one_victim_share_its_target(model, victims):
   alone = _by_job(_run(attack, victims, lanes=1, restarts=3))
   for count in (2, 1):
     observations = victims[1][:count]
-    program = engine.lanes.create_program(attack, observations[0], None, 4, count, ONE_DEVICE)
+    program = engine.lanes.create_program(
+      attack, observations[0], engine.lanes.Given(), 4, count, ONE_DEVICE
+    )
     assert program.empty().slots.gradient["hidden_0"]["kernel"].shape == (1, count, 36, 24)
     trials = _by_job(_run(attack, (None, observations, victims[2]), lanes=4, restarts=3))
     assert len(trials) == 3 * count
