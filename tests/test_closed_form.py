@@ -27,7 +27,7 @@ def _model(name="mlp", rate=0.5, shape=(28, 28, 1), **options):
 
 
 def _victims(model, size, seed=0, dataset="mnist", **options):
-  victims = data.load(f"samples:{dataset}", size, seed)
+  victims = data.load(f"samples:{dataset}", size, seed, image_size=model.image_shape[0])
   images = data.normalize(victims.images, victims.statistics)
   params = model.init(jax.random.key(seed))
   observation, secret = observe(
@@ -141,27 +141,102 @@ def test_dropout_before_the_position_embedding_is_no_patch_embedding():
   assert find_patching(models.from_flax(Early(), (28, 28, 1))) is None
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_features_of_a_convolutional_network(size):
-  model = _model("lenet", hidden_size=128)
-  observation, secret = _victims(model, size)
+def _lenet(**options):
+  return _model("lenet", shape=(16, 16, 1), hidden_size=128, **options)
+
+
+def _true_inputs(model, observation, secret, layer):
+  taps = {layer.path: (jnp.zeros((observation.batch_size, layer.outputs)),)}
+  apply = model.apply_tapped
+  return np.asarray(apply(observation.params, secret.masks, secret.images, taps)[1][layer.path][0])
+
+
+def test_features_of_a_convolutional_network():
+  model = _lenet()
+  observation, secret = _victims(model, 3)
   recovery = recover(jax.random.key(0), model, observation)
   parts = recovery.parts
   assert not parts.verdict.any() and "features, not with pixels" in recovery.reason
   assert all(known.all() for known in parts.known_features.values())
-  layer = next(x for x in model.dense(size) if x.path == ("hidden",))
-  taps = {layer.path: (jnp.zeros((size, layer.outputs)),)}
-  _, inputs = model.apply_tapped(observation.params, secret.masks, secret.images, taps)
-  true = np.asarray(inputs[layer.path][0])
-  found = parts.features[layer.path]
+  layer = next(x for x in model.dense(3) if x.path == ("hidden",))
+  true, found = _true_inputs(model, observation, secret, layer), parts.features[layer.path]
   order = [int(np.argmin(np.linalg.norm(found - row, axis=1))) for row in true]
-  assert sorted(order) == list(range(size))
+  assert sorted(order) == list(range(3))
   np.testing.assert_allclose(found[order], true, atol=1e-4)
   assert np.array_equal(parts.labels[order], secret.labels) and parts.known_labels.all()
   for site in ("dropout_2", "dropout_3"):
     assert parts.known_masks[site].all()
     assert np.array_equal(parts.masks[site][order], secret.masks[site])
   assert not parts.known_masks["dropout_0"].any()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_convolutional_network_gives_one_image_away(rate):
+  model = _lenet(rate=rate)
+  observation, secret = _victims(model, 1)
+  recovery = recover(jax.random.key(0), model, observation)
+  parts = recovery.parts
+  assert parts.verdict[0] == Verdict.EXACT and recovery.reason == "", recovery
+  score = _scores(model, secret, recovery)[0]
+  assert score["mse_normalized"] < 1e-8 and score["label_accuracy"] == 1
+  for site in secret.masks:
+    assert parts.known_masks[site].all()
+    assert np.array_equal(parts.masks[site], secret.masks[site])
+  for layer in (*model.convolutions, *model.dense(1)):
+    true = _true_inputs(model, observation, secret, layer)
+    np.testing.assert_allclose(parts.features[layer.path], true, atol=1e-4)
+  assert len(parts.features) == 5
+
+
+def test_what_the_equations_leave_open_is_filled_in_and_not_called_exact():
+  model = _lenet(channels=4)
+  observation, secret = _victims(model, 1)
+  recovery = recover(jax.random.key(0), model, observation)
+  assert recovery.parts.verdict[0] == Verdict.APPROXIMATE
+  assert "equations determine the 256 inputs of conv_0 in part" in recovery.reason
+  score = _scores(model, secret, recovery)[0]
+  assert score["mse_normalized"] < 0.3 and score["mask_accuracy"] == 1
+  assert not recovery.parts.known_features.get(("conv_0",), np.zeros(1)).any()
+
+
+class Convolutions(nn.Module):
+  """A network whose convolutions end in what stands before the classifier.
+
+  Attributes:
+    kind: what is unusual about it.
+  """
+
+  kind: str
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    x = nn.Conv(12, (5, 5), 2, padding=2, use_bias=False, name="one")(x)
+    x = nn.relu(x) if self.kind == "relu" else nn.silu(x)
+    x = nn.Dropout(0.3, name="drop")(x, deterministic=not train)
+    x = nn.Conv(12, (3, 3), feature_group_count=2, name="two")(x)
+    if self.kind == "norm":
+      x = nn.GroupNorm(4)(x)
+    x = nn.tanh(x)
+    if self.kind == "pooled":
+      x = nn.avg_pool(x, (2, 2), (2, 2))
+    return nn.Dense(10, name="last")(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("kind", ["plain", "relu", "norm", "pooled"])
+def test_convolutions_of_other_networks(kind):
+  model = models.from_flax(Convolutions(kind), (16, 16, 1))
+  assert [layer.path for layer in model.convolutions] == [("one",), ("two",)]
+  observation, secret = _victims(model, 1)
+  recovery = recover(jax.random.key(0), model, observation)
+  if kind == "plain":
+    assert recovery.parts.verdict[0] == Verdict.EXACT, recovery.summary()
+    assert _scores(model, secret, recovery)[0]["mse_normalized"] < 1e-6
+    assert np.array_equal(recovery.parts.masks["drop"], secret.masks["drop"])
+  else:
+    assert recovery.parts.verdict[0] != Verdict.EXACT and recovery.reason
+  for site, known in recovery.parts.known_masks.items():
+    right = recovery.parts.masks[site] == secret.masks[site]
+    assert np.all(right | ~known), (site, recovery.summary())
 
 
 def _spoiled(observation, how):
@@ -182,9 +257,9 @@ def _spoiled(observation, how):
 
 
 @pytest.mark.parametrize("how", ["noised", "pruned", "quantised", "nan"])
-@pytest.mark.parametrize(("name", "size"), [("mlp", 1), ("mlp", 4), ("vit", 1)])
+@pytest.mark.parametrize(("name", "size"), [("mlp", 1), ("mlp", 4), ("vit", 1), ("lenet", 1)])
 def test_it_never_claims_more_than_the_gradient_supports(name, size, how):
-  model = _model(name)
+  model = _lenet() if name == "lenet" else _model(name)
   observation, secret = _victims(model, size)
   recovery = recover(jax.random.key(0), model, _spoiled(observation, how))
   assert not (recovery.parts.verdict == Verdict.EXACT).any()
@@ -295,7 +370,7 @@ def test_hybrid_holds_what_is_exact_and_searches_the_rest():
 
 
 def test_features_are_matched():
-  model = _model("lenet", hidden_size=128)
+  model = _lenet()
   observation, secret = _victims(model, 1)
   parts = recover(jax.random.key(0), model, observation).parts
   true = attacks.Candidate(secret.images, secret.masks, None)
@@ -330,14 +405,16 @@ def test_the_launchers_results_say_which_part_came_from_where(tmp_path):
 
 
 def test_what_no_closed_form_gives_is_counted_and_searched(tmp_path):
-  summary = experiment.run(_config("lenet", 2, 1), tmp_path, say=print)
+  c = _config("lenet", 2, 1)
+  c.model.channels = 4  # too few equations
+  summary = experiment.run(c, tmp_path, say=print)
   rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
   alone = [row for row in rows if row["attack"] == "closed_form"]
   for row in alone:
     assert row["status"] == "not_applicable" and row["mse_normalized"] is None
-    assert row["mask_accuracy_by_site"] == {"dropout_2": 1.0, "dropout_3": 1.0}
-    assert set(row["closed_form"]["features"]) == {"hidden", "classifier"}
-    assert "features, not with pixels" in row["closed_form"]["reason"]
+    assert row["mask_accuracy_by_site"] == {f"dropout_{i}": 1.0 for i in (1, 2, 3)}
+    assert set(row["closed_form"]["features"]) == {"hidden", "classifier", "conv_2"}
+    assert "inputs of conv_1 in part" in row["closed_form"]["reason"]
   counts = summary["closed_form"]
   assert (counts["attempted"], counts["finished"], counts["not_applicable"]) == (2, 0, 2)
   for row in rows[2:]:

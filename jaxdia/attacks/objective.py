@@ -89,7 +89,7 @@ def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
 def feature_distance(
   model: DropoutModel, observation: Observation, candidate: Candidate, parts: Parts
 ) -> jax.Array:
-  """Returns how far the inputs of dense layers are from those that were recovered.
+  """Returns how far the inputs of layers are from those that were recovered.
 
   Args:
     model: the network.
@@ -100,9 +100,11 @@ def feature_distance(
   Returns:
     f[], the mean over the recovered features of |a - f|² / |f|².
   """
-  layers = [x for x in model.dense(observation.batch_size) if x.path in parts.features]
+  layers = (*model.dense(observation.batch_size), *model.convolutions)
+  layers = [x for x in layers if x.path in parts.features]
+  # A row an image.
   dtype = candidate.images.dtype
-  taps = {x.path: tuple(jnp.zeros((rows, x.outputs), dtype) for rows in x.rows) for x in layers}
+  taps = {x.path: (jnp.zeros((observation.batch_size, x.outputs), dtype),) for x in layers}
   _, inputs = model.apply_tapped(observation.params, candidate.masks, candidate.images, taps)
   total, count = jnp.zeros((), dtype), jnp.zeros((), dtype)
   for path, features in parts.features.items():

@@ -9,12 +9,13 @@ import numpy as np
 
 from jaxdia.client import Observation
 from jaxdia.closed_form import batch as batches
+from jaxdia.closed_form.convolutions import MOST_INPUTS, After, cotangent_before, solve
 from jaxdia.closed_form.labels import recover_labels
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
-from jaxdia.closed_form.structure import Chain, find_chain
+from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
 from jaxdia.matching import Target, layer_gradient
-from jaxdia.models import DenseLayer, DropoutModel, batch_axes, expected_masks
+from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
 from jaxdia.typing import Images, Key, Labels, Masks
 
 # A sample that leaves no more than this of the gradient unexplained, relative, is exact.
@@ -41,7 +42,7 @@ class Parts(NamedTuple):
     known_masks: {site: b[shape]}.
     labels: i[B]; where they are not known, the most likely ones.
     known_labels: b[B], labels that belong to the image in their place.
-    features: {path of a dense layer: f[B, inputs]}; zeros where not known.
+    features: {path of a layer: f[B, inputs]}; zeros where not known.
     known_features: {path: b[B]}.
   """
 
@@ -110,6 +111,8 @@ def _recover(key, model, observation) -> Recovery:
   reason = "the network has no dense layers up to the logits, and no patch embedding"
   if (chain := find_chain(model)) is not None:
     reason = _use_chain(key, model, chain, observation, gradient, found)
+    if size == 1 and chain.pixels is None:
+      reason = _use_convolutions(model, chain, observation, gradient, found) or reason
   if chain is None or chain.pixels is None:
     patching = find_patching(model)
     if patching is not None and size == 1:
@@ -164,21 +167,23 @@ class _Found:
     self.parts.masks[site][number].reshape(-1)[entries] = kept
     self.parts.known_masks[site][number].reshape(-1)[entries] = True
 
-  def declare_features(self, layer: DenseLayer) -> None:
-    """Makes room for the inputs of a dense layer."""
+  def declare_features(self, layer: DenseLayer | Convolution) -> None:
+    """Makes room for the inputs of a layer."""
     size = len(self.residual)
     self.parts.features[layer.path] = np.zeros((size, layer.inputs))
     self.parts.known_features[layer.path] = np.zeros(size, bool)
 
   def set_features(self, path: tuple[str, ...], number: int, features: np.ndarray) -> None:
-    """Notes the inputs of a dense layer."""
+    """Notes the inputs of a layer."""
     self.parts.features[path][number] = features
     self.parts.known_features[path][number] = True
 
-  def set_image(self, number: int, image: np.ndarray, residual: float) -> None:
+  def set_image(
+    self, number: int, image: np.ndarray, residual: float, determined: bool = True
+  ) -> None:
     """Notes an image, and how far it can be believed."""
     self.parts.images[number] = image
-    exact = residual <= _EXACT
+    exact = residual <= _EXACT and determined
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
 
   def recovery(self, reason: str) -> Recovery:
@@ -275,6 +280,62 @@ def _use_classifier(chain, observation, gradient, rates, found) -> str:
     if kept is not None:
       found.set_mask(site, 0, chain.inputs[0].entries, kept)
   return "the classifier is fed with features, not with pixels"
+
+
+def _use_convolutions(model, chain: Chain, observation, gradient, found) -> str:
+  """Goes on from the inputs of the first dense layer; returns why there is not more, or nothing."""
+  after = chain.layers[0]
+  if not (found.parts.known_features[after.path][0] and found.residual[0] <= _EXACT):
+    return ""
+  convolutions = find_convolutions(model, after)
+  if convolutions is None:
+    return ""
+  rates = {site.name: site.rate for site in model.sites}
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
+  values = found.parts.features[after.path][0]
+  # The gradient of the kernel is the outer product of values and delta.
+  delta = values @ layer_gradient(gradient, after.path)["kernel"] / (values @ values)
+  cotangent = layer_gradient(params, after.path)["kernel"] @ delta
+  source = chain.inputs[0]
+  for layer, earlier in zip(
+    reversed(convolutions.layers), reversed(convolutions.inputs), strict=True
+  ):
+    name = "/".join(layer.path)
+    kept = np.ones(values.size)
+    if source.site is not None:
+      kept = _kept_features(values, rates[source.site])
+    if kept is None:
+      return f"what was dropped after {name} does not stand out"
+    if layer.inputs > MOST_INPUTS:
+      return f"{name} has {layer.inputs:,} inputs; no more than {MOST_INPUTS:,} are solved for"
+    last = layer is convolutions.layers[0]
+    pixels = last and convolutions.pixels is not None and earlier.site is None
+    known = After(kept * values, kept, cotangent)
+    before = solve(model, layer, after, params, gradient, known, pixels)
+    sure = before.error <= _EXACT
+    if pixels and before.residual <= _EXACT:
+      image = np.zeros(before.inputs.size)
+      image[convolutions.pixels[0]] = before.inputs
+      image = image.reshape(found.parts.images.shape[1:])
+      residual = before.error if sure else before.residual
+      found.residual[0] = max(found.residual[0], residual)
+      found.set_image(0, image, residual, sure)
+    if not sure:
+      found_to = f"to {before.error:.1e}" if np.isfinite(before.error) else "in part"
+      return (
+        f"{before.equations:,} equations determine the {before.inputs.size:,} inputs of {name}"
+        f" {found_to} (residual {before.residual:.1e})"
+      )
+    values = before.inputs
+    found.declare_features(layer)
+    found.set_features(layer.path, 0, values)
+    if earlier.site is not None:
+      mask = _kept_features(values, rates[earlier.site])
+      if mask is not None:
+        found.set_mask(earlier.site, 0, earlier.entries, mask)
+    cotangent = np.asarray(cotangent_before(model, layer, after, params, known, values))
+    after, source = layer, earlier
+  return "the first of the convolutions is not fed with pixels" if not pixels else ""
 
 
 def _kept_features(features, rate):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.models import DenseLayer, DropoutModel
+from jaxdia.models import Convolution, DenseLayer, DropoutModel
 from jaxdia.typing import Masks, Params
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
@@ -36,16 +36,16 @@ class Input:
 
 
 class Chain(NamedTuple):
-  """Dense layers up to the logits, one row an image, with functions of single entries between.
+  """Linear layers of a row an image, with functions of single entries between.
 
   Attributes:
-    layers: from the first to the classifier.
+    layers: dense ones, up to the classifier; or convolutions, up to one of those.
     inputs: of each layer.
-    pixels: i[inputs], which pixel each input of the first layer is; None if these
-      are features.
+    pixels: i[1, inputs], which pixel each input of the first layer is; None if
+      these are features.
   """
 
-  layers: tuple[DenseLayer, ...]
+  layers: tuple[DenseLayer | Convolution, ...]
   inputs: tuple[Input, ...]
   pixels: np.ndarray | None
 
@@ -81,9 +81,33 @@ def find_chain(model: DropoutModel) -> Chain | None:
     params = probing_params(model)
     while first > 0 and _is_elementwise(model, params, layers[first - 1], layers[first]):
       first -= 1
-    chain = tuple(layers[first : last + 1])
-    inputs = tuple(_find_input(model, params, layer) for layer in chain)
-    return Chain(chain, inputs, find_pixels(model, params, chain[0]))
+    return _chain(model, params, layers[first : last + 1])
+
+
+@functools.lru_cache
+def find_convolutions(model: DropoutModel, after: DenseLayer) -> Chain | None:
+  """Finds the convolutions that a dense layer is fed by.
+
+  Args:
+    model: the network.
+    after: the dense layer, with one row an image.
+
+  Returns:
+    The longest chain that ends just before it, or None.
+  """
+  found: list[DenseLayer | Convolution] = [after]
+  with jax.enable_x64(True):
+    params = probing_params(model)
+    for layer in reversed(model.convolutions):
+      if not _is_elementwise(model, params, layer, found[0]):
+        break
+      found.insert(0, layer)
+    return _chain(model, params, found[:-1]) if len(found) > 1 else None
+
+
+def _chain(model, params, layers) -> Chain:
+  inputs = tuple(_find_input(model, params, layer) for layer in layers)
+  return Chain(tuple(layers), inputs, find_pixels(model, params, layers[0]))
 
 
 def full_masks(model: DropoutModel, batch_size: int = 1) -> Masks:
@@ -94,9 +118,13 @@ def full_masks(model: DropoutModel, batch_size: int = 1) -> Masks:
 
 
 def layer_inputs(
-  model: DropoutModel, params: Params, layer: DenseLayer, masks: Masks, images: jax.Array
+  model: DropoutModel,
+  params: Params,
+  layer: DenseLayer | Convolution,
+  masks: Masks,
+  images: jax.Array,
 ) -> jax.Array:
-  """Returns the inputs of a dense layer, f64[rows, inputs].
+  """Returns the inputs of a layer, f64[rows, inputs].
 
   Args:
     model: the network.
@@ -112,8 +140,8 @@ def layer_inputs(
 def activate(
   model: DropoutModel,
   params: Params,
-  layer: DenseLayer,
-  after: DenseLayer,
+  layer: DenseLayer | Convolution,
+  after: DenseLayer | Convolution,
   outputs: jax.Array,
   images: jax.Array | None = None,
 ) -> jax.Array:
@@ -222,13 +250,15 @@ def _find_input(model, params, layer) -> Input:
   return Input()
 
 
-def find_pixels(model: DropoutModel, params: Params, layer: DenseLayer) -> np.ndarray | None:
+def find_pixels(
+  model: DropoutModel, params: Params, layer: DenseLayer | Convolution
+) -> np.ndarray | None:
   """Finds which pixel each input of a layer is, if they are all the pixels, each once.
 
   Args:
     model: the network.
     params: its parameters, f64.
-    layer: a dense layer, called once.
+    layer: one that is called once.
 
   Returns:
     i[rows, inputs], indices into the flattened image; None if the inputs are not pixels.

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxdia.errors import InputError, unknown
 from jaxdia.models import networks
 from jaxdia.models.base import (
+  Convolution,
   DenseLayer,
   DropoutModel,
   Site,
@@ -24,6 +25,7 @@ from jaxdia.models.reference import params_of_reference
 
 __all__ = [
   "MODELS",
+  "Convolution",
   "DenseLayer",
   "DropoutModel",
   "Site",

@@ -1,5 +1,6 @@
 """A dropout model is a tuple of pure functions with the masks as an argument."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,7 +39,38 @@ class DenseLayer(NamedTuple):
   outputs: int
 
 
-# {path of a dense layer: one array for each of its calls}
+class Convolution(NamedTuple):
+  """A convolution as a linear map of a whole image; tapped as a dense layer with a row an image.
+
+  Attributes:
+    path: where its parameters are; `kernel`, and `bias` if it has one.
+    input_shape: (height, width, channels).
+    output_shape: (height, width, channels).
+    apply: `apply(leaves, inputs f[B, H, W, C]) -> f[B, H, W, C]`, the layer by itself.
+  """
+
+  path: tuple[str, ...]
+  input_shape: tuple[int, int, int]
+  output_shape: tuple[int, int, int]
+  apply: Callable[[Params, jax.Array], jax.Array]
+
+  @property
+  def rows(self) -> tuple[int, ...]:
+    """Rows for one image in its only call."""
+    return (1,)
+
+  @property
+  def inputs(self) -> int:
+    """Columns of its inputs, which are flattened."""
+    return math.prod(self.input_shape)
+
+  @property
+  def outputs(self) -> int:
+    """Columns of its outputs, which are flattened."""
+    return math.prod(self.output_shape)
+
+
+# {path of a layer: one array for each of its calls}
 Taps = dict[tuple[str, ...], tuple[jax.Array, ...]]
 
 
@@ -60,10 +92,11 @@ class DropoutModel(NamedTuple):
       gradient tells the labels; None if there is none or it is not known.
     dense: `dense(batch_size)` gives the dense layers that can be tapped; None if
       there are none or they are not known, as in a model of plain functions.
+    convolutions: those that are called once and can be tapped.
     apply_tapped: `apply_tapped(params, masks, images, taps) -> (logits, inputs)`
-      adds to the outputs of each call of the dense layers in `taps` the array
-      that is there, f[rows, outputs], and returns the inputs f[rows, inputs] of
-      the same calls; None where `dense` is.
+      adds to the outputs of each call of the layers in `taps` the array that is
+      there, f[rows, outputs], and returns the inputs f[rows, inputs] of the same
+      calls; None where `dense` is.
   """
 
   init: Callable[[Key], Params]
@@ -74,6 +107,7 @@ class DropoutModel(NamedTuple):
   num_classes: int
   classifier: tuple[str, ...] | None = None
   dense: Callable[[int], tuple[DenseLayer, ...]] | None = None
+  convolutions: tuple[Convolution, ...] = ()
   apply_tapped: Callable[[Params, Masks, Images, Taps], tuple[Logits, Taps]] | None = None
 
 

@@ -19,7 +19,15 @@ from flax import linen as nn
 from jax.extend import core as jex_core
 
 from jaxdia.errors import InputError
-from jaxdia.models.base import DenseLayer, DropoutModel, Site, Taps, check_image_shape, drop
+from jaxdia.models.base import (
+  Convolution,
+  DenseLayer,
+  DropoutModel,
+  Site,
+  Taps,
+  check_image_shape,
+  drop,
+)
 from jaxdia.models.flax_interception import ignore_sites, interceptor
 from jaxdia.typing import Images, Key, Logits, Masks, Params
 
@@ -33,6 +41,7 @@ class _Discovery(NamedTuple):
   Attributes:
     sites: {name: (rate, mask shape)}, in the order of the call.
     dense: {path: [(input shape, output shape) of each call]}, without those that cannot be tapped.
+    convolutions: that can be tapped.
     inactive: names of dropout of a rate above 0 that is switched off.
     classifier: path of the dense layer whose outputs are the logits, if one's are.
     logits: their shape and type.
@@ -40,6 +49,7 @@ class _Discovery(NamedTuple):
 
   sites: dict[str, tuple[float, tuple[int, ...]]]
   dense: dict[tuple[str, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]
+  convolutions: tuple[Convolution, ...]
   inactive: list[str]
   classifier: tuple[str, ...] | None
   logits: Any
@@ -121,7 +131,7 @@ def from_flax(
   def discover(batch_size: int) -> _Discovery:
     return _discover(call, params_shape, (batch_size, *image_shape))
 
-  sites, _, inactive, classifier, logits = _refusing(name, lambda: discover(2))
+  sites, _, _, inactive, classifier, logits = _refusing(name, lambda: discover(2))
   if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2:
     raise InputError(
       f"{name} returns {jax.tree.map(lambda x: x.shape, logits)} for 2 images; expected one"
@@ -166,12 +176,14 @@ def from_flax(
   def apply_tapped(params: Params, masks: Masks, images: Images, taps: Taps) -> tuple[Logits, Taps]:
     tapped_inputs = {path: [] for path in taps}
 
-    def tap(path, inputs, outputs, nested):
+    def tap(layer, inputs, outputs, nested):
       del nested  # such a layer is not among those that can be tapped
+      path = layer.path
       if path not in taps:
         return outputs
       number = len(tapped_inputs[path])
-      tapped_inputs[path].append(inputs.reshape(-1, inputs.shape[-1]))
+      rows = len(taps[path][number])
+      tapped_inputs[path].append(inputs.reshape(rows, -1))
       return outputs + taps[path][number].reshape(outputs.shape)
 
     logits = call(params, images, drop_with(masks, images), tap)
@@ -186,6 +198,7 @@ def from_flax(
     num_classes=logits.shape[1],
     classifier=classifier,
     dense=dense,
+    convolutions=discover(1).convolutions,
     apply_tapped=apply_tapped,
   )
 
@@ -194,6 +207,7 @@ def _discover(call, params_shape, images_shape) -> _Discovery:
   """Traces a call of the module, and sees what is in it."""
   sites: dict[str, tuple[float, tuple[int, ...]]] = {}
   dense: dict[tuple[str, ...], list] = {}
+  convolutions: dict[tuple[str, ...], list] = {}
   hidden = set()
   inactive: list[str] = []
   last: dict[str, Any] = {}  # the dense layer that was called last
@@ -203,16 +217,24 @@ def _discover(call, params_shape, images_shape) -> _Discovery:
     sites[name] = (rate, shape)
     return inputs
 
-  def on_dense(path, inputs, outputs, nested):
-    dense.setdefault(path, []).append((inputs.shape, outputs.shape))
-    last.update(path=path, outputs=outputs)
+  def on_linear(layer, inputs, outputs, nested):
+    path = layer.path
+    if isinstance(layer, nn.Dense):
+      dense.setdefault(path, []).append((inputs.shape, outputs.shape))
+      last.update(path=path, outputs=outputs)
+    else:
+      alone = layer.clone(parent=None, name=None)
+      shapes = inputs.shape[-3:], outputs.shape[-3:]
+      convolutions.setdefault(path, []).append(
+        Convolution(path, *shapes, lambda leaves, x: alone.apply({"params": leaves}, x))
+      )
     if nested:  # what happens inside a transformation cannot be handed out of it
       hidden.add(path)
     return outputs
 
   def traced(params, images):
     nonlocal classifier
-    logits = call(params, images, on_site, on_dense, inactive.append)
+    logits = call(params, images, on_site, on_linear, inactive.append)
     if logits is last.get("outputs"):
       classifier = last["path"]
     last.clear()  # what was traced must not outlive the trace
@@ -227,11 +249,12 @@ def _discover(call, params_shape, images_shape) -> _Discovery:
   variables = dict(zip((_names(path) for path, _ in leaves), program.jaxpr.invars, strict=False))
   hidden |= {
     path
-    for path, calls in dense.items()
+    for path, calls in (dense | convolutions).items()
     if _count_products(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
   }
   tappable = {path: calls for path, calls in dense.items() if path not in hidden}
-  return _Discovery(sites, tappable, inactive, classifier, logits)
+  once = [calls[0] for p, calls in convolutions.items() if p not in hidden and len(calls) == 1]
+  return _Discovery(sites, tappable, tuple(once), inactive, classifier, logits)
 
 
 def _names(path) -> tuple[str, ...]:
@@ -248,7 +271,7 @@ def _inner_programs(equation) -> list[jex_core.Jaxpr]:
 
 
 def _count_products(program: jex_core.Jaxpr, variable) -> float:
-  """Returns how many matrix products of a program use a variable; NaN if anything else does.
+  """Returns how many products of a program use a variable; NaN if anything else does.
 
   What merely hands a variable on to an inner program is followed into it.
   """
@@ -258,7 +281,7 @@ def _count_products(program: jex_core.Jaxpr, variable) -> float:
     inner = _inner_programs(equation)
     if not places:
       continue
-    if equation.primitive.name == "dot_general":
+    if equation.primitive.name in ("dot_general", "conv_general_dilated"):
       count += len(places)
     elif len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
       count += sum(_count_products(inner[0], inner[0].invars[i]) for i in places)

@@ -1,4 +1,4 @@
-"""Interception of the calls inside a Flax Linen module: dropout, attention, dense layers."""
+"""Interception of the calls inside a Flax Linen module: dropout, attention, linear layers."""
 
 import functools
 import inspect
@@ -17,8 +17,9 @@ from jaxdia.models.base import check_rate
 OnSite = Callable[[str, float, tuple[int, ...], jax.Array], jax.Array]
 # on_inactive(path), where dropout of a rate above 0 is switched off
 OnInactive = Callable[[str], None]
-# on_dense(path, inputs, outputs, nested) -> outputs; nested: inside a transformation such as remat
-OnDense = Callable[[tuple[str, ...], jax.Array, jax.Array, bool], jax.Array]
+# on_linear(layer, inputs, outputs, nested) -> outputs, of an nn.Dense or nn.Conv; nested: inside a
+# transformation such as remat
+OnLinear = Callable[[nn.Module, jax.Array, jax.Array, bool], jax.Array]
 
 
 def ignore_sites(name: str, rate: float, shape: tuple[int, ...], inputs: jax.Array) -> jax.Array:
@@ -29,14 +30,14 @@ def ignore_sites(name: str, rate: float, shape: tuple[int, ...], inputs: jax.Arr
 
 def interceptor(
   on_site: OnSite,
-  on_dense: OnDense | None = None,
+  on_linear: OnLinear | None = None,
   on_inactive: OnInactive = lambda path: None,
 ) -> Callable[..., Any]:
   """Returns a Flax method interceptor for one call of a module.
 
   Args:
     on_site: called at each dropout site, in place of its dropout.
-    on_dense: called after each `nn.Dense`.
+    on_linear: called after each `nn.Dense`, and each `nn.Conv` on images.
     on_inactive: called for dropout that is switched off.
 
   Raises:
@@ -69,10 +70,12 @@ def interceptor(
       finally:
         patched.remove(id(module))
     outputs = next_fun(*args, **kwargs)
-    if on_dense is not None and _is_plain_dense(module):
+    if on_linear is not None and (
+      _is_plain_dense(module) or _is_plain_convolution(module, outputs)
+    ):
       nested = tracers.current_trace() != outer
       inputs = args[0] if args else kwargs["inputs"]
-      outputs = on_dense(module.path, inputs, outputs, nested)
+      outputs = on_linear(module, inputs, outputs, nested)
     return outputs
 
   return intercept
@@ -85,6 +88,18 @@ def _is_plain_dense(module: nn.Module) -> bool:
     and module.dtype is None
     and module.dot_general is None
     and module.dot_general_cls is None
+  )
+
+
+def _is_plain_convolution(module: nn.Module, outputs: jax.Array) -> bool:
+  """Returns whether a module convolves images with its kernel as it is."""
+  return (
+    type(module) is nn.Conv
+    and module.dtype is None
+    and module.mask is None
+    and outputs.ndim == 4
+    and module.conv_general_dilated is None
+    and module.conv_general_dilated_cls is None
   )
 
 

@@ -1,0 +1,273 @@
+"""Backwards through convolutions, for one image: from the inputs of a layer to those before it.
+
+Let `h = kept ∘ f(z) / (1 - p)` be what follows a convolution `z = K * x + b`, with the function f
+of single entries. If h, what was kept of it and the derivative ∂L/∂h are known, then so are z
+where h was kept, up to the branch of f, and `δ = ∂L/∂z`. And the gradient of the kernel is linear
+in x: each of its entries is one equation, as is each kept entry of z. Mostly these are more
+equations than x has entries. Then x is known, and what dropout kept of it, and the step can be
+repeated for the convolution before.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia.closed_form.structure import activate
+from jaxdia.matching import layer_gradient
+from jaxdia.models import Convolution, DenseLayer, DropoutModel
+from jaxdia.typing import Gradient, Params
+
+# Least squares by normal equations, of so many unknowns.
+MOST_INPUTS = 4096
+# The weights of the prior, one after another, and how often each is used at most.
+_FEATURE_WEIGHTS = (1e-9,)
+_PIXEL_WEIGHTS = (1e-5, 1e-8)
+_STEPS = 8
+# A step that lowers the objective by less than this share is the last.
+_LEAST_GAIN = 0.1
+# Where a function is looked for the outputs that gave its values.
+_GRID = np.linspace(-10, 10, 401)
+
+
+class After(NamedTuple):
+  """What is known behind a convolution.
+
+  Attributes:
+    values: f64[outputs], the inputs of the next layer, zero where dropped.
+    kept: f64[outputs].
+    cotangent: f64[outputs], derivative of the loss by the values.
+  """
+
+  values: jax.Array
+  kept: jax.Array
+  cotangent: jax.Array
+
+
+class Before(NamedTuple):
+  """What was found in front of a convolution.
+
+  Attributes:
+    inputs: f64[inputs].
+    residual: f[], how much of the gradient and the values they leave unexplained, relative.
+    error: f[], how far the inputs may be off for that residual, relative; infinite if
+      there are fewer equations than inputs.
+    equations: i[], kernel entries and kept values.
+  """
+
+  inputs: np.ndarray
+  residual: float
+  error: float
+  equations: int
+
+
+def solve(
+  model: DropoutModel,
+  layer: Convolution,
+  after: DenseLayer | Convolution,
+  params: Params,
+  gradient: Gradient,
+  known: After,
+  pixels: bool,
+) -> Before:
+  """Finds the inputs of a convolution, by Gauss-Newton steps.
+
+  The prior is that of smooth images, or of small features. Its weight shrinks, so where
+  the equations suffice it does not matter; where not, it fills in what they leave open.
+
+  Args:
+    model: the network.
+    layer: the convolution.
+    after: the next layer.
+    params: of the network, f64.
+    gradient: of the client, f64.
+    known: behind the convolution.
+    pixels: whether the inputs are an image.
+
+  Returns:
+    The inputs.
+  """
+  problem = (model, layer, after)
+  given = (params, layer_gradient(gradient, layer.path), known)
+  prior = _smoothness(layer.input_shape) if pixels else np.eye(layer.inputs)
+  weights = _PIXEL_WEIGHTS if pixels else _FEATURE_WEIGHTS
+  inputs = _start(*problem, *given, prior, weights[0])
+  for weight in weights:
+    loss = np.inf
+    for _ in range(_STEPS):
+      inputs, new_loss = _step(*problem, *given, prior, weight, inputs)
+      if not new_loss < (1 - _LEAST_GAIN) * loss:
+        break
+      loss = new_loss
+  equations = sum(x.size for x in jax.tree.leaves(given[1])) + int(np.sum(known.kept))
+  if equations < layer.inputs:
+    residual = np.linalg.norm(_residuals_jitted(*problem, *given, inputs))
+    return Before(np.asarray(inputs), float(residual), np.inf, equations)
+  inputs, _ = _step(*problem, *given, prior, 0.0, inputs)
+  residual, least = (float(x) for x in _precision(*problem, *given, inputs))
+  error = residual / max(least, 1e-300) / float(np.linalg.norm(inputs))
+  return Before(np.asarray(inputs), residual, error, equations)
+
+
+def cotangent_before(
+  model: DropoutModel,
+  layer: Convolution,
+  after: DenseLayer | Convolution,
+  params: Params,
+  known: After,
+  inputs: jax.Array,
+) -> jax.Array:
+  """Returns the derivative of the loss by the inputs of a convolution, f64[inputs].
+
+  Args:
+    model: the network.
+    layer: the convolution.
+    after: the next layer.
+    params: of the network, f64.
+    known: behind the convolution.
+    inputs: f64[inputs], of it.
+  """
+  outputs, pull = jax.vjp(lambda x: _convolve(layer, params, x), jnp.asarray(inputs))
+  return pull(_delta(model, layer, after, params, known, outputs)[1])[0]
+
+
+def _convolve(layer, params, inputs):
+  leaves = layer_gradient(params, layer.path)
+  return layer.apply(leaves, inputs.reshape(1, *layer.input_shape)).reshape(-1)
+
+
+def _delta(model, layer, after, params, known, outputs):
+  """Returns the values behind outputs, with nothing dropped, and the derivative by the outputs."""
+
+  def function(z):
+    return activate(model, params, layer, after, z)
+
+  values, slopes = jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
+  return values, known.cotangent * known.kept * slopes
+
+
+def _kernel_equations(layer, params, gradient, inputs, delta):
+  """Returns how far the gradient of the parameters is from the client's, relative."""
+  leaves = layer_gradient(params, layer.path)
+
+  def outputs(leaves):
+    return layer.apply(leaves, inputs.reshape(1, *layer.input_shape)).reshape(-1)
+
+  (found,) = jax.vjp(outputs, leaves)[1](delta)
+  return [(found[name] - g).ravel() / _size(g) for name, g in gradient.items()]
+
+
+def _size(array):
+  return jnp.linalg.norm(array) + 1e-300
+
+
+def _residuals(model, layer, after, params, gradient, known, inputs):
+  outputs = _convolve(layer, params, inputs)
+  values, delta = _delta(model, layer, after, params, known, outputs)
+  equations = _kernel_equations(layer, params, gradient, inputs, delta)
+  equations.append(known.kept * (values - known.values) / _size(known.values))
+  return jnp.concatenate(equations)
+
+
+_residuals_jitted = jax.jit(_residuals, static_argnums=(0, 1, 2))
+
+
+def _matrix(function, inputs):
+  """Returns the value of a function and its Jacobian, transposed."""
+  value, along = jax.linearize(function, inputs)
+  return value, jax.vmap(along)(jnp.eye(inputs.size))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(model, layer, after, params, gradient, known, prior, weight):
+  """Returns the inputs that suit the outputs, as far as these can be told by their values.
+
+  Of outputs with the same value the largest is taken first, and only where there is but
+  one does it count as an equation.
+  """
+
+  def function(z):
+    return activate(model, params, layer, after, z)
+
+  on_grid = jax.vmap(lambda z: function(jnp.full(layer.outputs, z)))(jnp.asarray(_GRID))
+  crosses = (on_grid[1:] > known.values) != (on_grid[:-1] > known.values)
+  last = len(crosses) - 1 - jnp.argmax(crosses[::-1], axis=0)
+  nearest = jnp.argmin(jnp.abs(on_grid - known.values), axis=0)
+  any_cross = jnp.any(crosses, axis=0)
+  grid = jnp.asarray(_GRID)
+  low = jnp.where(any_cross, grid[last], grid[nearest])
+  high = jnp.where(any_cross, grid[last + 1], grid[nearest])
+  above = function(high) > known.values
+
+  def halve(_, ends):
+    low, high = ends
+    middle = (low + high) / 2
+    upper = (function(middle) > known.values) == above
+    return jnp.where(upper, low, middle), jnp.where(upper, middle, high)
+
+  outputs = jax.lax.fori_loop(0, 50, halve, (low, high))[0]
+  sure = known.kept * (jnp.sum(crosses, axis=0) == 1)
+  _, delta = _delta(model, layer, after, params, known, outputs)
+
+  def equations(inputs):
+    found = _kernel_equations(layer, params, gradient, inputs, delta)
+    found.append(sure * (_convolve(layer, params, inputs) - outputs) / _size(known.values))
+    return jnp.concatenate(found)
+
+  constant, matrix = _matrix(equations, jnp.zeros(layer.inputs))
+  square = matrix @ matrix.T + weight * prior
+  return -jax.scipy.linalg.solve(square, matrix @ constant, assume_a="pos")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(model, layer, after, params, gradient, known, prior, weight, inputs):
+  """Returns the inputs after a Gauss-Newton step of the best of a few lengths, and the loss."""
+
+  def residuals(inputs):
+    return _residuals(model, layer, after, params, gradient, known, inputs)
+
+  def loss(inputs):
+    value = jnp.sum(residuals(inputs) ** 2) + weight * inputs @ prior @ inputs
+    return jnp.where(jnp.isfinite(value), value, jnp.inf)
+
+  value, matrix = _matrix(residuals, inputs)
+  square = matrix @ matrix.T
+  square += weight * prior + 1e-15 * jnp.trace(square) / len(square) * jnp.eye(len(square))
+  direction = matrix @ value + weight * prior @ inputs
+  move = jax.scipy.linalg.solve(square, direction, assume_a="pos")
+  points = inputs - jnp.asarray([1, 0.5, 0.25, 0.1, 0.03, 0.0])[:, None] * jnp.nan_to_num(move)
+  losses = jax.lax.map(loss, points)
+  return points[jnp.argmin(losses)], jnp.min(losses)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _precision(model, layer, after, params, gradient, known, inputs):
+  """Returns the size of the residuals, and by how much they grow at least with an error of 1."""
+
+  def residuals(inputs):
+    return _residuals(model, layer, after, params, gradient, known, inputs)
+
+  value, matrix = _matrix(residuals, inputs)
+  square = matrix @ matrix.T
+  square += 1e-15 * jnp.trace(square) * jnp.eye(len(square))
+  factor = jax.scipy.linalg.cho_factor(square)
+  vector = jax.random.normal(jax.random.key(0), inputs.shape, inputs.dtype)
+  for _ in range(8):  # inverse iteration
+    vector = jax.scipy.linalg.cho_solve(factor, vector)
+    vector /= jnp.linalg.norm(vector)
+  return jnp.linalg.norm(value), jnp.linalg.norm(vector @ matrix)
+
+
+def _smoothness(shape) -> np.ndarray:
+  """Returns the matrix Q with `x Q x` the squared differences of neighbours, and a little of x²."""
+  height, width, channels = shape
+
+  def along(count):
+    steps = np.diff(np.eye(count), axis=0)
+    return steps.T @ steps
+
+  rows = np.kron(along(height), np.eye(width * channels))
+  columns = np.kron(np.eye(height), np.kron(along(width), np.eye(channels)))
+  return rows + columns + 1e-4 * np.eye(height * width * channels)
