@@ -24,7 +24,7 @@ from jaxdia.typing import Gradient, Params
 MOST_INPUTS = 4096
 # The weights of the prior, one after another, and how often each is used at most.
 _FEATURE_WEIGHTS = (1e-9,)
-_PIXEL_WEIGHTS = (1e-5, 1e-8)
+_PIXEL_WEIGHTS = (1e-5, 1e-6, 1e-8)
 _STEPS = 8
 # A step that lowers the objective by less than this share is the last.
 _LEAST_GAIN = 0.1
@@ -54,12 +54,15 @@ class Before(NamedTuple):
     residual: f[], how much of the gradient and the values they leave unexplained, relative.
     error: f[], how far the inputs may be off for that residual, relative; infinite if
       there are fewer equations than inputs.
+    spread: f64[inputs], standard deviations of the inputs, from the size of the residual;
+      None if there are fewer equations than inputs.
     equations: i[], kernel entries and kept values.
   """
 
   inputs: np.ndarray
   residual: float
   error: float
+  spread: np.ndarray | None
   equations: int
 
 
@@ -104,11 +107,11 @@ def solve(
   equations = sum(x.size for x in jax.tree.leaves(given[1])) + int(np.sum(known.kept))
   if equations < layer.inputs:
     residual = np.linalg.norm(_residuals_jitted(*problem, *given, inputs))
-    return Before(np.asarray(inputs), float(residual), np.inf, equations)
+    return Before(np.asarray(inputs), float(residual), np.inf, None, equations)
   inputs, _ = _step(*problem, *given, prior, 0.0, inputs)
-  residual, least = (float(x) for x in _precision(*problem, *given, inputs))
-  error = residual / max(least, 1e-300) / float(np.linalg.norm(inputs))
-  return Before(np.asarray(inputs), residual, error, equations)
+  residual, spread, error = _precision(*problem, *given, inputs)
+  spread = np.asarray(spread) / max(equations - layer.inputs, 1) ** 0.5
+  return Before(np.asarray(inputs), float(residual), float(error), spread, equations)
 
 
 def cotangent_before(
@@ -244,7 +247,11 @@ def _step(model, layer, after, params, gradient, known, prior, weight, inputs):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _precision(model, layer, after, params, gradient, known, inputs):
-  """Returns the size of the residuals, and by how much they grow at least with an error of 1."""
+  """Returns the size of the residuals, and what error of the inputs may go with it.
+
+  That is f[inputs], as if all equations but as many as there are inputs had a part in it, and f[],
+  the most, relative to the inputs.
+  """
 
   def residuals(inputs):
     return _residuals(model, layer, after, params, gradient, known, inputs)
@@ -252,12 +259,14 @@ def _precision(model, layer, after, params, gradient, known, inputs):
   value, matrix = _matrix(residuals, inputs)
   square = matrix @ matrix.T
   square += 1e-15 * jnp.trace(square) * jnp.eye(len(square))
-  factor = jax.scipy.linalg.cho_factor(square)
+  inverse = jax.scipy.linalg.inv(square)
   vector = jax.random.normal(jax.random.key(0), inputs.shape, inputs.dtype)
-  for _ in range(8):  # inverse iteration
-    vector = jax.scipy.linalg.cho_solve(factor, vector)
+  for _ in range(8):
+    vector = inverse @ vector
     vector /= jnp.linalg.norm(vector)
-  return jnp.linalg.norm(value), jnp.linalg.norm(vector @ matrix)
+  residual = jnp.linalg.norm(value)
+  spread = residual * jnp.sqrt(jnp.maximum(jnp.diag(inverse), 0))
+  return residual, spread, residual / jnp.linalg.norm(vector @ matrix) / jnp.linalg.norm(inputs)
 
 
 def _smoothness(shape) -> np.ndarray:
