@@ -27,6 +27,7 @@ class DataSettings:
     count: number of images.
     offset: index of the first image.
     batch_size: images in one client's batch; it divides `count`.
+    mask_seeds: how many gradients are taken of each batch, each with its own masks.
     image_size: side in pixels to scale to, or None.
     num_classes: or None, to take it from the source.
     statistics: name of the data set whose statistics to use, or None.
@@ -36,6 +37,7 @@ class DataSettings:
   count: int = 16
   offset: int = 0
   batch_size: int = 1
+  mask_seeds: int = 1
   image_size: int | None = None
   num_classes: int | None = None
   statistics: str | None = None
@@ -101,7 +103,9 @@ def default_config() -> ml_collections.ConfigDict:
   the paper's (see `jaxdia.attacks.AttackSettings`). `attack.name` may name
   several attacks, separated by commas: they are run on the same gradients.
   """
-  settings = {f.name: config_dict.placeholder(f.type) for f in dataclasses.fields(AttackSettings)}
+  settings = {
+    f.name: config_dict.placeholder(_kind(f.type)) for f in dataclasses.fields(AttackSettings)
+  }
   return ml_collections.ConfigDict(
     {
       "seed": 0,
@@ -121,10 +125,15 @@ def _placeholders(settings) -> dict[str, Any]:
     value = getattr(settings, f.name)
     if value is not None:
       return value
-    kind = next(t for t in typing.get_args(f.type) if t is not types.NoneType)
-    return config_dict.placeholder(kind)
+    return config_dict.placeholder(_kind(f.type))
 
   return {f.name: field(f) for f in dataclasses.fields(settings)}
+
+
+def _kind(annotation) -> type:
+  """Returns X of `X | None`."""
+  kinds = [t for t in typing.get_args(annotation) if t is not types.NoneType]
+  return kinds[0] if kinds else annotation
 
 
 def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
@@ -175,6 +184,7 @@ def _validate_data(fields) -> DataSettings:
   _check_integer("config.data.count", data.count, 1)
   _check_integer("config.data.offset", data.offset, 0)
   _check_integer("config.data.batch_size", data.batch_size, 1)
+  _check_integer("config.data.mask_seeds", data.mask_seeds, 1)
   for name in ("image_size", "num_classes"):
     if getattr(data, name) is not None:
       _check_integer(f"config.data.{name}", getattr(data, name), 1)

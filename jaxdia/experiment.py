@@ -12,16 +12,22 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxdia import data, engine, evaluation, models, outcomes, reporting
+from jaxdia import data, engine, evaluation, outcomes, reporting
 from jaxdia.attacks import AttackSettings, Candidate, Status, create_attack
-from jaxdia.client import Observation, Secret, observe
+from jaxdia.client import Observation, Secret
 from jaxdia.closed_form import Parts, recover, recover_labels
 from jaxdia.config import ExperimentSettings, validate
 from jaxdia.description import describe
 from jaxdia.errors import InputError
 from jaxdia.files import write_json, write_json_lines, write_npz
+from jaxdia.manifest import manifest
 from jaxdia.models import DropoutModel
+from jaxdia.scoring import score
+from jaxdia.victims import create_model, load_pool, load_victims, observe_clients
 from jaxdia.workdir import check_workdir, digest
+
+# Of so many images it is kept how they formed.
+_SHOWN = 4
 
 
 def run(
@@ -29,6 +35,7 @@ def run(
   workdir: str | os.PathLike,
   *,
   say: Callable[[str], None] = print,
+  on_share: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
   """Attacks the configured victims, and writes and returns what came of it.
 
@@ -41,6 +48,8 @@ def run(
     config: as made by the files in `configs/`.
     workdir: made if needed; refused if it belongs to another experiment.
     say: called with what a person should read.
+    on_share: called with the share of the work that is done, in place of the progress of each
+      attack.
 
   Returns:
     The summary: by attack, counts and statistics of each metric.
@@ -51,31 +60,25 @@ def run(
   """
   settings = validate(config)
   with jax.enable_x64(settings.precision == "float64"):
-    return _run(settings, pathlib.Path(workdir), say)
+    return _run(settings, pathlib.Path(workdir), say, on_share)
 
 
-def _run(settings, workdir, say) -> dict[str, Any]:
-  victims = data.load(
-    settings.data.source,
-    settings.data.count,
-    settings.data.offset,
-    image_size=settings.data.image_size,
-    num_classes=settings.data.num_classes,
-    statistics=settings.data.statistics,
-  )
-  options = dict(settings.model)
-  model = models.create(
-    options.pop("name"), victims.images.shape[1:], victims.num_classes, **options
-  )
+def _run(settings, workdir, say, on_share) -> dict[str, Any]:
+  victims = load_victims(settings.data)
+  model = create_model(settings, victims)
   for attack_settings in settings.attacks.values():
     _check_labels(attack_settings, model, settings.data.batch_size)
+  sha256 = digest(victims)
   config_json = settings.to_json()
-  config_json["data"]["sha256"] = digest(victims)
+  config_json["data"]["sha256"] = sha256
   check_workdir(workdir, config_json)
-  observations, secrets = _observe(settings, model, victims)
+  observations, secrets = observe_clients(settings, model, victims)
   try:
     (workdir / "trials").mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", config_json)
+    if not (workdir / "manifest.json").exists():
+      more = {"seed": settings.seed, "data_sha256": sha256, "precision": settings.precision}
+      write_json(workdir / "manifest.json", manifest(**more))
   except OSError as error:
     raise InputError(
       f"cannot write in the work directory {workdir} ({error}). Choose another --workdir."
@@ -85,11 +88,16 @@ def _run(settings, workdir, say) -> dict[str, Any]:
   if lanes is None:
     lanes = engine.choose_lanes(model, observations[0], trials, devices)
   say(describe(settings, model, observations[0], lanes, len(devices)))
-  experiment = _Experiment(settings, workdir, model, victims, observations, secrets, lanes)
+  pool = load_pool(settings.data, victims)
+  experiment = _Experiment(settings, workdir, model, victims, observations, secrets, lanes, pool)
   experiment.load()
-  for name in settings.attacks:
-    experiment.attack(name, say)
+  for number, name in enumerate(settings.attacks):
+    experiment.attack(name, say, on_share and _part(on_share, number, len(settings.attacks)))
   return experiment.finish(say)
+
+
+def _part(on_share, number, count):
+  return lambda share: on_share((number + share) / count)
 
 
 def _check_labels(settings: AttackSettings, model: DropoutModel, batch_size: int) -> None:
@@ -101,33 +109,10 @@ def _check_labels(settings: AttackSettings, model: DropoutModel, batch_size: int
     jax.eval_shape(lambda o: recover_labels(model, o), observation)
 
 
-def _observe(settings, model, victims) -> tuple[list[Observation], list[Secret]]:
-  """Draws the weights and lets each client compute its gradient."""
-  key = jax.random.key(settings.seed)
-  params = jax.jit(model.init)(jax.random.fold_in(key, 0))
-  params = jax.tree.map(lambda x: x.astype(settings.precision), params)
-  client_key = jax.random.fold_in(key, 1)
-  images = data.normalize(victims.images, victims.statistics)
-  size = settings.data.batch_size
-  pairs = [
-    observe(
-      jax.random.fold_in(client_key, i),
-      model,
-      params,
-      images[i * size : (i + 1) * size],
-      victims.labels[i * size : (i + 1) * size],
-      statistics=victims.statistics,
-    )
-    for i in range(len(images) // size)
-  ]
-  observations, secrets = zip(*pairs, strict=True)
-  return list(observations), list(secrets)
-
-
 class _Experiment:
   """The attacks of one experiment, and what is written of them."""
 
-  def __init__(self, settings, workdir, model, victims, observations, secrets, lanes):
+  def __init__(self, settings, workdir, model, victims, observations, secrets, lanes, pool):
     self._settings: ExperimentSettings = settings
     self._workdir: pathlib.Path = workdir
     self._model: DropoutModel = model
@@ -135,10 +120,13 @@ class _Experiment:
     self._observations: list[Observation] = observations
     self._secrets: list[Secret] = secrets
     self._lanes: int = lanes
+    self._pool: np.ndarray = pool
     self._done: dict[str, dict[int, outcomes.Outcome]] = {}  # by attack and batch
     self._rows: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by attack and batch
     self._images: dict[str, np.ndarray] = {}
+    self._recordings: dict[str, dict[int, dict[int, np.ndarray]]] = {}  # by attack and batch
     self._times: dict[str, dict[str, float]] = {}
+    self._originals = np.concatenate([victims.images] * settings.data.mask_seeds)
     self._trial_key = jax.random.fold_in(jax.random.key(settings.seed), 2)
 
   def _outcome_path(self, name: str, batch: int) -> pathlib.Path:
@@ -151,7 +139,8 @@ class _Experiment:
     """Takes up what was finished before."""
     for name in self._settings.attacks:
       self._rows[name] = {}
-      self._images[name] = np.full_like(self._victims.images, np.nan)
+      self._recordings[name] = {}
+      self._images[name] = np.full_like(self._originals, np.nan)
       found = {i: outcomes.load(self._outcome_path(name, i)) for i in range(len(self._secrets))}
       self._done[name] = {i: outcome for i, outcome in found.items() if outcome is not None}
       for batch in self._done[name]:
@@ -159,7 +148,12 @@ class _Experiment:
       self._times[name] = _read_times(self._times_path(name))
     self._write_results()
 
-  def attack(self, name: str, say: Callable[[str], None]) -> None:
+  def attack(
+    self,
+    name: str,
+    say: Callable[[str], None],
+    on_share: Callable[[float], None] | None = None,
+  ) -> None:
     """Runs one attack on all batches, or what is left of it."""
     settings, done = self._settings, self._done[name]
     attack = create_attack(self._model, settings.attacks[name])
@@ -169,7 +163,7 @@ class _Experiment:
     if finished:
       total = len(self._observations) * settings.restarts
       say(f"{name}: {len(finished)} of {total} trials were finished before")
-    progress = reporting.ProgressReport(name, attack.settings.max_iterations)
+    progress = reporting.ProgressReport(name, attack.settings.max_iterations, on_share=on_share)
     before = dict(self._times[name])  # what earlier calls took
 
     def on_progress(report):
@@ -200,6 +194,7 @@ class _Experiment:
           chunk=settings.engine.chunk,
           matching=settings.engine.matching,
           finished=finished,
+          record=engine.recorded_iterations(attack.settings.max_iterations),
           checkpoint_path=self._workdir / "checkpoint" / f"{name}.npz",
           checkpoint_seconds=settings.engine.checkpoint_seconds,
           on_progress=on_progress,
@@ -243,55 +238,27 @@ class _Experiment:
     settings, outcome = self._settings, self._done[name][batch]
     if not self._is_finished(name, batch):
       return
-    size = settings.data.batch_size
-    record, secret = outcome.best, self._secrets[batch]
-    attack, origin, recovered = settings.attacks[name], outcome.origin, None
-    if attack.labels == "recovered":
+    recovered = None
+    if settings.attacks[name].labels == "recovered" and outcome.origin is None:
       recovered = recover_labels(self._model, self._observations[batch])
-      if origin is not None:
-        recovered = origin.labels
-    alone = attack.closed_form == "only"
-    result = evaluation.evaluate(
+    elif settings.attacks[name].labels == "recovered":
+      recovered = outcome.origin.labels
+    secret, size = self._secrets[batch], settings.data.batch_size
+    scored = score(
+      settings,
       self._model,
+      name,
+      batch,
       secret,
-      outcome.candidate,
-      self._victims.statistics,
-      evaluation.found_labels(outcome.candidate, recovered),
-      found=origin.verdict > 0 if alone else None,
-      known_masks=origin.known_masks if alone else None,
+      outcome,
+      self._victims,
+      self._pool,
+      recovered,
     )
-    rows = []
-    for i, score in enumerate(result.scores):
-      rows.append(
-        {
-          "victim": settings.data.offset + batch * size + i,
-          "batch": batch,
-          "label": int(secret.labels[i]),
-          "attack": name,
-          "model": settings.model["name"],
-          "dropout_rate": settings.model["dropout_rate"],
-          "batch_size": size,
-        }
-        | {key: None if outcome.failed else value for key, value in score.items()}
-        | {
-          "objective": None if outcome.failed or alone else record.objective,
-          "gradient_distance": None if outcome.failed or alone else record.distance,
-          "iterations": record.iterations,
-          "best_iteration": record.best_iteration,
-          "restart": record.restart,
-          "seconds": round(record.seconds + (origin.seconds if origin else 0), 3),
-          "status": "failed" if outcome.failed else record.status.name.lower(),
-          "closed_form": None
-          if origin is None
-          else outcomes.describe_origin(origin, int(result.order[i])),
-        }
-      )
-    if alone:
-      for row in rows:
-        row["status"] = row["closed_form"]["verdict"]
-    self._rows[name][batch] = rows
-    if not outcome.failed:
-      self._images[name][batch * size : (batch + 1) * size] = result.reconstructions
+    self._rows[name][batch] = scored.rows
+    self._images[name][batch * size : (batch + 1) * size] = scored.images
+    if batch * size < _SHOWN:
+      self._recordings[name][batch] = scored.recording
 
   def _rows_of(self, name: str) -> list[dict[str, Any]]:
     return [row for _, rows in sorted(self._rows[name].items()) for row in rows]
@@ -303,20 +270,41 @@ class _Experiment:
   def finish(self, say: Callable[[str], None]) -> dict[str, Any]:
     """Writes what is made of all results, and shows the table."""
     summary = {
-      name: reporting.summarize(self._rows_of(name), self._settings.data.count) | self._times[name]
+      name: reporting.summarize(self._rows_of(name), len(self._originals))
+      | {"pool": len(self._pool)}
+      | self._times[name]
       for name in self._rows
     }
-    write_json(self._workdir / "summary.json", summary)
+    floors = evaluation.floors(self._victims.images, self._pool, self._victims.statistics)
+    write_json(self._workdir / "summary.json", summary | {"floors": floors})
+    labels = np.concatenate([self._victims.labels] * self._settings.data.mask_seeds)
     write_npz(
       self._workdir / "reconstructions.npz",
-      {"originals": self._victims.images, "labels": self._victims.labels} | self._images,
+      {"originals": self._originals, "labels": labels} | self._images,
     )
+    self._write_recordings()
     captions = {name: [_caption(row) for row in self._rows_of(name)] for name in self._rows}
-    reporting.write_grid(self._workdir / "grid.png", self._victims.images, self._images, captions)
+    reporting.write_grid(self._workdir / "grid.png", self._originals, self._images, captions)
     say("\n" + reporting.table(summary))
     say(f"\npictures: {self._workdir / 'grid.png'}")
     say(f"numbers:  {self._workdir / 'results.jsonl'}, {self._workdir / 'summary.json'}")
     return summary
+
+  def _write_recordings(self) -> None:
+    """Writes how the first images formed; a trial that ended keeps its last picture."""
+    kept = {}
+    iterations = sorted({n for r in self._recordings.values() for x in r.values() for n in x})
+    for name, recordings in self._recordings.items():
+      if not iterations or not all(recordings.values()):
+        continue
+      frames = []
+      for n in iterations:
+        shown = [r[max((k for k in r if k <= n), default=min(r))] for r in recordings.values()]
+        frames.append(np.concatenate(shown)[:_SHOWN])
+      pixels = np.clip(np.stack(frames, axis=1), 0, 1)
+      kept[name] = np.round(np.nan_to_num(pixels) * 255).astype(np.uint8)
+    if kept:
+      write_npz(self._workdir / "recordings.npz", {"iterations": np.asarray(iterations)} | kept)
 
 
 def _read_times(path: pathlib.Path) -> dict[str, float]:

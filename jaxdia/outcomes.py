@@ -55,11 +55,16 @@ class Outcome(NamedTuple):
   Attributes:
     candidate: of the trial with the best objective.
     records: of all finished trials.
+    images: {restart: f[B, H, W, C]}, the best of each trial.
+    recording: {iterations: f[B, H, W, C]}, the best ones after so many, of the
+      trial with the best objective.
     origin: for an attack with a closed form.
   """
 
   candidate: Candidate
   records: tuple[Record, ...]
+  images: dict[int, np.ndarray]
+  recording: dict[int, np.ndarray]
   origin: Origin | None = None
 
   @property
@@ -109,11 +114,12 @@ def merge(outcome: Outcome | None, trial: Trial) -> Outcome:
     trial.status,
     trial.seconds,
   )
+  images = {record.restart: np.asarray(trial.candidate.images)}
   if outcome is None:
-    return Outcome(trial.candidate, (record,))
-  better = record.objective < outcome.best.objective
-  candidate = trial.candidate if better else outcome.candidate
-  return outcome._replace(candidate=candidate, records=(*outcome.records, record))
+    return Outcome(trial.candidate, (record,), images, trial.recording)
+  if record.objective < outcome.best.objective:
+    outcome = outcome._replace(candidate=trial.candidate, recording=trial.recording)
+  return outcome._replace(records=(*outcome.records, record), images=outcome.images | images)
 
 
 def save(path: pathlib.Path, outcome: Outcome) -> None:
@@ -121,6 +127,9 @@ def save(path: pathlib.Path, outcome: Outcome) -> None:
   candidate = outcome.candidate
   arrays: dict[str, Any] = {
     "images": candidate.images,
+    "recording": np.asarray(list(outcome.recording.values())),
+    "iterations": np.asarray(list(outcome.recording), np.int32),
+    "restarts": np.stack([outcome.images[record.restart] for record in outcome.records]),
     "records": np.asarray(outcome.records, np.float64),
   }
   if candidate.labels is not None:
@@ -159,7 +168,9 @@ def load(path: pathlib.Path) -> Outcome | None:
     for r in arrays["records"].tolist()
   )
   candidate = Candidate(arrays["images"], masks or None, arrays.get("labels"))
-  return Outcome(candidate, records, _load_origin(arrays))
+  images = {r.restart: x for r, x in zip(records, arrays["restarts"], strict=True)}
+  recording = dict(zip(arrays["iterations"].tolist(), arrays["recording"], strict=True))
+  return Outcome(candidate, records, images, recording, _load_origin(arrays))
 
 
 def _load_origin(arrays) -> Origin | None:

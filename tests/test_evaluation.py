@@ -75,6 +75,11 @@ def _model(shapes):
   )
 
 
+def _accuracy(model, masks, true):
+  diagnostics = evaluation.mask_diagnostics(model, masks, true, np.array([1, 0]))
+  return {site: values["accuracy"] for site, values in diagnostics.items()}
+
+
 def test_mask_accuracy():
   model = _model({"own": lambda b: (b, 4), "shared": lambda b: (1, 2), "weights": lambda b: (4, 1)})
   true = {
@@ -87,7 +92,7 @@ def test_mask_accuracy():
     "shared": jnp.array([[0.7, 0.6]]),
     "weights": jnp.zeros((4, 1)),
   }
-  accuracy = evaluation.mask_accuracy(model, masks, true, np.array([1, 0]))
+  accuracy = _accuracy(model, masks, true)
   np.testing.assert_allclose(accuracy["own"], [0.75, 1.0])
   np.testing.assert_allclose(accuracy["shared"], [0.5, 0.5])
   np.testing.assert_allclose(accuracy["weights"], [0.75, 0.75])
@@ -97,14 +102,14 @@ def test_mask_accuracy_where_tokens_are_folded_into_the_batch():
   true = {"site": np.array([[1], [1], [0], [0]])}  # two images of two tokens
   masks = {"site": np.array([[0], [0], [1], [0]])}
   model = _model({"site": lambda b: (2 * b, 1)})
-  accuracy = evaluation.mask_accuracy(model, masks, true, np.array([1, 0]))
+  accuracy = _accuracy(model, masks, true)
   np.testing.assert_allclose(accuracy["site"], [0.5, 1.0])
 
 
 def test_mask_accuracy_where_time_comes_first():
   true = {"site": np.array([[[1], [0]], [[1], [0]]])}  # two times of two images
   model = _model({"site": lambda b: (2, b, 1)})
-  accuracy = evaluation.mask_accuracy(model, true, true, np.array([1, 0]))
+  accuracy = _accuracy(model, true, true)
   np.testing.assert_allclose(accuracy["site"], [0, 0])
 
 
@@ -139,3 +144,73 @@ def test_found_labels():
   candidate = Candidate(np.zeros((2, 1, 1, 1)), None, soft)
   np.testing.assert_array_equal(evaluation.found_labels(candidate, None), [1, 0])
   assert evaluation.found_labels(candidate._replace(labels=None), None) is None
+
+
+def test_mask_diagnostics_by_hand():
+  true = {"site": np.array([[1, 1, 0, 0], [1, 1, 1, 1]])}
+  masks = {"site": np.array([[0.95, 0.3, 0.3, 0.0], [0.5, 0.2, 1.0, 1.0]])}
+  model = _model({"site": lambda b: (b, 4)})
+  found = evaluation.mask_diagnostics(model, masks, true, np.arange(2))["site"]
+  np.testing.assert_allclose(found["accuracy"], [0.75, 0.75])
+  # Of four pairs three are in order, and one is a tie.
+  np.testing.assert_allclose(found["auc"], [0.875, np.nan])
+  np.testing.assert_allclose(found["undecided"], [0.5, 0.5])
+  np.testing.assert_allclose(found["dropped"], [1 - 1.55 / 4, 1 - 2.7 / 4])
+  known = {"site": np.array([[1, 0, 0, 1], [0, 0, 0, 0]], bool)}
+  found = evaluation.mask_diagnostics(model, masks, true, np.arange(2), known)["site"]
+  np.testing.assert_allclose(found["accuracy"], [1, np.nan])
+  np.testing.assert_allclose(found["undecided"], [0, np.nan])
+
+
+def test_rescaled_images_differ_by_no_contrast(images):
+  np.testing.assert_allclose(
+    evaluation.rescale(0.3 * images + 0.2), evaluation.rescale(images), atol=1e-5
+  )
+  assert not evaluation.rescale(np.full((1, 4, 4, 1), 0.7)).any()
+
+
+def test_identification_by_the_nearest_in_a_pool():
+  pool = data.load("samples:cifar10", 20).images
+  rng = np.random.default_rng(0)
+  near = pool[:4] + 0.05 * rng.normal(size=pool[:4].shape)
+  assert evaluation.identified(near, pool[:4], pool).all()
+  assert not evaluation.identified(pool[4:8], pool[:4], pool).any()
+
+
+def test_success_counts_all_that_was_attempted():
+  curve = evaluation.success_curve("ssim", [0.6, 0.95, None, 0.2], 5)
+  rates = dict(zip(curve["thresholds"], curve["rate"], strict=True))
+  assert (rates[0.1], rates[0.6], rates[0.9], rates[0.99]) == (0.6, 0.4, 0.2, 0.0)
+  curve = evaluation.success_curve("lpips", [0.01, 0.3], 2)
+  rates = dict(zip(curve["thresholds"], curve["rate"], strict=True))
+  assert (rates[0.7], rates[0.1], rates[0.01]) == (1.0, 0.5, 0.5)
+
+
+def test_bootstrap_interval_holds_the_mean_as_often_as_it_says():
+  rng = np.random.default_rng(1)
+  held = 0
+  for _ in range(200):
+    low, high = evaluation.bootstrap_interval(rng.normal(3.0, 1.0, size=40))
+    held += low <= 3.0 <= high
+  assert 175 <= held <= 200
+  assert evaluation.bootstrap_interval([2.0]) == (2.0, 2.0)
+
+
+def test_floors_are_what_a_guess_gets(images):
+  statistics = data.STATISTICS["cifar10"]
+  floors = evaluation.floors(images, images, statistics)
+  guess = np.broadcast_to(images.mean(axis=0), images.shape)
+  expected = np.mean((images - guess) ** 2)
+  assert abs(floors["mean_image"]["mse"] - expected) < 1e-6
+  assert floors["random_image"]["ssim"] < 0.1
+  assert floors["random_image"]["mse_normalized"] > floors["mean_image"]["mse_normalized"]
+
+
+def test_a_recording_approaches_the_original(images):
+  secret = Secret(images, np.zeros(4, int), {})
+  order = np.array([1, 0, 3, 2])
+  noise = np.random.default_rng(0).normal(size=images.shape)
+  recorded = np.stack([images[order] + s * noise for s in (1.0, 0.1, 0.0)])
+  ssim = evaluation.ssim_of_recording(secret, recorded.astype(np.float32), order, PIXELS)
+  assert ssim.shape == (3, 4) and (np.diff(ssim, axis=0) > 0).all()
+  np.testing.assert_allclose(ssim[-1], 1, atol=1e-5)

@@ -174,7 +174,8 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
     value = jnp.where(jnp.isfinite(value), value, jnp.inf)
 
     here = Best(state.candidate, value, terms.distance, state.iteration)
-    best = _where(value < state.best.objective, here, state.best)
+    first = state.iteration == (settings.round_masks_after or 0)  # of those with rounded masks
+    best = _where(first | (value < state.best.objective), here, state.best)
 
     updates, optimizer_state = optimizer.update(
       grad,
@@ -190,6 +191,9 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
     candidate = project(observation, optax.apply_updates(state.candidate, updates))
     if state.known.parts is not None:
       candidate = hold(state.known.parts, candidate)
+    if settings.round_masks_after is not None:
+      rounded = candidate._replace(masks=jax.tree.map(jnp.round, candidate.masks))
+      candidate = _where(state.iteration + 1 >= settings.round_masks_after, rounded, candidate)
     _, plateau_state = plateau.update((), state.plateau, value=value)
 
     iteration = state.iteration + 1

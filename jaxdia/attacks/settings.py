@@ -46,6 +46,8 @@ class AttackSettings:
     plateau_patience: of the schedule "plateau".
     plateau_factor: of the schedule "plateau".
     tolerance: the trial ends when the objective falls below.
+    round_masks_after: from this iteration on the masks are rounded, and the best point is
+      looked for anew; 0 keeps them as they were drawn, None never rounds.
   """
 
   masks: str = "free"
@@ -63,6 +65,7 @@ class AttackSettings:
   plateau_patience: int = 800
   plateau_factor: float = 0.1
   tolerance: float = 1e-5
+  round_masks_after: int | None = None
 
   def __post_init__(self):
     for name, choices in CHOICES.items():
@@ -74,6 +77,11 @@ class AttackSettings:
         lambda v: type(v) is int and 1 <= v <= _MAX_COUNT,
         f"an integer from 1 to {_MAX_COUNT}",
       )
+    self._check(
+      "round_masks_after",
+      lambda v: v is None or (type(v) is int and 0 <= v <= _MAX_COUNT),
+      f"an integer from 0 to {_MAX_COUNT}, or None",
+    )
     for name in ("tv_weight", "mask_weight", "feature_weight", "tolerance"):
       self._check(name, lambda v: _is_finite(v) and v >= 0, "a finite number of at least 0")
     self._check("learning_rate", lambda v: _is_finite(v) and v > 0, "a finite number above 0")

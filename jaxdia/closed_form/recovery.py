@@ -28,8 +28,8 @@ from jaxdia.typing import Images, Key, Labels, Masks
 _EXACT = 1e-3
 # A gradient with so much outside the rank of its batch is not the sum of that many samples.
 _MOST_NOISE = 0.1
-# An input of a convolution within so many standard deviations was dropped, beyond so many kept. In a
-# LeNet those that were dropped were within 4.6, and the others beyond 70.
+# An input of a convolution within so many standard deviations was dropped, beyond so many kept. In
+# a LeNet those that were dropped were within 4.6, and the others beyond 70.
 _ROUNDING = (6.0, 15.0)
 
 

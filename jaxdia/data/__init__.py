@@ -10,7 +10,16 @@ from jaxdia.data.statistics import NEUTRAL, STATISTICS, statistics_of
 from jaxdia.errors import InputError, unknown
 from jaxdia.typing import Statistics
 
-__all__ = ["NEUTRAL", "SOURCES", "STATISTICS", "Victims", "denormalize", "load", "normalize"]
+__all__ = [
+  "NEUTRAL",
+  "SOURCES",
+  "STATISTICS",
+  "Victims",
+  "available",
+  "denormalize",
+  "load",
+  "normalize",
+]
 
 
 # More are a wrong label rather than a data set.
@@ -31,6 +40,25 @@ class Victims(NamedTuple):
   labels: np.ndarray
   num_classes: int
   statistics: Statistics
+
+
+def available(source: str) -> int:
+  """Returns how many images a source has.
+
+  Args:
+    source: as `load` takes it.
+
+  Raises:
+    InputError: there is no such source.
+  """
+  return _read(source, slice(0, 1)).available
+
+
+def _read(source, wanted):
+  kind, _, name = str(source).partition(":")
+  if kind not in SOURCES:
+    raise unknown("data source", source, [f"{known}:..." for known in SOURCES])
+  return SOURCES[kind](name, wanted)
 
 
 def load(
@@ -65,15 +93,12 @@ def load(
     InputError: a source, count or offset that does not exist, or images or
       labels that cannot be used.
   """
-  kind, _, name = str(source).partition(":")
-  if kind not in SOURCES:
-    raise unknown("data source", source, [f"{known}:..." for known in SOURCES])
   for what, value, least in (("count", count, 1), ("offset", offset, 0)):
     if type(value) is not int or value < least:
       raise InputError(f"data.{what} is {value!r}; expected an integer of at least {least}.")
   if image_size is not None and (type(image_size) is not int or image_size < 1):
     raise InputError(f"data.image_size is {image_size!r}; expected a positive integer.")
-  raw = SOURCES[kind](name, slice(offset, offset + count))
+  raw = _read(source, slice(offset, offset + count))
   if len(raw.images) < count:
     raise InputError(
       f"{source} has {raw.available} images; data.count={count} from data.offset={offset} needs"

@@ -2,6 +2,15 @@
 
 from jaxdia.engine import lanes
 from jaxdia.engine.capacity import choose_lanes
-from jaxdia.engine.run import Job, Progress, Trial, run, trial_key
+from jaxdia.engine.run import Job, Progress, Trial, recorded_iterations, run, trial_key
 
-__all__ = ["Job", "Progress", "Trial", "choose_lanes", "lanes", "run", "trial_key"]
+__all__ = [
+  "Job",
+  "Progress",
+  "Trial",
+  "choose_lanes",
+  "lanes",
+  "recorded_iterations",
+  "run",
+  "trial_key",
+]

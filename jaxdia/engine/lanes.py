@@ -39,11 +39,14 @@ class Lanes(NamedTuple):
     slots: the victims.
     slot: i[device, lane], where the victim of the lane's trial is.
     state: of the trials; every array has leading axes [device, lane].
+    recording: f[device, lane, K, B, H, W, C], the best images after the iterations that are
+      recorded.
   """
 
   slots: Slots
   slot: jax.Array
   state: State
+  recording: jax.Array
 
 
 class Given(NamedTuple):
@@ -83,8 +86,8 @@ class LaneProgram(NamedTuple):
       a lane, on the victim in a slot.
     advance: `advance(lanes, steps) -> (Lanes, Gauge)`, at most `steps` steps of
       every running trial; returns early when none runs.
-    read: `read(lanes, device, lane) -> Best`, on the host, with valid pixels.
-    restore: `restore(lanes, state) -> Lanes`, with the states from the host.
+    read: `read(lanes, device, lane) -> (Best, recording)`, on the host, with valid pixels.
+    restore: `restore(lanes, state, recording) -> Lanes`, with those from the host.
     shape: (devices, lanes a device).
     num_slots: victims that a device has room for.
   """
@@ -93,8 +96,8 @@ class LaneProgram(NamedTuple):
   place: Callable[[Lanes, int, int, Observation], Lanes]
   load: Callable[[Lanes, int, int, int, Key, Given], Lanes]
   advance: Callable[[Lanes, int], tuple[Lanes, Gauge]]
-  read: Callable[[Lanes, int, int], Best]
-  restore: Callable[[Lanes, State], Lanes]
+  read: Callable[[Lanes, int, int], tuple[Best, np.ndarray]]
+  restore: Callable[[Lanes, State, jax.Array], Lanes]
   shape: tuple[int, int]
   num_slots: int
 
@@ -106,6 +109,7 @@ def create_program(
   lanes_per_device: int,
   num_slots: int,
   devices: Sequence[jax.Device],
+  recorded: Sequence[int] = (),
 ) -> LaneProgram:
   """Builds the functions that run an attack in lanes.
 
@@ -118,12 +122,14 @@ def create_program(
     num_slots: number of victims that a device has room for; no more than lanes are
       of use, and with one, all lanes share the products with its gradient.
     devices: local devices to run on.
+    recorded: numbers of iterations after which the best images are kept, in order.
 
   Returns:
     The program.
   """
   num_devices = len(devices)
   device_numbers = np.arange(num_devices)
+  iterations = jnp.asarray(recorded, jnp.int32)
   # The parameters are an argument of the compiled functions, one copy a device.
   replicate = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=devices)
   shared = replicate(device_numbers, dataclasses.replace(observation, gradient=None, labels=None))
@@ -139,7 +145,9 @@ def create_program(
     # Any status but RUNNING. (An IntEnum as it is would make the array weakly typed.)
     status = jnp.full((lanes_per_device,), int(Status.MAX_ITERATIONS), jnp.int32)
     slot = jnp.zeros((lanes_per_device,), jnp.int32)
-    return Lanes(zeros(num_slots, slot_shape), slot, state._replace(status=status))
+    images = state_shape.candidate.images
+    recording = jnp.zeros((lanes_per_device, len(recorded), *images.shape), images.dtype)
+    return Lanes(zeros(num_slots, slot_shape), slot, state._replace(status=status), recording)
 
   def observation_in(shared, slots, slot):
     # Of a single slot there is nothing to choose: then no lane has a target of its own.
@@ -164,21 +172,40 @@ def create_program(
     def step(slot, state):
       return attack.step(observation_in(shared, lanes.slots, slot), state)[0]
 
+    def record(recording, state):
+      # One place is written in each iteration, most often with what it holds.
+      number = jnp.minimum(
+        jnp.searchsorted(jnp.asarray(iterations), state.iteration), len(recorded) - 1
+      )
+      due = jnp.asarray(iterations)[number] == state.iteration
+      kept = jnp.where(due, state.best.candidate.images, recording[number])
+      return recording.at[number].set(kept)
+
     def more(carry):
-      i, state = carry
+      i, state, _ = carry
       return (i < steps) & jnp.any(state.status == Status.RUNNING)
 
     def turn(carry):
-      i, state = carry
-      return i + 1, jax.vmap(step)(lanes.slot, state)
+      i, state, recording = carry
+      state = jax.vmap(step)(lanes.slot, state)
+      if recorded:
+        recording = jax.vmap(record)(recording, state)
+      return i + 1, state, recording
 
-    _, state = jax.lax.while_loop(more, turn, (jnp.zeros((), jnp.int32), lanes.state))
-    return lanes._replace(state=state), Gauge(state.status, state.iteration, state.best.objective)
+    start = (jnp.zeros((), jnp.int32), lanes.state, lanes.recording)
+    _, state, recording = jax.lax.while_loop(more, turn, start)
+    gauge = Gauge(state.status, state.iteration, state.best.objective)
+    return lanes._replace(state=state, recording=recording), gauge
 
   def read_on_device(shared, lanes, lane):
     best = jax.tree.map(lambda x: x[lane], lanes.state.best)
+
     # The start, drawn N(0, 1), may be the best point; it alone is not yet projected.
-    return best._replace(candidate=project(shared, best.candidate))
+    def valid(images):
+      return project(shared, best.candidate._replace(images=images))
+
+    recording = jax.vmap(lambda images: valid(images).images)(lanes.recording[lane])
+    return best._replace(candidate=valid(best.candidate.images)), recording
 
   def pmap(function, in_axes, donate=()):
     return jax.pmap(function, in_axes=in_axes, donate_argnums=donate, devices=devices)
@@ -211,7 +238,9 @@ def create_program(
     load=load,
     advance=advance,
     read=read,
-    restore=lambda lanes, state: lanes._replace(state=p_put(state)),
+    restore=lambda lanes, state, recording: lanes._replace(
+      state=p_put(state), recording=p_put(recording)
+    ),
     shape=(num_devices, lanes_per_device),
     num_slots=num_slots,
   )

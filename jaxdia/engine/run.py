@@ -44,6 +44,7 @@ class Trial(NamedTuple):
     status: why it ended.
     seconds: from its start to the end of the chunk (about a second) in which it
       ended, without compilation. Trials in other lanes ran at the same time.
+    recording: {iterations: f[B, H, W, C]}, the best images after so many, as far as it came.
   """
 
   job: Job
@@ -54,6 +55,7 @@ class Trial(NamedTuple):
   best_iteration: int
   status: Status
   seconds: float
+  recording: dict[int, np.ndarray] = {}
 
 
 class Progress(NamedTuple):
@@ -82,6 +84,16 @@ class Progress(NamedTuple):
   run_seconds: float
 
 
+def recorded_iterations(max_iterations: int, count: int = 36) -> tuple[int, ...]:
+  """Returns numbers of iterations that show how a reconstruction forms, each a little larger.
+
+  Args:
+    max_iterations: the last one.
+    count: how many, at most.
+  """
+  return tuple(np.unique(np.geomspace(1, max_iterations, count).round().astype(int)).tolist())
+
+
 def trial_key(key: Key, job: Job) -> Key:
   """Returns the key of a trial, which depends on nothing but its job."""
   return jax.random.fold_in(jax.random.fold_in(key, job.victim), job.restart)
@@ -102,6 +114,7 @@ def run(
   checkpoint_path: pathlib.Path | None = None,
   checkpoint_seconds: float = 30.0,
   matching: Method = "auto",
+  record: Sequence[int] = (),
   on_progress: Callable[[Progress], None] = lambda progress: None,
   say: Callable[[str], None] = print,
 ) -> Iterator[Trial]:
@@ -126,6 +139,8 @@ def run(
       removed at the end.
     checkpoint_seconds: how often.
     matching: how gradients are compared; see `jaxdia.matching.choose_layers`.
+    record: numbers of iterations after which the best images are kept; see
+      `recorded_iterations`.
     on_progress: called once a chunk.
     say: called with what a person should read.
 
@@ -154,7 +169,7 @@ def run(
     lanes = choose_lanes(attack.model, observations[0], len(jobs), devices)
   lanes = min(lanes, -(-len(jobs) // len(devices)))
   given = [Given(masks and masks[i], parts and parts[i]) for i in range(len(observations))]
-  loop = _Loop(key, attack, observations, given, devices, chunk, matching)
+  loop = _Loop(key, attack, observations, given, devices, chunk, matching, sorted(record))
   done_steps = []
   saved = time.monotonic()
   while queue or loop.jobs:
@@ -230,6 +245,7 @@ class _Loop:
     devices: Sequence[jax.Device],
     chunk: int | None,
     matching: Method,
+    recorded: Sequence[int],
   ):
     start = time.monotonic()
     method = suits(attack.settings.distance, matching)
@@ -239,6 +255,7 @@ class _Loop:
     self._given = given
     self._devices = devices
     self._fixed_chunk = chunk
+    self._recorded = recorded
     self.compile_seconds = 0.0
     self.run_seconds = time.monotonic() - start
     self.resumed_steps = 0
@@ -251,7 +268,9 @@ class _Loop:
     first, given = self._observations[0], self._given[0]
     slots = min(lanes, len(self._observations))
     self._victims: dict[tuple[int, int], int] = {}  # (device, slot) -> victim
-    self._program = create_program(self._attack, first, given, lanes, slots, self._devices)
+    self._program = create_program(
+      self._attack, first, given, lanes, slots, self._devices, self._recorded
+    )
     self._lanes = self._program.empty()
     # Each compiled function once, without a step, so that none is compiled in the run.
     self._place(0, 0, 0)
@@ -320,16 +339,18 @@ class _Loop:
 
   def take(self, place: tuple[int, int], gauge: Gauge) -> Trial:
     """Takes a finished trial out of its lane."""
-    best = self._program.read(self._lanes, *place)
+    best, recording = self._program.read(self._lanes, *place)
+    iterations = int(gauge.iteration[place])
     return Trial(
       job=self.jobs.pop(place),
       candidate=best.candidate,
       objective=float(best.objective),
       distance=float(best.distance),
-      iterations=int(gauge.iteration[place]),
+      iterations=iterations,
       best_iteration=int(best.iteration),
       status=Status(int(gauge.status[place])),
       seconds=self.run_seconds - self._began.pop(place),
+      recording={n: x for n, x in zip(self._recorded, recording, strict=True) if n <= iterations},
     )
 
   def _checkpoint(self):
@@ -338,7 +359,8 @@ class _Loop:
     for place, job in self.jobs.items():
       jobs[place] = job
       seconds[place] = self.run_seconds - self._began[place]
-    return {"jobs": jobs, "seconds": seconds, "state": self._lanes.state}
+    lanes = {"state": self._lanes.state, "recording": self._lanes.recording}
+    return {"jobs": jobs, "seconds": seconds} | lanes
 
   def save(self, path: pathlib.Path) -> None:
     """Saves the running trials."""
@@ -354,16 +376,17 @@ class _Loop:
       return queue
     waiting = set(queue)  # a trial may have ended, and been kept, after the checkpoint
     places = np.ndindex(self._program.shape)
-    state = jax.tree.map(np.array, jax.device_get(self._lanes.state))
+    lanes = jax.tree.map(np.array, jax.device_get((self._lanes.state, self._lanes.recording)))
+    old_lanes = (saved["state"], saved["recording"])
     for source in np.ndindex(saved["seconds"].shape):
       job = Job(*map(int, saved["jobs"][source]))
       if job not in waiting or (place := next(places, None)) is None:
         continue
       self._load(place, job)
       self._began[place] = self.run_seconds - float(saved["seconds"][source])
-      for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(saved["state"]), strict=True):
+      for new, old in zip(jax.tree.leaves(lanes), jax.tree.leaves(old_lanes), strict=True):
         new[place] = old[source]
-      self.resumed_steps += int(state.iteration[place])
-    self._lanes = self._program.restore(self._lanes, state)
+      self.resumed_steps += int(lanes[0].iteration[place])
+    self._lanes = self._program.restore(self._lanes, *lanes)
     resumed = set(self.jobs.values())
     return collections.deque(job for job in queue if job not in resumed)

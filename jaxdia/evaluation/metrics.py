@@ -11,9 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from jaxdia.models import DropoutModel, batch_axes
-from jaxdia.typing import Masks
-
 # A mean squared error of 1e-15 on pixels is as good as equality in float32.
 _MAX_PSNR = 150.0
 # LPIPS's AlexNet shrinks its input 16 times before its last layers.
@@ -77,6 +74,39 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return np.asarray(dm_pix.ssim(a, b, filter_size=side - 1 + side % 2))
 
 
+def rescale(images: np.ndarray) -> np.ndarray:
+  """Returns images each scaled to [0, 1], so that contrast and brightness do not count.
+
+  Args:
+    images: f[B, H, W, C]; an image of one value becomes 0.
+  """
+  axes = (1, 2, 3)
+  low, high = (f(images, axis=axes, keepdims=True) for f in (np.min, np.max))
+  return (images - low) / np.where(high > low, high - low, 1)
+
+
+def identified(reconstructions: np.ndarray, originals: np.ndarray, pool: np.ndarray) -> np.ndarray:
+  """Returns whether the nearest image of a pool, by squared error of pixels, is the original.
+
+  The share of which it holds is the image identification precision (IIP) of Yin
+  et al. 2021.
+
+  Args:
+    reconstructions: f[B, H, W, C].
+    originals: f[B, H, W, C], in the same order; each is in the pool.
+    pool: f[P, H, W, C].
+
+  Returns:
+    b[B].
+  """
+
+  def nearest(images):
+    return [int(np.argmin(np.mean((pool - x) ** 2, axis=(1, 2, 3)))) for x in images]
+
+  pairs = zip(nearest(reconstructions), nearest(originals), strict=True)
+  return np.array([i == j or np.array_equal(pool[i], pool[j]) for i, j in pairs])
+
+
 def lpips(channels: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
   """Returns the learned perceptual distance (AlexNet, Zhang et al. 2018).
 
@@ -117,43 +147,3 @@ def _lpips_input(images):
   shape = (size, round(height * scale), round(width * scale), 3)
   images = jnp.broadcast_to(jnp.asarray(images, jnp.float32), (size, height, width, 3))
   return 2 * jax.image.resize(images, shape, "bilinear") - 1  # LPIPS takes [-1, 1]
-
-
-def mask_accuracy(
-  model: DropoutModel,
-  masks: Masks,
-  true: Masks,
-  order: np.ndarray,
-  known: Masks | None = None,
-) -> dict[str, np.ndarray]:
-  """Returns the share of mask entries that are right once rounded, by site.
-
-  Args:
-    model: whose sites they are.
-    masks: of the reconstruction, in [0, 1].
-    true: the client's.
-    order: i[B], which reconstruction stands for which original.
-    known: {site: b[shape]}, the entries that count; all if None.
-
-  Returns:
-    {site: f[B]}, NaN where no entry counts. A site whose mask is shared by the batch
-    gives the same number to all images.
-  """
-  batch = len(order)
-
-  def by_image(mask, axis):
-    # Some networks fold another axis into that of the batch, as (batch * tokens).
-    return np.moveaxis(np.asarray(mask) >= 0.5, axis, 0).reshape(batch, -1)
-
-  def accuracy(mask, true, counts, axis):
-    if axis is None:
-      right = [np.mean((np.asarray(mask) >= 0.5) == (np.asarray(true) >= 0.5))] * batch
-      return np.where(np.all(counts), right, np.nan)
-    right = by_image(mask, axis)[order] == by_image(true, axis)
-    counts = by_image(counts, axis)[order]
-    total = np.sum(counts, axis=1)
-    return np.where(total > 0, np.sum(right & counts, axis=1) / np.maximum(total, 1), np.nan)
-
-  axes = batch_axes(model)
-  known = known or {site: np.ones(np.shape(true[site]), bool) for site in true}
-  return {site: accuracy(masks[site], true[site], known[site], axes[site]) for site in true}

@@ -1,7 +1,19 @@
 """Progress, tables and pictures of a run."""
 
 from jaxdia.reporting.grid import write_grid
-from jaxdia.reporting.progress import ProgressReport
-from jaxdia.reporting.tables import METRICS, summarize, table
+from jaxdia.reporting.progress import ProgressReport, StudyProgress, duration
+from jaxdia.reporting.report import write_report
+from jaxdia.reporting.tables import METRICS, line, markdown, summarize, table
 
-__all__ = ["METRICS", "ProgressReport", "summarize", "table", "write_grid"]
+__all__ = [
+  "METRICS",
+  "ProgressReport",
+  "StudyProgress",
+  "duration",
+  "line",
+  "markdown",
+  "summarize",
+  "table",
+  "write_grid",
+  "write_report",
+]

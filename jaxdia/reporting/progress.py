@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from tqdm import tqdm
@@ -15,35 +16,46 @@ _LINE_SECONDS = 10.0
 class ProgressReport:
   """Shows the progress of one attack."""
 
-  def __init__(self, name: str, max_iterations: int, stream: TextIO | None = None):
+  def __init__(
+    self,
+    name: str,
+    max_iterations: int,
+    stream: TextIO | None = None,
+    on_share: Callable[[float], None] | None = None,
+  ):
     """Starts a report.
 
     Args:
       name: what is run.
       max_iterations: of one trial; bounds the time that is left.
       stream: standard error if None.
+      on_share: called with the share of the work that is done, in place of showing anything.
     """
     self._name = name
+    self._on_share = on_share
     self._max_iterations = max_iterations
     self._stream = stream or sys.stderr
     self._last_line = -_LINE_SECONDS
     self._bar = None
-    if self._stream.isatty():
+    if self._stream.isatty() and on_share is None:
       bar = "{percentage:3.0f}%|{bar:20}| {desc}"
       self._bar = tqdm(total=1.0, desc=name, bar_format=bar, file=self._stream)
 
   def update(self, progress: Progress) -> None:
     """Shows the newest progress."""
     share, left = self._estimate(progress)
+    if self._on_share is not None:
+      self._on_share(share)
+      return
     text = (
       f"iteration {progress.iteration}, objective {progress.objective:.3g},"
-      f" {progress.finished}/{progress.total} trials done, {_duration(progress.run_seconds)}"
-      f" run + {_duration(progress.compile_seconds)} compile, {left}"
+      f" {progress.finished}/{progress.total} trials done, {duration(progress.run_seconds)}"
+      f" run + {duration(progress.compile_seconds)} compile, {left}"
     )
     if progress.finished == progress.total:
       text = (
-        f"{progress.total} trials done, {_duration(progress.run_seconds)} run +"
-        f" {_duration(progress.compile_seconds)} compile"
+        f"{progress.total} trials done, {duration(progress.run_seconds)} run +"
+        f" {duration(progress.compile_seconds)} compile"
       )
     if self._bar is not None:
       self._bar.n = share
@@ -58,6 +70,8 @@ class ProgressReport:
     Args:
       text: one line.
     """
+    if self._on_share is not None:
+      return
     if self._bar is not None:
       self._bar.set_description_str(f"{self._name}: {text}")
     elif time.monotonic() - self._last_line >= _LINE_SECONDS:
@@ -82,10 +96,84 @@ class ProgressReport:
     remaining = max(unfinished * expected - progress.running_steps, 1)
     done = progress.finished * expected + progress.running_steps
     seconds = progress.run_seconds * remaining / max(progress.steps, 1)
-    return done / (done + remaining), f"{bound} {_duration(seconds)} left"
+    return done / (done + remaining), f"{bound} {duration(seconds)} left"
 
 
-def _duration(seconds: float) -> str:
+class StudyProgress:
+  """Shows the progress of a study: one bar, and the time that is left."""
+
+  def __init__(self, names: Sequence[str], costs: Sequence[float], stream: TextIO | None = None):
+    """Starts the bar.
+
+    Args:
+      names: of the cells.
+      costs: what each takes, in any unit.
+      stream: standard error if None.
+    """
+    self._names = names
+    # A second each for what the costs leave out.
+    self._costs = [cost + 1.0 for cost in costs]
+    self._stream = stream or sys.stderr
+    self._began = time.monotonic()
+    self._done = 0.0  # cost of the cells that have ended
+    self._skipped = 0.0  # of those, without taking time now
+    self._number = 0
+    self._bar = None
+    if self._stream.isatty():
+      bar = "{percentage:3.0f}%|{bar:20}| {desc}"
+      self._bar = tqdm(total=1.0, bar_format=bar, file=self._stream)
+
+  def start(self, number: int) -> None:
+    """Says which cell is run now."""
+    self._number, self._cell_began = number, time.monotonic()
+    self.update(0.0)
+
+  def update(self, share: float) -> None:
+    """Shows the share of the running cell that is done."""
+    total = sum(self._costs)
+    done = self._done + share * self._costs[self._number]
+    worked, seconds = done - self._skipped, time.monotonic() - self._began
+    left = "time left not known yet"
+    if worked > 0.01 * total:
+      left = f"about {duration(seconds * (total - done) / worked)} left"
+    if self._bar is not None:
+      text = f"cell {self._number + 1}/{len(self._names)} {self._names[self._number]}, {left}"
+      self._bar.n = done / total
+      self._bar.set_description_str(text)
+
+  def finish(self, number: int) -> None:
+    """Notes that a cell has ended."""
+    seconds = time.monotonic() - self._cell_began
+    self._done += self._costs[number]
+    if seconds < 0.05:  # it was finished before
+      self._skipped += self._costs[number]
+    total, worked = sum(self._costs), self._done - self._skipped
+    left = (time.monotonic() - self._began) * (total - self._done) / max(worked, 1e-9)
+    text = f"cell {number + 1}/{len(self._names)} {self._names[number]} ended after"
+    text += f" {duration(seconds)}"
+    if self._done < total and worked:
+      text += f", about {duration(left)} left"
+    if self._bar is None:
+      print(text, file=self._stream, flush=True)
+    else:
+      self._bar.n = self._done / total
+      self._bar.refresh()
+
+  def say(self, text: str) -> None:
+    """Shows a line that stays."""
+    if self._bar is None:
+      print(text, file=self._stream, flush=True)
+    else:
+      self._bar.write(text, file=self._stream)
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+def duration(seconds: float) -> str:
+  """Returns a time as a person reads it."""
   if seconds < 60:
     return f"{seconds:.0f} s"
   minutes, seconds = divmod(int(seconds), 60)

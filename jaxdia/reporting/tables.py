@@ -6,8 +6,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-METRICS = ("mse_normalized", "mse", "psnr", "ssim", "lpips", "mask_accuracy", "label_accuracy")
-_COSTS = ("objective", "gradient_distance", "iterations", "seconds")
+from jaxdia.evaluation import THRESHOLDS, bootstrap_interval, success_curve
+
+METRICS = (
+  *("mse_normalized", "mse", "psnr", "ssim", "lpips", "mse_scaled", "psnr_scaled", "ssim_scaled"),
+  *("mask_accuracy", "label_accuracy", "identified"),
+)
+_COSTS = (
+  *("objective", "gradient_distance", "iterations", "seconds", "gradient_evaluations"),
+  *(f"{what}_to_ssim_{level}" for level in (0.6, 0.9) for what in ("iterations", "seconds")),
+)
+_BY_SITE = ("accuracy", "auc", "undecided", "dropped")
 
 
 def summarize(rows: Sequence[dict[str, Any]], attempted: int) -> dict[str, Any]:
@@ -19,8 +28,10 @@ def summarize(rows: Sequence[dict[str, Any]], attempted: int) -> dict[str, Any]:
 
   Returns:
     The counts, and for each metric mean, std, median, min and max over the
-    `count` images that have it. A failed image has no metrics, one to which no closed
-    form applies none of its image.
+    `count` images that have it, and the ends of a bootstrap interval of the mean, `ci95`. A
+    failed image has no metrics, one to which no closed form applies none of its image.
+    `success`: curves of the share of all attempted images; `iip`; `oracle`: what the
+    best restart of each batch by the truth would have got, if there were several.
   """
   failed, not_applicable = (
     sum(row["status"] == status for row in rows) for status in ("failed", "not_applicable")
@@ -33,10 +44,25 @@ def summarize(rows: Sequence[dict[str, Any]], attempted: int) -> dict[str, Any]:
     "metrics": {
       name: statistics
       for name in METRICS + _COSTS
-      if (statistics := _statistics([row[name] for row in rows]))
+      if (statistics := _statistics([row.get(name) for row in rows]))
     },
-    "mask_accuracy_by_site": _mean_by_site(rows),
-  }
+    "success": {
+      metric: success_curve(metric, [row.get(metric) for row in rows], attempted)
+      for metric in THRESHOLDS
+      if any(row.get(metric) is not None for row in rows)
+    },
+    "iip": _mean([row.get("identified") for row in rows]),
+    "oracle": {
+      metric: statistics
+      for metric in ("mse_normalized", "ssim")
+      if (statistics := _statistics([o[metric] for row in rows if (o := row.get("oracle"))]))
+    },
+  } | {f"mask_{name}_by_site": _mean_by_site(rows, f"mask_{name}_by_site") for name in _BY_SITE}
+
+
+def _mean(values):
+  values = [value for value in values if value is not None]
+  return float(np.mean(values)) if values else None
 
 
 def _statistics(values):
@@ -44,11 +70,12 @@ def _statistics(values):
   if not values.size:
     return None
   functions = {"mean": np.mean, "std": np.std, "median": np.median, "min": np.min, "max": np.max}
-  return {name: float(f(values)) for name, f in functions.items()} | {"count": values.size}
+  found = {name: float(f(values)) for name, f in functions.items()}
+  return found | {"count": values.size, "ci95": list(bootstrap_interval(values))}
 
 
-def _mean_by_site(rows):
-  sites = [row["mask_accuracy_by_site"] for row in rows if row["mask_accuracy_by_site"]]
+def _mean_by_site(rows, column):
+  sites = [row[column] for row in rows if row.get(column)]
   names = dict.fromkeys(site for row in sites for site in row)
   return {name: float(np.mean([row[name] for row in sites if name in row])) for name in names}
 
@@ -83,3 +110,58 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
   frame["images"] = [f"{s['finished']}/{s['attempted']}" for s in summaries.values()]
   frame.index = [attack.upper() for attack in summaries]
   return frame.loc[:, (frame != "-").any()].to_string()
+
+
+def line(about: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+  """Returns one attack's line in the table of a study.
+
+  Args:
+    about: what tells it from the others.
+    summary: of `summarize`.
+  """
+  counts = {name: summary[name] for name in ("attempted", "finished", "failed", "not_applicable")}
+  columns = {  # heading -> metric, statistic
+    "mse_median": ("mse_normalized", "median"),
+    "mse_mean": ("mse_normalized", "mean"),
+    "mse_std": ("mse_normalized", "std"),
+    "mse_best": ("mse_normalized", "min"),
+    "mse_worst": ("mse_normalized", "max"),
+    "ssim_mean": ("ssim", "mean"),
+    "ssim_median": ("ssim", "median"),
+    "ssim_worst": ("ssim", "min"),
+    "ssim_best": ("ssim", "max"),
+    "lpips_mean": ("lpips", "mean"),
+    "masks_right": ("mask_accuracy", "mean"),
+    "labels_right": ("label_accuracy", "mean"),
+    "iterations": ("iterations", "median"),
+    "seconds": ("seconds", "median"),
+  }
+  metrics = summary["metrics"]
+  values = {
+    heading: metrics[metric][statistic] if metric in metrics else None
+    for heading, (metric, statistic) in columns.items()
+  }
+  low, high = metrics["ssim"]["ci95"] if "ssim" in metrics else (None, None)
+  values |= {"ssim_ci95_low": low, "ssim_ci95_high": high, "iip": summary["iip"]}
+  curve = summary["success"].get("ssim", {"thresholds": [], "rate": []})
+  rates = dict(zip(curve["thresholds"], curve["rate"], strict=True))
+  values |= {f"success_ssim_{level}": rates.get(level, 0.0) for level in (0.6, 0.9)}
+  return about | counts | values
+
+
+def markdown(frame: pd.DataFrame) -> str:
+  """Returns a table in Markdown, numbers with three digits.
+
+  Args:
+    frame: without a meaningful index.
+  """
+
+  def cell(value):
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+      return "-"
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+  lines = [list(frame.columns), ["---"] * len(frame.columns)]
+  lines += [[cell(value) for value in row] for row in frame.itertuples(index=False)]
+  return "".join(f"| {' | '.join(row)} |\n" for row in lines)

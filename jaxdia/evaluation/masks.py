@@ -1,0 +1,71 @@
+"""What the masks of a reconstruction are worth, compared with the client's."""
+
+import numpy as np
+from scipy.stats import rankdata
+
+from jaxdia.models import DropoutModel, batch_axes
+from jaxdia.typing import Masks
+
+# Entries of a searched mask between these are undecided.
+UNDECIDED = (0.1, 0.9)
+
+
+def mask_diagnostics(
+  model: DropoutModel,
+  masks: Masks,
+  true: Masks,
+  order: np.ndarray,
+  known: Masks | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+  """Compares masks with the client's, by site.
+
+  Args:
+    model: whose sites they are.
+    masks: of the reconstruction, in [0, 1].
+    true: the client's.
+    order: i[B], which reconstruction stands for which original.
+    known: {site: b[shape]}, the entries that count; all if None.
+
+  Returns:
+    {site: {name: f[B]}} with `accuracy`, the share of entries that are right once rounded; `auc`,
+    the chance that a kept entry has a larger value than a dropped one; `undecided`, the share
+    of entries from 0.1 to 0.9; `dropped`, the mean of 1 - mask, to be held against the rate. NaN
+    where no entry counts, and the AUC also where all were kept or all dropped. A site whose
+    mask is shared by the batch gives the same numbers to all images, if all its entries count.
+  """
+  batch, axes = len(order), batch_axes(model)
+
+  def by_image(site, mask):
+    if axes[site] is None:
+      return np.broadcast_to(np.asarray(mask).reshape(1, -1), (batch, np.size(mask)))
+    # Some networks fold another axis into that of the batch, as (batch * tokens).
+    return np.moveaxis(np.asarray(mask), axes[site], 0).reshape(batch, -1)
+
+  result = {}
+  for site in true:
+    found, right = by_image(site, masks[site]), by_image(site, true[site]) >= 0.5
+    counts = np.ones(found.shape, bool) if known is None else by_image(site, known[site])
+    if axes[site] is None:
+      counts = counts & counts.all()
+    else:
+      found, counts = found[order], counts[order]
+    columns = [_compare(*rows) for rows in zip(found, right, counts, strict=True)]
+    result[site] = {name: np.array([c[name] for c in columns]) for name in columns[0]}
+  return result
+
+
+def _compare(mask, true, counts) -> dict[str, float]:
+  mask, true = mask[counts], true[counts]
+  if not mask.size:
+    return dict.fromkeys(("accuracy", "auc", "undecided", "dropped"), np.nan)
+  kept = int(np.sum(true))
+  pairs = kept * (true.size - kept)
+  auc = np.nan
+  if pairs:
+    auc = (np.sum(rankdata(mask)[true]) - kept * (kept + 1) / 2) / pairs
+  return {
+    "accuracy": float(np.mean((mask >= 0.5) == true)),
+    "auc": float(auc),
+    "undecided": float(np.mean((mask > UNDECIDED[0]) & (mask < UNDECIDED[1]))),
+    "dropped": float(np.mean(1 - mask)),
+  }

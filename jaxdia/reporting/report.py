@@ -1,0 +1,379 @@
+"""One self-contained HTML page about finished results."""
+
+import json
+import pathlib
+import shlex
+from typing import Any, NamedTuple
+
+import jinja2
+
+from jaxdia.errors import InputError
+from jaxdia.files import first_line, write_atomically
+from jaxdia.reporting import figures, wording
+from jaxdia.reporting.results import Cell, Study, read_study
+from jaxdia.reporting.sweeps import find_sweeps
+from jaxdia.reporting.tables import METRICS
+from jaxdia.reporting.verdict import judge
+
+_MAX_PICTURE_CELLS = 6
+_MAX_PICTURES = 8
+_MAX_SUCCESS_CELLS = 12
+_MAX_SITES = 30
+_MAX_RECORDED = 2
+_SUCCESS = f"success_at_{wording.RECOGNISABLE_SSIM}"
+_STATISTICS = {
+  "median": "median",
+  "mean": "mean",
+  "std": "± std",
+  "ci95_low": "95% CI from",
+  "ci95_high": "to",
+  "min": "min",
+  "max": "max",
+  "count": "images",
+}
+# Heading, metric, statistic, and whether a guess without gradient has it too.
+_OVERVIEW = (
+  ("attempted", "images", "attempted", False),
+  ("finished", "images", "finished", False),
+  ("failed", "images", "failed", False),
+  ("not applicable", "images", "not_applicable", False),
+  ("MSE, median", "mse_normalized", "median", True),
+  ("MSE, worst protected", "mse_normalized", "min", False),
+  ("SSIM, median", "ssim", "median", True),
+  ("SSIM, worst protected", "ssim", "max", False),
+  (f"SSIM ≥ {wording.RECOGNISABLE_SSIM}", "ssim", _SUCCESS, False),
+  ("IIP", "iip", "value", False),
+  ("IIP pool", "pool", "value", False),
+  ("masks right", "mask_accuracy", "mean", False),
+  ("labels right", "label_accuracy", "mean", False),
+  ("iterations, median", "iterations", "median", False),
+  ("seconds, median", "seconds", "median", False),
+)
+
+
+class _Number(NamedTuple):
+  """A number of the summary: exact for programs, rounded for people."""
+
+  cell: str
+  attack: str
+  metric: str
+  statistic: str
+  exact: str
+  text: str
+
+
+def write_report(workdir: pathlib.Path) -> pathlib.Path:
+  """Writes `report.html` about the results in a folder.
+
+  Args:
+    workdir: of a finished experiment, or of a study; some cells of a study may be
+      failed or pending.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    InputError: there are no such results, or a file of them is damaged.
+  """
+  study = read_study(workdir)
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("jaxdia", "reporting"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  html = environment.get_template("report.html.j2").render(_context(study))
+  path = workdir / "report.html"
+  try:
+    write_atomically(path, lambda file: file.write(html.encode()))
+  except OSError as error:
+    raise InputError(
+      f"cannot write {path} ({first_line(error)}). Make its folder writable."
+    ) from error
+  return path
+
+
+def _context(study: Study) -> dict[str, Any]:
+  """Returns all that the template shows."""
+  return {
+    "title": study.title,
+    "question": study.question,
+    "failed": [cell for cell in study.cells if cell.status == "failed"],
+    "pending": [cell for cell in study.cells if cell.status not in ("done", "failed")],
+    "verdict": judge(study),
+    "animation": _animation(study),
+    "pictures": [_pictures(cell) for cell in study.done[:_MAX_PICTURE_CELLS]],
+    "cells_without_pictures": len(study.done[_MAX_PICTURE_CELLS:]),
+    "overview": {
+      "headings": [heading for heading, *_ in _OVERVIEW],
+      "cells": [(cell, _overview(cell)) for cell in study.done],
+    },
+    "success": _success(study),
+    "sweeps": _sweeps(study),
+    "sites": _sites(study),
+    "details": [(cell, _details(cell)) for cell in study.done],
+    "statistics": list(_STATISTICS.values()),
+    "meanings": _meanings(study),
+    "cells": study.cells,
+    "command": _command(study),
+    "versions": _versions(study),
+    "settings": _distinct({cell.name: _flat(cell.config) for cell in study.done}),
+    "label": wording.attack_label,
+    "duration": wording.duration,
+    "compact": _text,
+  }
+
+
+def _number(cell: Cell, attack: str, metric: str, statistic: str) -> _Number:
+  value = cell.number(attack, metric, statistic)
+  kind = "success" if statistic == _SUCCESS else "images" if statistic == "count" else metric
+  text = wording.number(kind, value)
+  return _Number(cell.name, attack, metric, statistic, json.dumps(value), text)
+
+
+def _overview(cell: Cell) -> list[tuple[str, list[_Number | None]]]:
+  """Returns the rows of one cell: those of attacks, then those of guesses without gradient."""
+  rows: list[tuple[str, list[_Number | None]]] = [
+    (
+      wording.attack_label(attack),
+      [_number(cell, attack, metric, stat) for _, metric, stat, _ in _OVERVIEW],
+    )
+    for attack in cell.summary
+  ]
+  for floor, metrics in cell.floors.items():
+    numbers = [
+      _Number(
+        cell.name,
+        floor,
+        metric,
+        "floor",
+        json.dumps(metrics[metric]),
+        wording.number(metric, metrics[metric]),
+      )
+      if of_floors and metrics.get(metric) is not None
+      else None
+      for _, metric, _, of_floors in _OVERVIEW
+    ]
+    rows.append((f"guess: {floor.replace('_', ' ')}", numbers))
+  return rows
+
+
+def _details(cell: Cell) -> list[dict[str, Any]]:
+  """Returns for each attack all metrics with all statistics, its masks, and what it took."""
+  details = []
+  for attack, summary in cell.summary.items():
+    by_site = [name for name, sites in summary.items() if name.endswith("_by_site") and sites]
+    sites = dict.fromkeys(site for name in by_site for site in summary[name])
+    details.append(
+      {
+        "attack": wording.attack_label(attack),
+        "metrics": [
+          (wording.metric(name).label, [_number(cell, attack, name, s) for s in _STATISTICS])
+          for name in _metric_names(summary)
+        ],
+        "times": [
+          _number(cell, attack, kind, "value") for kind in ("run_seconds", "compile_seconds")
+        ],
+        "by_site": [wording.metric(name).label for name in by_site],
+        "sites": [(s, [_number(cell, attack, name, s) for name in by_site]) for s in sites],
+      }
+    )
+  return details
+
+
+def _metric_names(summary) -> list[str]:
+  """Returns the metrics that a summary has statistics of, the best known first."""
+  names = dict.fromkeys((*METRICS, *summary["metrics"]))
+  oracle = [f"oracle.{name}" for name in summary.get("oracle") or {}]
+  return [name for name in names if name in summary["metrics"]] + oracle
+
+
+def _pictures(cell: Cell) -> dict[str, Any]:
+  """Returns the first victims of a cell and what each attack made of them."""
+  arrays = cell.read_images()
+  count = min(len(arrays["originals"]), _MAX_PICTURES)
+  attacks = []
+  for attack in cell.summary:
+    ssim = cell.ssim_of(attack)
+    images = [
+      (figures.image_uri(arrays[attack][i]), wording.number("ssim", ssim.get(i)))
+      for i in range(count)
+    ]
+    attacks.append((wording.attack_label(attack), images))
+  return {
+    "cell": cell,
+    "originals": [figures.image_uri(image) for image in arrays["originals"][:count]],
+    "attacks": attacks,
+    "left_out": len(arrays["originals"]) - count,
+  }
+
+
+def _animation(study: Study) -> dict[str, Any] | None:
+  """Returns the first victims of the first cell that was recorded, as they formed."""
+  for cell in study.done:
+    recordings = cell.read_recordings()
+    attacks = [attack for attack in cell.summary if attack in recordings]
+    if not attacks or not len(recordings["iterations"]):
+      continue
+    attack = "dia" if "dia" in attacks else attacks[0]
+    originals = cell.read_images()["originals"]
+    frames = recordings[attack][:_MAX_RECORDED]
+    if frames.shape[2:] != originals.shape[1:]:
+      raise InputError(
+        f"{cell.directory}/recordings.npz has images of shape {frames.shape[2:]}; expected"
+        f" {originals.shape[1:]} as in reconstructions.npz. Run the experiment again."
+      )
+    gif, still = figures.formation(originals[: len(frames)], frames, recordings["iterations"])
+    last = int(recordings["iterations"][-1])
+    return {
+      "cell": cell,
+      "attack": wording.attack_label(attack),
+      "gif": gif,
+      "still": still,
+      "last": last,
+    }
+  return None
+
+
+def _success(study: Study) -> list[tuple[str, str, str]]:
+  """Returns success curves with title and description: by cell, or of all cells together."""
+  groups = [(cell.name, [cell]) for cell in study.done]
+  if len(groups) > _MAX_SUCCESS_CELLS:
+    groups = [(f"all {len(groups)} settings together", study.done)]
+  shown = []
+  for title, cells in groups:
+    rates = {attack: _pooled_success(cells, attack) for attack in study.attacks}
+    rates = {attack: rate for attack, rate in rates.items() if rate[0]}
+    if rates:
+      text = "; ".join(
+        f"{wording.attack_label(attack)}: {rate[0]:.0%} at {thresholds[0]:g} to {rate[-1]:.0%} at"
+        f" {thresholds[-1]:g}"
+        for attack, (thresholds, rate) in rates.items()
+      )
+      shown.append((title, figures.success_curves(rates), text))
+  return shown
+
+
+def _pooled_success(cells, attack) -> tuple[list[float], list[float]]:
+  """Returns thresholds that all cells have, and the share of all their images that reach each."""
+  cells = [cell for cell in cells if attack in cell.summary]
+  curves = [(cell.summary[attack].get("success") or {}).get("ssim") for cell in cells]
+  if not curves or not all(curves):
+    return [], []
+  weights = [cell.summary[attack]["attempted"] for cell in cells]
+  rates = [dict(zip(curve["thresholds"], curve["rate"], strict=True)) for curve in curves]
+  thresholds = [t for t in curves[0]["thresholds"] if all(t in rate for rate in rates)]
+  if len(cells) == 1:  # exactly as in the summary
+    return thresholds, [rates[0][t] for t in thresholds]
+  total = max(sum(weights), 1)
+  return thresholds, [
+    sum(rate[t] * weight for rate, weight in zip(rates, weights, strict=True)) / total
+    for t in thresholds
+  ]
+
+
+def _sweeps(study: Study) -> list[dict[str, Any]]:
+  metrics = ("mse_normalized", "ssim")
+  return [
+    {
+      "setting": sweep.setting,
+      "pooled": sweep.pooled,
+      "figures": [
+        (wording.metric(metric).label, figures.sweep_curves(sweep, metric), _ends(sweep, metric))
+        for metric in metrics
+        if any((line.points[metric] == line.points[metric]).any() for line in sweep.lines)
+      ],
+    }
+    for sweep in find_sweeps(study, metrics)
+  ]
+
+
+def _ends(sweep, metric) -> str:
+  """Returns in words how each line begins and ends."""
+  texts = []
+  for line in sweep.lines:
+    medians = line.points[metric][:, 1]
+    name = ", ".join(filter(None, (wording.attack_label(line.attack), line.rest)))
+    first, last = (wording.number(metric, float(medians[end])) for end in (0, -1))
+    texts.append(f"{name}: median {first} at {line.x[0]:g}, {last} at {line.x[-1]:g}")
+  return "; ".join(texts)
+
+
+def _sites(study: Study) -> list[tuple[Cell, str, str]]:
+  """Returns bars of the mask accuracy by site for the first cells, with descriptions."""
+  shown = []
+  for cell in study.done[:_MAX_PICTURE_CELLS]:
+    accuracy = {
+      attack: dict(list(sites.items())[:_MAX_SITES])
+      for attack, summary in cell.summary.items()
+      if (sites := summary.get("mask_accuracy_by_site"))
+    }
+    if accuracy:
+      text = "; ".join(
+        f"{wording.attack_label(attack)}: "
+        + ", ".join(f"{site} {wording.number('mask_accuracy', v)}" for site, v in sites.items())
+        for attack, sites in accuracy.items()
+      )
+      shown.append((cell, figures.site_bars(accuracy), text))
+  return shown
+
+
+def _meanings(study: Study) -> list[tuple[str, str]]:
+  """Returns one line for each metric of the tables."""
+  summaries = [summary for cell in study.done for summary in cell.summary.values()]
+  names = ["images", "success", "iip", "pool"]
+  names[1:1] = [name for summary in summaries for name in _metric_names(summary)]
+  names += [name for s in summaries for name in s if name.endswith("_by_site") and s[name]]
+  names += ["run_seconds", "compile_seconds"]
+  metrics = [wording.metric(name) for name in dict.fromkeys(names)]
+  return [(metric.label, metric.meaning) for metric in metrics]
+
+
+def _command(study: Study) -> str | None:
+  """Returns the command that made the results, as it is typed."""
+  manifests = [study.manifest, *(cell.manifest for cell in study.done[:1])]
+  command = next((m["command"] for m in manifests if m.get("command")), None)
+  return shlex.join(map(str, command)) if isinstance(command, list) else command
+
+
+def _versions(study: Study) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+  """Returns all that the manifests say, but for the command."""
+  manifests = {"study": study.manifest} if study.manifest else {}
+  manifests |= {
+    cell.name: {k: v for k, v in cell.manifest.items() if k not in study.manifest}
+    for cell in study.done
+  }
+  return [
+    row
+    for row in _distinct({name: _flat(manifest) for name, manifest in manifests.items()})
+    if row[0] != "command"
+  ]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+  """Returns nested settings as one level, with dots between the names."""
+  flat: dict[str, str] = {}
+  for name, inner in value.items():
+    if isinstance(inner, dict) and inner:
+      flat |= _flat(inner, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = _text(inner)
+  return flat
+
+
+def _text(value) -> str:
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def _distinct(settings: dict[str, dict[str, str]]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+  """Returns each setting with its values, and of several values the cells that have them."""
+  rows = []
+  for name in dict.fromkeys(name for values in settings.values() for name in values):
+    cells: dict[str, list[str]] = {}
+    for cell, values in settings.items():
+      if name in values:
+        cells.setdefault(values[name], []).append(cell)
+    everywhere = len(cells) == 1
+    rows.append((name, [(value, [] if everywhere else of) for value, of in cells.items()]))
+  return rows

@@ -1,0 +1,104 @@
+"""What an experiment is about: images, network, clients, and the pool to identify images in."""
+
+import jax
+import numpy as np
+
+from jaxdia import data, models
+from jaxdia.client import Observation, Secret, observe
+from jaxdia.config import DataSettings, ExperimentSettings
+from jaxdia.models import DropoutModel
+
+# Images among which a reconstruction is to be identified, if the source has so many.
+_POOL = 1_000
+
+
+def load_victims(settings: DataSettings) -> data.Victims:
+  """Loads the images that are attacked.
+
+  Args:
+    settings: which.
+
+  Raises:
+    InputError: see `jaxdia.data.load`.
+  """
+  return data.load(
+    settings.source,
+    settings.count,
+    settings.offset,
+    image_size=settings.image_size,
+    num_classes=settings.num_classes,
+    statistics=settings.statistics,
+  )
+
+
+def load_pool(settings: DataSettings, victims: data.Victims) -> np.ndarray:
+  """Returns f32[P, H, W, C], pixels of the first images of the source, and of the victims.
+
+  Args:
+    settings: where the images come from.
+    victims: that are attacked.
+  """
+  count = min(data.available(settings.source), _POOL)
+  others = data.load(
+    settings.source,
+    count,
+    image_size=settings.image_size,
+    num_classes=settings.num_classes,
+    statistics=settings.statistics,
+  ).images
+  beyond = np.arange(settings.offset, settings.offset + settings.count) >= count
+  return np.concatenate([others, victims.images[beyond]])
+
+
+def create_model(settings: ExperimentSettings, victims: data.Victims) -> DropoutModel:
+  """Creates the network of an experiment.
+
+  Args:
+    settings: name it, and its options.
+    victims: tell the shape of images and the number of classes.
+
+  Raises:
+    InputError: see `jaxdia.models.create`.
+  """
+  options = dict(settings.model)
+  name = options.pop("name")
+  return models.create(name, victims.images.shape[1:], victims.num_classes, **options)
+
+
+def observe_clients(
+  settings: ExperimentSettings, model: DropoutModel, victims: data.Victims
+) -> tuple[list[Observation], list[Secret]]:
+  """Draws the weights, and lets each client compute its gradients.
+
+  Args:
+    settings: of the experiment.
+    model: its network.
+    victims: images and labels of the clients.
+
+  Returns:
+    What the server sees of each gradient, and what it does not: all batches with the first
+    masks, then with the second, and so on.
+  """
+  key = jax.random.key(settings.seed)
+  params = jax.jit(model.init)(jax.random.fold_in(key, 0))
+  params = jax.tree.map(lambda x: x.astype(settings.precision), params)
+  client_key = jax.random.fold_in(key, 1)
+  seeds = [client_key] + [
+    jax.random.fold_in(client_key, 2**31 + seed) for seed in range(1, settings.data.mask_seeds)
+  ]
+  images = data.normalize(victims.images, victims.statistics)
+  size = settings.data.batch_size
+  pairs = [
+    observe(
+      jax.random.fold_in(seed, i),
+      model,
+      params,
+      images[i * size : (i + 1) * size],
+      victims.labels[i * size : (i + 1) * size],
+      statistics=victims.statistics,
+    )
+    for seed in seeds
+    for i in range(len(images) // size)
+  ]
+  observations, secrets = zip(*pairs, strict=True)
+  return list(observations), list(secrets)

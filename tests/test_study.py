@@ -1,0 +1,162 @@
+"""Studies: grids of experiments, killed, resumed, and with cells that fail."""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jaxdia import study
+from jaxdia.config import config_for
+from jaxdia.errors import InputError
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = """
+from jaxdia.config import config_for
+from jaxdia.study import study_config
+
+
+def get_config():
+  base = config_for("mlp", "mnist", hidden_sizes=(48, 48), use_bias=False)
+  base.data.count = 2
+  base.engine.lanes = 1
+  base.engine.checkpoint_seconds = 0
+  base.attack.name = "ig,dia"
+  base.attack.max_iterations = 400
+  variants = {variants}
+  grid = (("model.dropout_rate", (0.25, 0.5)), ("data.batch_size", (1, 2)))
+  return study_config("Tiny", "Does it run?", base, grid=grid, variants=variants)
+"""
+
+
+def _config(path, variants=((),)):
+  path.write_text(CONFIG.format(variants=repr(variants)))
+  return path
+
+
+def _launch(config, *arguments, popen=False):
+  command = [sys.executable, "launch/evaluate.py", f"--config={config}", *map(str, arguments)]
+  if popen:
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def _rows(workdir):
+  rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def test_a_study_killed_at_three_moments_ends_with_the_table_of_one_left_alone(tmp_path):
+  config = _config(tmp_path / "config.py")
+  alone, killed = tmp_path / "alone", tmp_path / "killed"
+  result = _launch(config, f"--workdir={alone}")
+  assert result.returncode == 0, result.stderr
+  assert "cell 4/4" in result.stderr and "left" in result.stderr
+  rng, kills = random.Random(time.time_ns()), 0
+  for cell in sorted(rng.sample(range(4), 3)):  # some time after the first trace of a cell
+    process = _launch(config, f"--workdir={killed}", popen=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+      if any(killed.glob(f"cells/{cell:03d}*/config.json")):
+        break
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1))
+    if process.poll() is None:
+      process.send_signal(signal.SIGKILL)
+      kills += 1
+    process.communicate()
+  assert kills >= 2  # the last may have been quicker
+  done = json.loads((killed / "study.json").read_text())["cells"]
+  finished = [cell["name"] for cell in done if cell["status"] == "done"]
+  times = {name: (killed / "cells" / name / "summary.json").stat().st_mtime for name in finished}
+  result = _launch(config, f"--workdir={killed}")
+  assert result.returncode == 0, result.stderr
+  assert _rows(killed) == _rows(alone) and len(_rows(alone)) == 16
+  for name, stamp in times.items():  # nothing was repeated
+    assert (killed / "cells" / name / "summary.json").stat().st_mtime == stamp
+  tables = [pd.read_csv(workdir / "table.csv") for workdir in (alone, killed)]
+  pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
+
+
+def test_a_failing_cell_is_recorded_and_the_others_go_on(tmp_path):
+  variants = ((), (("data.source", "npz:missing.npz"),), (("data.batch_size", 3),))
+  path = _config(tmp_path / "config.py", variants)
+  text = path.read_text().replace('("data.batch_size", (1, 2))', '("data.count", (2,))')
+  path.write_text(text.replace("max_iterations = 400", "max_iterations = 5"))
+  result = _launch(path, f"--workdir={tmp_path / 'run'}")
+  assert result.returncode == 3, result.stderr
+  cells = json.loads((tmp_path / "run" / "study.json").read_text())["cells"]
+  assert [cell["status"] for cell in cells] == ["done"] * 2 + ["failed"] * 4
+  assert "missing.npz" in cells[2]["reason"] and "cannot be cut into batches" in cells[4]["reason"]
+  assert result.stderr.count("failed: 00") == 4
+  assert {row["cell"] for row in _rows(tmp_path / "run")} == {cells[0]["name"], cells[1]["name"]}
+  table = pd.read_csv(tmp_path / "run" / "table.csv")
+  assert len(table) == 4 and set(table["attempted"]) == {2}
+  text = (tmp_path / "run" / "table.md").read_text().splitlines()
+  assert len(text) == 6 and text[0].startswith("| cell |")
+
+
+def test_a_dry_run_prints_the_cells_and_writes_nothing(tmp_path):
+  config = _config(tmp_path / "config.py")
+  result = _launch(config, "--dry_run", f"--workdir={tmp_path / 'run'}")
+  assert result.returncode == 0, result.stderr
+  assert "4 cells, at most about" in result.stdout
+  assert "003_dropout_rate=0.5_batch_size=2" in result.stdout
+  assert not (tmp_path / "run").exists()
+
+
+def _study(**fields):
+  base = config_for("mlp", "mnist", hidden_sizes=(16,))
+  base.data.count = 1
+  base.attack.max_iterations = 3
+  return study.study_config("T", "Q?", base, **fields)
+
+
+def test_cells_are_variants_times_grid():
+  variants = ((("attack.name", "ig"),), (("attack.name", "dia"), ("seed", 3)))
+  config = _study(grid=[("model.dropout_rate", (0.1, 0.2))], variants=variants)
+  cells = study.plan(config)
+  assert [cell.overrides for cell in cells] == [
+    {"attack.name": "ig", "model.dropout_rate": 0.1},
+    {"attack.name": "ig", "model.dropout_rate": 0.2},
+    {"attack.name": "dia", "seed": 3, "model.dropout_rate": 0.1},
+    {"attack.name": "dia", "seed": 3, "model.dropout_rate": 0.2},
+  ]
+  assert cells[2].settings.seed == 3 and cells[1].settings.model["dropout_rate"] == 0.2
+
+
+def test_an_estimate_grows_with_the_work():
+  small, large = study.plan(_study(grid=[("data.count", (1, 4))]))
+  assert 0 < study.estimate(small) < study.estimate(large)
+  np.testing.assert_allclose(4 * study.estimate(small), study.estimate(large), rtol=1e-6)
+  (closed,) = study.plan(_study(variants=((("attack.name", "closed_form"),),)))
+  assert study.estimate(closed) == 0
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"grid": [("modle.dropout_rate", (0.1,))]}, "'modle.dropout_rate', but its config has no"),
+    ({"grid": [("model.dropout_rate", ())]}, "none of the 0 cells"),
+    ({"grid": [("data.batch_size", (3,))]}, "none of the 1 cells"),
+    ({"grid": [("attack.lr", (1,))]}, "lr"),
+  ],
+)
+def test_a_wrong_study_is_refused_at_once(tmp_path, fields, message):
+  with pytest.raises(InputError, match=message):
+    study.run(_study(**fields), tmp_path / "run", say=lambda text: None)
+  assert not (tmp_path / "run").exists()
+
+
+def test_another_study_is_not_overwritten(tmp_path):
+  study.run(_study(), tmp_path, say=lambda text: None)
+  with pytest.raises(InputError, match="holds another study"):
+    study.run(_study(grid=[("seed", (1,))]), tmp_path, say=lambda text: None)
+  with pytest.raises(InputError, match="expected a study"):
+    study.run(config_for("mlp", "mnist"), tmp_path / "other", say=lambda text: None)
