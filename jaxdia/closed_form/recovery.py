@@ -1,6 +1,7 @@
 """What a gradient gives away without a search, for any network whose structure allows it."""
 
 import enum
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,8 @@ _MOST_NOISE = 0.1
 # An input of a convolution within so many standard deviations was dropped, beyond so many kept. In
 # a LeNet those that were dropped were within 4.6, and the others beyond 70.
 _ROUNDING = (6.0, 15.0)
+# Of so many in between, all answers are tried.
+_MOST_UNCLEAR = 2
 
 
 class Verdict(enum.IntEnum):
@@ -308,21 +311,25 @@ def _use_convolutions(model, chain: Chain, observation, gradient, found) -> str:
   delta = values @ layer_gradient(gradient, after.path)["kernel"] / (values @ values)
   cotangent = layer_gradient(params, after.path)["kernel"] @ delta
   source = chain.inputs[0]
-  kept = np.ones(values.size)
+  choices = [np.ones(values.size)]
   if source.site is not None:
-    kept = _kept_features(values, rates[source.site])
+    choices = [_kept_features(values, rates[source.site])]
   for layer, earlier in zip(
     reversed(convolutions.layers), reversed(convolutions.inputs), strict=True
   ):
     name = "/".join(layer.path)
-    if kept is None:
+    if not choices or choices[0] is None:
       return f"what was dropped after {name} does not stand out"
     if layer.inputs > MOST_INPUTS:
       return f"{name} has {layer.inputs:,} inputs; no more than {MOST_INPUTS:,} are solved for"
     last = layer is convolutions.layers[0]
     pixels = last and convolutions.pixels is not None and earlier.site is None
-    known = After(kept * values, kept, cotangent)
-    before = solve(model, layer, after, params, gradient, known, pixels)
+    tried = [After(kept * values, kept, cotangent) for kept in choices]
+    found_with = [solve(model, layer, after, params, gradient, known, pixels) for known in tried]
+    residuals = np.sort([before.residual for before in found_with])
+    before, known = min(zip(found_with, tried, strict=True), key=lambda pair: pair[0].residual)
+    if len(tried) > 1 and residuals[0] < residuals[1] / 3:
+      found.set_mask(source.site, 0, source.entries, known.kept)
     sure = before.error <= _EXACT
     if pixels and before.residual <= _MOST_NOISE:
       image = np.zeros(before.inputs.size)
@@ -339,24 +346,31 @@ def _use_convolutions(model, chain: Chain, observation, gradient, found) -> str:
       )
     values = before.inputs
     found.set_features(layer.path, 0, values)
-    kept_before = np.ones(values.size)
-    if earlier.site is not None:
-      kept_before = _kept_inputs(before, rates[earlier.site])
-      if kept_before is not None:
-        found.set_mask(earlier.site, 0, earlier.entries, kept_before)
     cotangent = np.asarray(cotangent_before(model, layer, after, params, known, values))
-    after, kept = layer, kept_before
+    after, source = layer, earlier
+    choices = [np.ones(values.size)]
+    if source.site is not None:
+      choices = _kept_inputs(before, rates[source.site])
+    if choices:
+      agreed = np.all(np.stack(choices) == choices[0], axis=0)
+      found.set_mask(source.site, 0, np.where(agreed, source.entries, -1), choices[0])
   return "the first of the convolutions is not fed with pixels" if not pixels else ""
 
 
-def _kept_inputs(before: Before, rate):
-  """Returns which inputs of a convolution were kept, if all can be told from rounding."""
-  sizes = np.abs(before.inputs)
-  kept = sizes > _ROUNDING[0] * before.spread
+def _kept_inputs(before: Before, rate) -> list[np.ndarray]:
+  """Returns which inputs of a convolution may have been kept: one answer, a few, or none."""
+  sizes = np.abs(before.inputs) / before.spread
   least, most = bounds(float(sizes.size), 0.0, rate)
-  plausible = least <= np.sum(~kept) <= most
-  clear = np.all(sizes[kept] > _ROUNDING[1] * before.spread[kept])
-  return kept.astype(float) if plausible and clear else None
+  unclear = np.flatnonzero((sizes > _ROUNDING[0]) & (sizes < _ROUNDING[1]))
+  kept = sizes > _ROUNDING[0]
+  if not least <= np.sum(~kept) <= most or unclear.size > _MOST_UNCLEAR:
+    return []
+  answers = []
+  for values in itertools.product((1.0, 0.0), repeat=unclear.size):
+    answer = kept.astype(float)
+    answer[unclear] = values
+    answers.append(answer)
+  return answers
 
 
 def _kept_features(features, rate):
