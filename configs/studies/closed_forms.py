@@ -1,0 +1,30 @@
+"""The closed forms, alone and as a start of DIA, against the searches.
+
+python launch/evaluate.py --config=configs/studies/closed_forms.py --workdir=runs/closed_forms
+"""
+
+import ml_collections
+
+from jaxdia.config import config_for
+from jaxdia.study import study_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config of the study."""
+  base = config_for("mlp", "mnist")
+  base.attack.name = "ig,wiig,dia,closed_form,hybrid"
+  base.attack.max_iterations = 2_000
+  base.model.dropout_rate = 0.5
+  base.data.count = 8
+  small = (("data.count", 2), ("attack.max_iterations", 1_000))
+  return study_config(
+    "Closed forms",
+    "What does the gradient give away without any search?",
+    base,
+    variants=[
+      (("model.name", "mlp"), ("data.batch_size", 1)),
+      (("model.name", "mlp"), ("data.batch_size", 8)),
+      (("model.name", "lenet"), ("data.count", 4)),
+      (("model.name", "vit"), *small),
+    ],
+  )
