@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,8 +26,9 @@ from jaxdia.files import first_line, write_atomically, write_json, write_json_li
 from jaxdia.manifest import manifest
 from jaxdia.victims import create_model, load_victims
 
-# Of the rate of a large matrix product, what an iteration of an attack reaches.
-_EFFICIENCY = 0.3
+# Of the rate of a large matrix product, what an iteration of an attack reaches, with convolutions
+# and without (README, "How fast it is").
+_EFFICIENCY = {True: 0.05, False: 0.25}
 
 # ((field, value), ...): fields of the config that a cell sets, such as ("model.dropout_rate", 0.5)
 Overrides = tuple[tuple[str, Any], ...]
@@ -119,7 +121,7 @@ def _cell(number, base, overrides) -> Cell:
       target = target[part]
     target[name] = value
   words = [f"{field.rpartition('.')[2]}={value}" for field, value in overrides.items()]
-  text = "_".join(words).replace("/", "-").replace(":", "-").replace(",", "+")
+  text = re.sub(r"[^\w.=+-]+", "-", "_".join(words)).rstrip("-")
   name = f"{number:03d}" + (f"_{text}"[:80] if text else "")
   try:
     return Cell(name, overrides, config, validate(config), None)
@@ -277,7 +279,7 @@ class _Study:
 
 
 def estimate(cell: Cell) -> float:
-  """Returns about how many seconds a cell takes at most, if no trial ends early.
+  """Returns about how many seconds a cell takes if no trial ends early.
 
   Counted are the operations of an iteration, at a share of the rate that this machine
   reaches in a matrix product. Compilation and closed forms come on top.
@@ -292,15 +294,14 @@ def estimate(cell: Cell) -> float:
   trials = d.count // d.batch_size * d.mask_seeds * settings.restarts
   searches = [a for a in settings.attacks.values() if a.closed_form != "only"]
   try:
-    each = _operations(settings) if searches else 0.0
+    each, rate = _cost(settings) if searches else (0.0, 1.0)
   except InputError:  # the cell will say so when it is run
     return 0.0
-  operations = each * trials * sum(attack.max_iterations for attack in searches)
-  return operations / (_EFFICIENCY * _product_rate())
+  return each * trials * sum(attack.max_iterations for attack in searches) / rate
 
 
-def _operations(settings: ExperimentSettings) -> float:
-  """Returns floating-point operations of an iteration of DIA, counted without compiling."""
+def _cost(settings: ExperimentSettings) -> tuple[float, float]:
+  """Returns operations of an iteration of DIA, counted without compiling, and those a second."""
   model = create_model(settings, load_victims(dataclasses.replace(settings.data, count=1)))
   params = jax.eval_shape(model.init, jax.random.key(0))
   size, channels = settings.data.batch_size, model.image_shape[-1]
@@ -310,7 +311,8 @@ def _operations(settings: ExperimentSettings) -> float:
   attack = create_attack(model, PRESETS["dia"])
   state = jax.eval_shape(attack.init, jax.random.key(0), observation)
   analysis = jax.jit(attack.step).lower(observation, state).cost_analysis() or {}
-  return float(analysis.get("flops", 0.0))
+  efficiency = _EFFICIENCY[bool(model.convolutions)]
+  return float(analysis.get("flops", 0.0)), efficiency * _product_rate()
 
 
 @functools.lru_cache
@@ -351,11 +353,11 @@ def describe(config: ml_collections.ConfigDict) -> str:
         "attacks": ",".join(cell.settings.attacks),
         "images": d.count * d.mask_seeds,
         "trials": d.count // d.batch_size * d.mask_seeds * cell.settings.restarts,
-        "at most": reporting.duration(seconds),
+        "about": reporting.duration(seconds),
       }
     )
   table = pd.DataFrame(lines).fillna("").to_string(index=False)
   return (
-    f"{config.title}: {len(cells)} cells, at most about {reporting.duration(total)} if no trial"
+    f"{config.title}: {len(cells)} cells, about {reporting.duration(total)} if no trial"
     f" ends early, compilation and closed forms apart\n\n{table}"
   )
