@@ -73,6 +73,7 @@ def fill_lanes(
   keys: Sequence[jax.Array],
   devices: Sequence[jax.Device],
   method: matching.Method = "auto",
+  recorded: Sequence[int] = (),
 ) -> tuple[LaneProgram, Lanes]:
   """Returns a program all of whose lanes run, and their state.
 
@@ -82,11 +83,12 @@ def fill_lanes(
     keys: of the trials, one for each lane; a multiple of the devices.
     devices: that share the lanes.
     method: how gradients are compared.
+    recorded: iterations after which images are kept.
   """
   each = len(keys) // len(devices)
   slots = min(each, len(observations))
   observations = matching.prepare_alike(attack.model, list(observations[: len(keys)]), method)
-  program = create_program(attack, observations[0], Given(), each, slots, devices)
+  program = create_program(attack, observations[0], Given(), each, slots, devices, recorded)
   state = program.empty()
   for device in range(len(devices)):
     for slot in range(slots):
@@ -104,6 +106,7 @@ def lanes_timer(
   devices: Sequence[jax.Device],
   seconds: float,
   method: matching.Method = "auto",
+  recorded: Sequence[int] = (),
 ) -> Callable[[], Timing]:
   """Returns a function that times iterations of DIA on full lanes.
 
@@ -114,11 +117,12 @@ def lanes_timer(
     devices: that share the lanes.
     seconds: about how long each timing takes.
     method: how gradients are compared.
+    recorded: iterations after which images are kept.
   """
   start = time.perf_counter()
   attack = attacks.dia(model, **ENDLESS)
   keys = [jax.random.key(lane) for lane in range(lanes)]
-  program, state = fill_lanes(attack, observations, keys, devices, method)
+  program, state = fill_lanes(attack, observations, keys, devices, method, recorded)
   state, _ = program.advance(state, 1)
   compile_seconds = time.perf_counter() - start
 

@@ -9,9 +9,6 @@ from jaxdia.client import Secret
 from jaxdia.config import ExperimentSettings
 from jaxdia.models import DropoutModel
 
-# Attack times are told for these values of SSIM: recognisable, and nearly exact.
-SSIM_LEVELS = (0.6, 0.9)
-
 
 class Scored(NamedTuple):
   """One batch against the truth.
@@ -97,7 +94,7 @@ def score(
       # L-BFGS takes more in its line search, and does not tell how many.
       "gradient_evaluations": None if settings.attacks[name].optimizer == "lbfgs" else steps,
     }
-    for level, iterations in zip(SSIM_LEVELS, reached[:, i], strict=True):
+    for level, iterations in zip(evaluation.SSIM_LEVELS, reached[:, i], strict=True):
       known = bool(np.isfinite(iterations)) and not outcome.failed
       row[f"iterations_to_ssim_{level}"] = int(iterations) if known else None
       share = iterations / max(record.iterations, 1)
@@ -123,13 +120,13 @@ def score(
 
 def _reached(secret, outcome, order, statistics) -> np.ndarray:
   """Returns f[levels, B], after how many of the recorded iterations an image had a level."""
-  reached = np.full((len(SSIM_LEVELS), len(order)), np.inf)
+  reached = np.full((len(evaluation.SSIM_LEVELS), len(order)), np.inf)
   if not outcome.recording:
     return reached
   images = np.stack(list(outcome.recording.values()))
   ssim = evaluation.ssim_of_recording(secret, images, order, statistics)
   iterations = np.asarray(list(outcome.recording), float)[:, None]
-  for k, level in enumerate(SSIM_LEVELS):
+  for k, level in enumerate(evaluation.SSIM_LEVELS):
     reached[k] = np.min(np.where(ssim >= level, iterations, np.inf), axis=0)
   return reached
 

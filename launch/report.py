@@ -11,17 +11,29 @@ import pathlib
 from absl import flags
 
 from jaxdia.command_line import launch
-from jaxdia.reporting.report import write_report
+from jaxdia.reporting import publish, write_report, write_scalars
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Work directory of a finished experiment or of a study."
+)
+_TENSORBOARD = flags.DEFINE_bool(
+  "tensorboard", False, "Also write scalars into the folder tensorboard/ there; needs tensorboardX."
+)
+_PUBLISH = flags.DEFINE_string(
+  "publish", None, "Also write the study's table and figures here: FOLDER/NAME.md and beside it."
 )
 flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
   """Writes the report of the work directory."""
-  print(f"report: {write_report(pathlib.Path(_WORKDIR.value))}")
+  workdir = pathlib.Path(_WORKDIR.value)
+  print(f"report: {write_report(workdir)}")
+  if _PUBLISH.value:
+    target = pathlib.Path(_PUBLISH.value.removesuffix(".md"))
+    print(f"table: {publish(workdir, target.parent, target.name)}")
+  if _TENSORBOARD.value:
+    print(f"scalars: tensorboard --logdir={write_scalars(workdir)}")
 
 
 if __name__ == "__main__":

@@ -192,6 +192,18 @@ def test_a_trial_that_does_not_improve_stalls(model, victims):
   assert int(state.iteration) == 4  # the first improves on nothing, then three do not
 
 
+def test_masks_are_kept_as_drawn_or_rounded_in_time(model, victims):
+  start = attacks.dia(model).init(jax.random.key(0), victims[1][0]).candidate.masks
+  state, (_, candidates) = _run("dia", model, victims, round_masks_after=0)
+  for site, mask in start.items():
+    np.testing.assert_array_equal(state.candidate.masks[site], mask)
+  state, (objectives, candidates) = _run("dia", model, victims, round_masks_after=40)
+  for masks in candidates.masks.values():
+    assert np.isin(masks[40:], (0, 1)).all() and not np.isin(masks[20:40], (0, 1)).all()
+  assert int(state.best.iteration) >= 40
+  assert float(state.best.objective) == float(jnp.min(objectives[40:]))
+
+
 def test_total_variation():
   images = jnp.array([[0.0, 1.0], [0.0, 4.0]]).reshape(1, 2, 2, 1)
   assert float(attacks.total_variation(images)) == (1 + 4) / 2 + (0 + 3) / 2

@@ -19,6 +19,7 @@ def _run(name, *arguments):
   "name, arguments, rows",
   [
     ("iteration", ["--cases=mlp:mnist", "--lanes=1,4", "--matching=auto"], 2),
+    ("recording", ["--cases=mlp:mnist", "--lanes=2", "--rounds=1"], 1),
     ("scaling", ["--vary=lanes,devices", "--lanes=2", "--devices=1,3", "--cpu_devices=3"], 3),
   ],
 )

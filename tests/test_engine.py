@@ -51,6 +51,32 @@ def test_each_trial_is_what_it_is_alone(model, victims):
     assert trial.best_iteration == int(state.best.iteration)
 
 
+def test_recorded_images_are_the_best_ones_after_so_many_iterations(model, victims):
+  attack = attacks.dia(model, max_iterations=25)
+  recorded = (1, 4, 25, 400)
+  plain = _by_job(_run(attack, victims, lanes=2))
+  trials = _by_job(_run(attack, victims, lanes=2, chunk=3, record=recorded))
+  step = jax.jit(attack.step)
+  for job, trial in trials.items():
+    np.testing.assert_array_equal(trial.candidate.images, plain[job].candidate.images)
+    assert list(trial.recording) == [1, 4, 25] and not plain[job].recording
+    np.testing.assert_array_equal(trial.recording[25], trial.candidate.images)
+    observation = victims[1][job.victim]
+    state = attack.init(engine.trial_key(jax.random.key(7), job), observation)
+    for _ in range(4):
+      state, _ = step(observation, state)
+    best = attacks.project(observation, state.best.candidate).images
+    np.testing.assert_allclose(trial.recording[4], best, atol=1e-3)
+    assert not np.allclose(trial.recording[1], trial.recording[25], atol=1e-2)
+
+
+def test_recorded_iterations_lie_closer_at_the_start():
+  iterations = engine.recorded_iterations(20_000)
+  assert iterations[0] == 1 and iterations[-1] == 20_000 and 24 <= len(iterations) <= 36
+  assert list(iterations) == sorted(set(iterations))
+  assert engine.recorded_iterations(2) == (1, 2)
+
+
 def test_one_device_and_eight_give_the_same(model):
   with jax.enable_x64(True):
     params = jax.tree.map(lambda x: x.astype(jnp.float64), model.init(jax.random.key(0)))

@@ -4,6 +4,7 @@ import json
 import pathlib
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxdia import study
+from jaxdia import reporting, study
 from jaxdia.config import config_for
 from jaxdia.errors import InputError
 
@@ -100,6 +101,49 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(tmp_path):
   assert len(table) == 4 and set(table["attempted"]) == {2}
   text = (tmp_path / "run" / "table.md").read_text().splitlines()
   assert len(text) == 6 and text[0].startswith("| cell |")
+
+
+def _scalars(path):
+  """Reads {tag: number of values} from an event file, whose records have a length in front."""
+  from tensorboardX.proto.event_pb2 import Event
+
+  data, at, tags = path.read_bytes(), 0, {}
+  while at < len(data):
+    (size,) = struct.unpack_from("<Q", data, at)
+    for value in Event.FromString(data[at + 12 : at + 12 + size]).summary.value:
+      tags.setdefault(value.tag, []).append(value.simple_value)
+    at += 16 + size
+  return tags
+
+
+def test_a_study_as_files_for_a_repository_and_as_scalars(tmp_path):
+  grid = [("model.dropout_rate", (0.1, 0.4)), ("seed", (0, 1))]
+  work, docs = tmp_path / "work", tmp_path / "docs"
+  study.run(_study(grid=grid), work, say=lambda text: None)
+  page = reporting.publish(work, docs, "rates")
+  text = page.read_text()
+  assert text.startswith("# T\n\nQ?\n\n    python launch/") and "| DIA | 1/1 |" in text
+  for name in ("rates_dropout_rate_mse_normalized.png", "rates_dropout_rate_ssim.png"):
+    assert name in text and (docs / name).read_bytes().startswith(b"\x89PNG")
+  assert len(pd.read_csv(docs / "rates.csv")) == 4
+  folder = reporting.write_scalars(work)
+  (events,) = sorted(folder.glob("000*/dia/events.*"))
+  tags = _scalars(events)
+  (cell,) = [c.name for c in study.plan(_study(grid=grid))][:1]
+  summary = json.loads((work / "cells" / cell / "summary.json").read_text())
+  np.testing.assert_allclose(tags["mean/ssim"], summary["dia"]["metrics"]["ssim"]["mean"], 1e-5)
+  assert len(tags["ssim/image_0"]) == 3  # three iterations, all recorded
+  with pytest.raises(InputError, match="holds no study"):
+    reporting.publish(work / "cells" / cell, docs, "other")
+
+
+def test_results_load_into_pandas_with_one_line(tmp_path):
+  study.run(_study(grid=[("seed", (0, 1))]), tmp_path, say=lambda text: None)
+  rows = pd.read_json(tmp_path / "results.jsonl", lines=True)
+  flat = pd.read_csv(tmp_path / "results.csv")
+  assert len(rows) == len(flat) == 2
+  np.testing.assert_allclose(rows["ssim"], flat["ssim"])
+  assert {"mask_accuracy_by_site.dropout_0", "cell", "seed"} <= set(flat)
 
 
 def test_a_dry_run_prints_the_cells_and_writes_nothing(tmp_path):

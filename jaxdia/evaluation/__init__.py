@@ -9,9 +9,19 @@ from jaxdia.evaluation.evaluate import (
 )
 from jaxdia.evaluation.masks import mask_diagnostics
 from jaxdia.evaluation.metrics import assign, identified, lpips, mse, psnr, rescale, ssim
-from jaxdia.evaluation.success import THRESHOLDS, bootstrap_interval, success_curve
+from jaxdia.evaluation.success import (
+  NEARLY_EXACT_SSIM,
+  RECOGNISABLE_SSIM,
+  SSIM_LEVELS,
+  THRESHOLDS,
+  bootstrap_interval,
+  success_curve,
+)
 
 __all__ = [
+  "NEARLY_EXACT_SSIM",
+  "RECOGNISABLE_SSIM",
+  "SSIM_LEVELS",
   "THRESHOLDS",
   "Evaluation",
   "assign",

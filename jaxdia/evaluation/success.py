@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# SSIM from which on a person recognises an image, and from which on it is nearly exact.
+RECOGNISABLE_SSIM, NEARLY_EXACT_SSIM = SSIM_LEVELS = (0.6, 0.9)
 # Thresholds of the curves, from easy to hard, and whether a larger value is a better image.
 THRESHOLDS = {
   "ssim": (tuple(round(0.05 * i, 2) for i in range(1, 20)) + (0.99,), True),

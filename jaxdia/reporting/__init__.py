@@ -2,7 +2,9 @@
 
 from jaxdia.reporting.grid import write_grid
 from jaxdia.reporting.progress import ProgressReport, StudyProgress, duration
+from jaxdia.reporting.publish import publish
 from jaxdia.reporting.report import write_report
+from jaxdia.reporting.scalars import write_scalars
 from jaxdia.reporting.tables import METRICS, line, markdown, summarize, table
 
 __all__ = [
@@ -12,8 +14,10 @@ __all__ = [
   "duration",
   "line",
   "markdown",
+  "publish",
   "summarize",
   "table",
   "write_grid",
   "write_report",
+  "write_scalars",
 ]

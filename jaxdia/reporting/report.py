@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jinja2
 
 from jaxdia.errors import InputError
+from jaxdia.evaluation import RECOGNISABLE_SSIM
 from jaxdia.files import first_line, write_atomically
 from jaxdia.reporting import figures, wording
+from jaxdia.reporting.progress import duration
 from jaxdia.reporting.results import Cell, Study, read_study
 from jaxdia.reporting.sweeps import find_sweeps
 from jaxdia.reporting.tables import METRICS
@@ -20,7 +22,7 @@ _MAX_PICTURES = 8
 _MAX_SUCCESS_CELLS = 12
 _MAX_SITES = 30
 _MAX_RECORDED = 2
-_SUCCESS = f"success_at_{wording.RECOGNISABLE_SSIM}"
+_SUCCESS = f"success_at_{RECOGNISABLE_SSIM}"
 _STATISTICS = {
   "median": "median",
   "mean": "mean",
@@ -41,7 +43,7 @@ _OVERVIEW = (
   ("MSE, worst protected", "mse_normalized", "min", False),
   ("SSIM, median", "ssim", "median", True),
   ("SSIM, worst protected", "ssim", "max", False),
-  (f"SSIM ≥ {wording.RECOGNISABLE_SSIM}", "ssim", _SUCCESS, False),
+  (f"SSIM ≥ {RECOGNISABLE_SSIM}", "ssim", _SUCCESS, False),
   ("IIP", "iip", "value", False),
   ("IIP pool", "pool", "value", False),
   ("masks right", "mask_accuracy", "mean", False),
@@ -120,7 +122,7 @@ def _context(study: Study) -> dict[str, Any]:
     "versions": _versions(study),
     "settings": _distinct({cell.name: _flat(cell.config) for cell in study.done}),
     "label": wording.attack_label,
-    "duration": wording.duration,
+    "duration": duration,
     "compact": _text,
   }
 

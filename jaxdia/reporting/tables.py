@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxdia.evaluation import THRESHOLDS, bootstrap_interval, success_curve
+from jaxdia.evaluation import SSIM_LEVELS, THRESHOLDS, bootstrap_interval, success_curve
 
 METRICS = (
   *("mse_normalized", "mse", "psnr", "ssim", "lpips", "mse_scaled", "psnr_scaled", "ssim_scaled"),
@@ -14,7 +14,7 @@ METRICS = (
 )
 _COSTS = (
   *("objective", "gradient_distance", "iterations", "seconds", "gradient_evaluations"),
-  *(f"{what}_to_ssim_{level}" for level in (0.6, 0.9) for what in ("iterations", "seconds")),
+  *(f"{what}_to_ssim_{level}" for level in SSIM_LEVELS for what in ("iterations", "seconds")),
 )
 _BY_SITE = ("accuracy", "auc", "undecided", "dropped")
 
@@ -145,7 +145,7 @@ def line(about: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
   values |= {"ssim_ci95_low": low, "ssim_ci95_high": high, "iip": summary["iip"]}
   curve = summary["success"].get("ssim", {"thresholds": [], "rate": []})
   rates = dict(zip(curve["thresholds"], curve["rate"], strict=True))
-  values |= {f"success_ssim_{level}": rates.get(level, 0.0) for level in (0.6, 0.9)}
+  values |= {f"success_ssim_{level}": rates.get(level, 0.0) for level in SSIM_LEVELS}
   return about | counts | values
 
 

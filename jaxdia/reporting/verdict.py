@@ -3,12 +3,11 @@
 import statistics
 from typing import Any, NamedTuple
 
+from jaxdia.evaluation import NEARLY_EXACT_SSIM, RECOGNISABLE_SSIM
+from jaxdia.reporting.progress import duration
 from jaxdia.reporting.results import Cell, Study
 from jaxdia.reporting.wording import (
-  NEARLY_EXACT_SSIM,
-  RECOGNISABLE_SSIM,
   attack_label,
-  duration,
   number,
 )
 

@@ -2,10 +2,6 @@
 
 from typing import NamedTuple
 
-# Rules of thumb for what a person sees; the report says so wherever it uses them.
-RECOGNISABLE_SSIM = 0.6
-NEARLY_EXACT_SSIM = 0.9
-
 
 class Metric(NamedTuple):
   """How a metric is shown.
@@ -118,16 +114,6 @@ def number(name: str, value: float | None) -> str:
     value: None if there is none.
   """
   return "–" if value is None else metric(name).form.format(value)
-
-
-def duration(seconds: float) -> str:
-  """Returns seconds as a person says them."""
-  if seconds < 1:
-    return "less than a second"
-  for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-    if seconds >= 2 * size:
-      return f"{seconds / size:.3g} {unit}"
-  return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
 
 
 def attack_label(name: str) -> str:

@@ -1,0 +1,94 @@
+"""A study as files for a repository: a table in Markdown and CSV, and figures."""
+
+import base64
+import pathlib
+import shlex
+
+import pandas as pd
+
+from jaxdia.errors import InputError
+from jaxdia.files import write_atomically
+from jaxdia.reporting import figures
+from jaxdia.reporting.results import Study, read_study
+from jaxdia.reporting.sweeps import find_sweeps
+from jaxdia.reporting.tables import markdown
+from jaxdia.reporting.wording import attack_label
+
+_FIGURES = ("mse_normalized", "ssim")
+# Columns of the Markdown table, of those of the CSV, and what they are called there.
+_COLUMNS = {
+  "mse_median": "MSE median",
+  "mse_best": "MSE least",
+  "mse_worst": "MSE worst",
+  "ssim_median": "SSIM median",
+  "ssim_best": "SSIM of the worst protected",
+  "success_ssim_0.6": "SSIM ≥ 0.6",
+  "iip": "identified",
+  "masks_right": "masks right",
+  "labels_right": "labels right",
+  "iterations": "iterations",
+  "seconds": "seconds",
+}
+
+
+def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Path:
+  """Writes NAME.md with its figures, and NAME.csv.
+
+  Args:
+    workdir: of a study.
+    folder: where the files go; made if needed.
+    name: of the files.
+
+  Returns:
+    The Markdown file.
+
+  Raises:
+    InputError: the folder holds no study with results.
+  """
+  study = read_study(workdir)
+  if not (workdir / "table.csv").is_file() or not study.done:
+    raise InputError(f"{workdir} holds no study with results. Run launch/evaluate.py there first.")
+  table = pd.read_csv(workdir / "table.csv")
+  csv = (workdir / "table.csv").read_bytes()
+  write_atomically(folder / f"{name}.csv", lambda file: file.write(csv))
+  m = study.manifest
+  program, *arguments = m["command"]
+  # Where it was run is nobody's business.
+  arguments = [word for word in arguments if not word.startswith("--workdir")]
+  command = shlex.join(["python", f"launch/{program}", *arguments, f"--workdir=runs/{name}"])
+  lines = [
+    f"# {study.title}",
+    study.question,
+    f"    {command}",
+    f"{m['device']} x {m['devices']}, {m['cores']} cores, {m['platform']}, Python {m['python']},"
+    f" jax {m['jax']}, jaxdia {m['jaxdia']} at commit {m['commit']}, started {m['started']}.",
+    _table(study, table),
+  ]
+  failed = [cell for cell in study.cells if cell.status != "done"]
+  lines += [f"Not done: {cell.name}: {cell.reason or cell.status}" for cell in failed]
+  for sweep in find_sweeps(study, _FIGURES):
+    pictures = []
+    for metric in _FIGURES:
+      file = f"{name}_{sweep.setting.rpartition('.')[2]}_{metric}.png"
+      picture = base64.b64decode(figures.sweep_curves(sweep, metric).partition(",")[2])
+      write_atomically(folder / file, lambda f, data=picture: f.write(data))
+      pictures.append(f"![{metric} over {sweep.setting}]({file})")
+    lines.append(" ".join(pictures))
+  text = "\n\n".join(lines) + "\n"
+  path = folder / f"{name}.md"
+  write_atomically(path, lambda file: file.write(text.encode()))
+  return path
+
+
+def _table(study: Study, table: pd.DataFrame) -> str:
+  """Returns what differs between the cells, and the main numbers, as Markdown."""
+  settings = dict.fromkeys(name for cell in study.done for name in cell.overrides)
+  values = {name: [str(cell.overrides.get(name)) for cell in study.done] for name in settings}
+  about = [name for name in settings if len(set(values[name])) > 1 and name != "attack.name"]
+  kept = {name: name for name in about} | {"attack": "attack"} | _COLUMNS
+  kept = {name: heading for name, heading in kept.items() if name in table}
+  shown = table[list(kept)].rename(columns=kept).copy()
+  shown["attack"] = [attack_label(attack) for attack in shown["attack"]]
+  done = zip(table["finished"], table["attempted"], strict=True)
+  shown.insert(len(about) + 1, "images", [f"{a}/{b}" for a, b in done])
+  return markdown(shown.dropna(axis="columns", how="all")).rstrip()
