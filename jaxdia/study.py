@@ -121,7 +121,8 @@ def _cell(number, base, overrides) -> Cell:
       target = target[part]
     target[name] = value
   words = [f"{field.rpartition('.')[2]}={value}" for field, value in overrides.items()]
-  text = re.sub(r"[^\w.=+-]+", "-", "_".join(words)).rstrip("-")
+  words = [re.sub(r"[^\w.=+-]+", "-", word).strip("-").replace("=-", "=") for word in words]
+  text = "_".join(words)
   name = f"{number:03d}" + (f"_{text}"[:80] if text else "")
   try:
     return Cell(name, overrides, config, validate(config), None)

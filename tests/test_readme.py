@@ -3,13 +3,15 @@
 import pathlib
 import re
 
+from jaxdia import study
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def test_python_blocks_run(capsys):
   blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-  assert len(blocks) == 3
+  assert len(blocks) == 4
   namespace = {}
   for block in blocks:
     exec(compile(block, "README.md", "exec"), namespace)
@@ -17,6 +19,10 @@ def test_python_blocks_run(capsys):
   assert namespace["objectives"].shape == (8, 100)
   assert (namespace["objectives"][:, -1] < namespace["objectives"][:, 0]).all()
   assert namespace["logits"].shape == (4, 10)
+  assert [cell.name for cell in study.plan(namespace["get_config"]())] == [
+    "000_hidden_sizes=64",
+    "001_hidden_sizes=512",
+  ]
 
 
 def test_links_lead_somewhere():
@@ -30,5 +36,5 @@ def test_config_fields_that_it_names_exist():
   from jaxdia.config import default_config
 
   config = default_config()
-  for group, field in re.findall(r"config\.(data|attack|engine|model)\.(\w+)", README):
+  for group, field in re.findall(r"config\.(?:base\.)?(data|attack|engine|model)\.(\w+)", README):
     assert field in config[group], f"{group}.{field}"
