@@ -23,6 +23,7 @@ def manifest(**more: Any) -> dict[str, Any]:
     **more: what else belongs there.
   """
   devices = jax.local_devices()
+  device = dict.fromkeys((devices[0].platform, devices[0].device_kind))  # "cpu" is both
   return {
     "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -31,7 +32,7 @@ def manifest(**more: Any) -> dict[str, Any]:
     "python": platform.python_version(),
     **{name: _version(name) for name in _PACKAGES},
     "platform": platform.platform(),
-    "device": f"{devices[0].platform} ({devices[0].device_kind})",
+    "device": " ".join(device),
     "devices": len(devices),
     "cores": os.cpu_count(),
     **more,

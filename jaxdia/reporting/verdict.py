@@ -53,7 +53,13 @@ def judge(study: Study) -> Verdict:
   """
   scores = sorted(
     (_score(study, attack) for attack in study.attacks),
-    key=lambda score: (score.knows_masks, -score.recognisable, -(score.best_ssim or 0)),
+    key=lambda score: (  # the most telling first: it saw as much as any, and was told less
+      score.knows_masks,
+      -score.recognisable / max(score.attempted, 1),
+      score.knows_labels,
+      -score.nearly_exact / max(score.attempted, 1),
+      -(score.best_ssim or 0),
+    ),
   )
   return Verdict(
     headline=_headline(scores[0], len(study.done)) if scores else "There are no results yet.",
