@@ -68,6 +68,7 @@ def _run(settings, workdir, say, on_share) -> dict[str, Any]:
   model = create_model(settings, victims)
   for attack_settings in settings.attacks.values():
     _check_labels(attack_settings, model, settings.data.batch_size)
+  pool = load_pool(settings.data, victims)
   sha256 = digest(victims)
   config_json = settings.to_json()
   config_json["data"]["sha256"] = sha256
@@ -88,7 +89,6 @@ def _run(settings, workdir, say, on_share) -> dict[str, Any]:
   if lanes is None:
     lanes = engine.choose_lanes(model, observations[0], trials, devices)
   say(describe(settings, model, observations[0], lanes, len(devices)))
-  pool = load_pool(settings.data, victims)
   experiment = _Experiment(settings, workdir, model, victims, observations, secrets, lanes, pool)
   experiment.load()
   for number, name in enumerate(settings.attacks):
@@ -259,6 +259,7 @@ class _Experiment:
     self._images[name][batch * size : (batch + 1) * size] = scored.images
     if batch * size < _SHOWN:
       self._recordings[name][batch] = scored.recording
+    self._done[name][batch] = outcome._replace(recording={})  # which takes much memory
 
   def _rows_of(self, name: str) -> list[dict[str, Any]]:
     return [row for _, rows in sorted(self._rows[name].items()) for row in rows]
@@ -294,12 +295,13 @@ class _Experiment:
     """Writes how the first images formed; a trial that ended keeps its last picture."""
     kept = {}
     iterations = sorted({n for r in self._recordings.values() for x in r.values() for n in x})
-    for name, recordings in self._recordings.items():
-      if not iterations or not all(recordings.values()):
+    for name, by_batch in self._recordings.items():
+      recordings = [recording for _, recording in sorted(by_batch.items())]
+      if not iterations or not all(recordings):
         continue
       frames = []
       for n in iterations:
-        shown = [r[max((k for k in r if k <= n), default=min(r))] for r in recordings.values()]
+        shown = [r[max((k for k in r if k <= n), default=min(r))] for r in recordings]
         frames.append(np.concatenate(shown)[:_SHOWN])
       pixels = np.clip(np.stack(frames, axis=1), 0, 1)
       kept[name] = np.round(np.nan_to_num(pixels) * 255).astype(np.uint8)

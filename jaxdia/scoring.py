@@ -98,7 +98,11 @@ def score(
       known = bool(np.isfinite(iterations)) and not outcome.failed
       row[f"iterations_to_ssim_{level}"] = int(iterations) if known else None
       share = iterations / max(record.iterations, 1)
-      row[f"seconds_to_ssim_{level}"] = round(float(record.seconds * share), 3) if known else None
+      until = seconds - record.seconds + record.seconds * share
+      row[f"seconds_to_ssim_{level}"] = round(float(until), 3) if known else None
+      row[f"gradient_evaluations_to_ssim_{level}"] = (
+        int(iterations) if known and row["gradient_evaluations"] is not None else None
+      )
     row["oracle"] = (
       None if oracle is None or outcome.failed else {k: v[i] for k, v in oracle.items()}
     )
@@ -119,13 +123,12 @@ def score(
 
 
 def _reached(secret, outcome, order, statistics) -> np.ndarray:
-  """Returns f[levels, B], after how many of the recorded iterations an image had a level."""
+  """Returns f[levels, B], after how many of the recorded iterations, or in the end, it was so."""
   reached = np.full((len(evaluation.SSIM_LEVELS), len(order)), np.inf)
-  if not outcome.recording:
-    return reached
-  images = np.stack(list(outcome.recording.values()))
+  recorded = outcome.recording | {outcome.best.iterations: outcome.candidate.images}
+  images = np.stack([np.asarray(x) for x in recorded.values()])
   ssim = evaluation.ssim_of_recording(secret, images, order, statistics)
-  iterations = np.asarray(list(outcome.recording), float)[:, None]
+  iterations = np.asarray(list(recorded), float)[:, None]
   for k, level in enumerate(evaluation.SSIM_LEVELS):
     reached[k] = np.min(np.where(ssim >= level, iterations, np.inf), axis=0)
   return reached

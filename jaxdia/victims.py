@@ -1,15 +1,20 @@
 """What an experiment is about: images, network, clients, and the pool to identify images in."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
 from jaxdia import data, models
 from jaxdia.client import Observation, Secret, observe
 from jaxdia.config import DataSettings, ExperimentSettings
+from jaxdia.errors import InputError
 from jaxdia.models import DropoutModel
 
-# Images among which a reconstruction is to be identified, if the source has so many.
+# Images among which a reconstruction is to be identified, if the source has so many, and the most
+# pixels that they may have in all.
 _POOL = 1_000
+_POOL_PIXELS = 2**24
 
 
 def load_victims(settings: DataSettings) -> data.Victims:
@@ -36,18 +41,18 @@ def load_pool(settings: DataSettings, victims: data.Victims) -> np.ndarray:
 
   Args:
     settings: where the images come from.
-    victims: that are attacked.
+    victims: that are attacked; they alone if other images of the source cannot be used.
   """
-  count = min(data.available(settings.source), _POOL)
-  others = data.load(
-    settings.source,
-    count,
-    image_size=settings.image_size,
-    num_classes=settings.num_classes,
-    statistics=settings.statistics,
-  ).images
+  most = _POOL_PIXELS // victims.images[0].size
+  count = max(1, min(data.available(settings.source), _POOL, most))
+  try:
+    others = load_victims(dataclasses.replace(settings, offset=0, count=count)).images
+  except InputError:
+    return victims.images
   beyond = np.arange(settings.offset, settings.offset + settings.count) >= count
-  return np.concatenate([others, victims.images[beyond]])
+  if others.shape[1:] != victims.images.shape[1:]:
+    return victims.images
+  return np.concatenate([others, victims.images[beyond]]) if beyond.any() else others
 
 
 def create_model(settings: ExperimentSettings, victims: data.Victims) -> DropoutModel:

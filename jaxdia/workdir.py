@@ -37,6 +37,8 @@ def check_workdir(workdir: pathlib.Path, here: dict[str, Any]) -> None:
   try:
     if workdir.exists() and not workdir.is_dir():
       raise InputError(f"the work directory {workdir} is a file. Choose another --workdir.")
+    if (workdir / "study.json").exists():
+      raise InputError(f"the work directory {workdir} holds a study. Choose another --workdir.")
     if not path.exists():
       return
     there = json.loads(path.read_text())

@@ -3,7 +3,7 @@
 python launch/evaluate.py --config=configs/studies/dropout_rate.py --dry_run
 python launch/evaluate.py --config=configs/studies/dropout_rate.py --workdir=runs/dropout_rate
 
-A larger version is the same config with other arguments, such as
+A larger version is the same config with other arguments, for what it does not vary itself, such as
 --config.base.data.source=tfds:mnist/test --config.base.data.count=128. The same
 command after an interruption goes on where it was. A cell that fails is recorded
 with its reason and the others go on; then the exit code is 3.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdia import data, experiment
+from jaxdia import data, experiment, reporting
 from jaxdia.config import config_for, default_config, validate
 from jaxdia.errors import InputError
 
@@ -416,3 +416,59 @@ def test_a_terminal_gets_a_progress_bar(tmp_path):
     shown += chunk
   assert process.wait() == 0
   assert "100%|████████████████████| dia: 2 trials done" in shown.decode()
+
+
+def test_recordings_stand_in_the_order_of_the_originals(tmp_path):
+  config = _small(name="dia,closed_form")
+  config.data.count, config.data.mask_seeds, config.engine.chunk = 3, 2, 1
+  config.engine.lanes = 2
+  config.attack.tolerance = 0.02  # so that trials end in any order
+  experiment.run(config, tmp_path, say=_silent)
+  rows = _rows(tmp_path)
+  assert [(r["victim"], r["mask_seed"]) for r in rows[:6]] == [
+    (v, s) for s in range(2) for v in range(3)
+  ]
+  assert len({row["iterations"] for row in rows[:6]}) > 1
+  with (
+    np.load(tmp_path / "reconstructions.npz") as found,
+    np.load(tmp_path / "recordings.npz") as recorded,
+  ):
+    assert found["dia"].shape[0] == 6 and recorded["dia"].shape[0] == 4
+    # The last recorded image of a trial that ended early is a few steps older than its best.
+    last = recorded["dia"][:, -1] / 255
+    errors = [[np.abs(a - b).mean() for b in found["dia"][:3]] for a in last[:3]]
+    assert np.argmin(errors, axis=1).tolist() == [0, 1, 2]
+  for row in rows:
+    if row["attack"] == "closed_form":
+      assert row["iterations_to_ssim_0.9"] == 0
+      assert row["seconds_to_ssim_0.9"] == row["seconds"]
+    reached = row["iterations_to_ssim_0.6"]
+    assert (reached is not None) == (row["ssim"] >= 0.6)
+
+
+def test_images_of_a_source_that_cannot_be_used_are_no_pool(tmp_path):
+  folder = tmp_path / "images" / "cat"
+  folder.mkdir(parents=True)
+  for i, size in enumerate([(28, 28), (28, 28), (32, 28)]):
+    pixels = np.random.default_rng(i).integers(0, 255, size, np.uint8)
+    Image.fromarray(pixels).save(folder / f"{i}.png")
+  (tmp_path / "images" / "dog").mkdir()
+  Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "images" / "dog" / "0.png")
+  config = _small(max_iterations=2)
+  config.data.source, config.data.count = f"folder:{tmp_path / 'images'}", 2
+  experiment.run(config, tmp_path / "run", say=_silent)
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  assert summary["dia"]["pool"] == 2
+
+
+def test_an_interval_takes_an_image_under_several_masks_as_one():
+  rows = [
+    {"victim": v, "batch": v, "mask_seed": s, "status": "stalled", "ssim": 0.2 + 0.1 * v}
+    for v in range(3)
+    for s in range(8)
+  ]
+  one = reporting.summarize([row for row in rows if not row["mask_seed"]], 3)
+  many = reporting.summarize(rows, 24)
+  np.testing.assert_allclose(
+    many["metrics"]["ssim"]["ci95"], one["metrics"]["ssim"]["ci95"], rtol=1e-9
+  )

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxdia import reporting, study
+from jaxdia import experiment, reporting, study
 from jaxdia.config import config_for
 from jaxdia.errors import InputError
 
@@ -187,6 +187,11 @@ def test_an_estimate_grows_with_the_work():
   ("fields", "message"),
   [
     ({"grid": [("modle.dropout_rate", (0.1,))]}, "'modle.dropout_rate', but its config has no"),
+    ({"grid": [("seed.x", (1,))]}, "'seed.x', but its config has no"),
+    ({"variants": (("model.name", "mlp"),)}, "expected pairs such as"),
+    ({"variants": (((1, 2),),)}, "expected pairs such as"),
+    ({"grid": [("data.count", (float("inf"),))]}, "none of the 1 cells"),
+    ({"grid": [("model.dropout_rate", ("high",))]}, "none of the 1 cells"),
     ({"grid": [("model.dropout_rate", ())]}, "none of the 0 cells"),
     ({"grid": [("data.batch_size", (3,))]}, "none of the 1 cells"),
     ({"grid": [("attack.lr", (1,))]}, "lr"),
@@ -198,9 +203,33 @@ def test_a_wrong_study_is_refused_at_once(tmp_path, fields, message):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_cell_is_repaired_and_changed_images_are_refused(tmp_path):
+  path = tmp_path / "victims.npz"
+  images = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype(np.float32)
+  np.savez(path, images=images, labels=np.array([0, 1]))
+  config = _study(grid=[("seed", (0, 1))])
+  config.base.data.source = f"npz:{path}"
+  work = tmp_path / "work"
+  assert study.run(config, work, say=lambda text: None) == {}
+  table = (work / "table.csv").read_text()
+  first, second = (work / "cells" / cell.name for cell in study.plan(config))
+  (first / "results.jsonl").write_text('{"half')
+  (second / "summary.json").unlink()
+  assert study.run(config, work, say=lambda text: None) == {}
+  assert (work / "table.csv").read_text() == table
+  np.savez(path, images=images[::-1], labels=np.array([0, 1]))
+  reasons = study.run(config, work, say=lambda text: None)
+  assert len(reasons) == 2 and all("another experiment" in r for r in reasons.values())
+
+
 def test_another_study_is_not_overwritten(tmp_path):
   study.run(_study(), tmp_path, say=lambda text: None)
   with pytest.raises(InputError, match="holds another study"):
     study.run(_study(grid=[("seed", (1,))]), tmp_path, say=lambda text: None)
+  with pytest.raises(InputError, match="holds a study"):
+    experiment.run(_study().base, tmp_path, say=lambda text: None)
+  experiment.run(_study().base, tmp_path / "experiment", say=lambda text: None)
+  with pytest.raises(InputError, match="holds an experiment"):
+    study.run(_study(), tmp_path / "experiment", say=lambda text: None)
   with pytest.raises(InputError, match="expected a study"):
     study.run(config_for("mlp", "mnist"), tmp_path / "other", say=lambda text: None)

@@ -192,8 +192,10 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
     if state.known.parts is not None:
       candidate = hold(state.known.parts, candidate)
     if settings.round_masks_after is not None:
-      rounded = candidate._replace(masks=jax.tree.map(jnp.round, candidate.masks))
-      candidate = _where(state.iteration + 1 >= settings.round_masks_after, rounded, candidate)
+      # Rounded once, at 0 those that were drawn, and held from then on.
+      left = settings.round_masks_after - (state.iteration + 1)
+      rounded = jax.tree.map(jnp.round, _where(left < 0, state.candidate.masks, candidate.masks))
+      candidate = candidate._replace(masks=_where(left <= 0, rounded, candidate.masks))
     _, plateau_state = plateau.update((), state.plateau, value=value)
 
     iteration = state.iteration + 1

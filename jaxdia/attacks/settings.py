@@ -79,8 +79,8 @@ class AttackSettings:
       )
     self._check(
       "round_masks_after",
-      lambda v: v is None or (type(v) is int and 0 <= v <= _MAX_COUNT),
-      f"an integer from 0 to {_MAX_COUNT}, or None",
+      lambda v: v is None or (type(v) is int and 0 <= v < self.max_iterations),
+      f"an integer from 0 to below max_iterations={self.max_iterations}, or None",
     )
     for name in ("tv_weight", "mask_weight", "feature_weight", "tolerance"):
       self._check(name, lambda v: _is_finite(v) and v >= 0, "a finite number of at least 0")

@@ -17,6 +17,8 @@ from jaxdia.models import DropoutModel
 _MEMORY_SHARE = 0.5
 _UNKNOWN_MEMORY = 4 * 2**30
 _MAX_LANES = 256
+# Images of a trial that are recorded, at most.
+RECORDED = 36
 # On a CPU a lane whose trial has ended costs as much as any other. So few enough lanes that each
 # gets some trials one after another, and is idle only at the end. Beyond 32, and below 4, an
 # iteration of a trial gets no cheaper, or much dearer. And few enough to stay near the caches,
@@ -58,8 +60,9 @@ def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
     thin += sum(layer.rows) * (layer.inputs + layer.outputs)
   # Of what is formed, the target and about four arrays for the dummy gradient and its derivative;
   # of what is thin, the factors and about as many for what passes the layer; of the masks about
-  # eight for the search.
-  return observation.dtype.itemsize * (5 * formed + 5 * thin + 8 * entries)
+  # eight for the search; and the recorded images.
+  pixels = RECORDED * observation.batch_size * int(np.prod(model.image_shape))
+  return observation.dtype.itemsize * (5 * formed + 5 * thin + 8 * entries + pixels)
 
 
 def _free_memory(devices: Sequence[jax.Device]) -> float:

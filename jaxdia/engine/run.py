@@ -13,7 +13,7 @@ from jaxdia.attacks import Attack, Candidate, Status
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
 from jaxdia.engine import checkpoint
-from jaxdia.engine.capacity import choose_lanes, halve_lanes
+from jaxdia.engine.capacity import RECORDED, choose_lanes, halve_lanes
 from jaxdia.engine.lanes import Gauge, Given, create_program
 from jaxdia.errors import InputError
 from jaxdia.matching import Method, prepare_alike, suits
@@ -84,7 +84,7 @@ class Progress(NamedTuple):
   run_seconds: float
 
 
-def recorded_iterations(max_iterations: int, count: int = 36) -> tuple[int, ...]:
+def recorded_iterations(max_iterations: int, count: int = RECORDED) -> tuple[int, ...]:
   """Returns numbers of iterations that show how a reconstruction forms, each a little larger.
 
   Args:

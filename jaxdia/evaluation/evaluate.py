@@ -95,8 +95,7 @@ def evaluate(
   by_site = {}
   if candidate.masks:
     by_site = mask_diagnostics(model, candidate.masks, secret.masks, order, known_masks)
-    accuracy = {site: values["accuracy"] for site, values in by_site.items()}
-    columns["mask_accuracy"] = _weighted_mean(accuracy, known_masks or secret.masks)
+    columns["mask_accuracy"] = _mean_accuracy(by_site)
   scores = []
   missing = np.zeros(len(originals), bool) if found is None else ~np.asarray(found)[order]
   for i in range(len(originals)):
@@ -166,13 +165,10 @@ def floors(
   return result
 
 
-def _weighted_mean(by_site, known):
-  """Returns f[B], the mean over sites, by the number of entries that count in each."""
-  values = np.asarray(list(by_site.values()))
-  sizes = np.asarray([np.size(known[site]) for site in by_site], float)
-  weights = np.where(np.isnan(values), 0, sizes[:, None])
-  total = np.maximum(weights.sum(axis=0), 1)
-  return np.sum(np.where(np.isnan(values), 0, values) * weights, axis=0) / total
+def _mean_accuracy(by_site) -> np.ndarray:
+  """Returns f[B], the share of right entries over all sites; 0 where none counts."""
+  right = sum(np.nan_to_num(values["accuracy"]) * values["count"] for values in by_site.values())
+  return right / np.maximum(sum(values["count"] for values in by_site.values()), 1)
 
 
 def found_labels(candidate: Candidate, recovered: jax.Array | None) -> np.ndarray | None:

@@ -29,9 +29,10 @@ def mask_diagnostics(
   Returns:
     {site: {name: f[B]}} with `accuracy`, the share of entries that are right once rounded; `auc`,
     the chance that a kept entry has a larger value than a dropped one; `undecided`, the share
-    of entries from 0.1 to 0.9; `dropped`, the mean of 1 - mask, to be held against the rate. NaN
-    where no entry counts, and the AUC also where all were kept or all dropped. A site whose
-    mask is shared by the batch gives the same numbers to all images, if all its entries count.
+    of entries from 0.1 to 0.9; `dropped`, the mean of 1 - mask, to be held against the rate; and
+    `count`, the number of entries. NaN where no entry counts, and the AUC also where all were
+    kept or all dropped. A site whose mask is shared by the batch gives the same numbers to all
+    images, if all its entries count.
   """
   batch, axes = len(order), batch_axes(model)
 
@@ -57,7 +58,7 @@ def mask_diagnostics(
 def _compare(mask, true, counts) -> dict[str, float]:
   mask, true = mask[counts], true[counts]
   if not mask.size:
-    return dict.fromkeys(("accuracy", "auc", "undecided", "dropped"), np.nan)
+    return dict.fromkeys(("accuracy", "auc", "undecided", "dropped"), np.nan) | {"count": 0}
   kept = int(np.sum(true))
   pairs = kept * (true.size - kept)
   auc = np.nan
@@ -68,4 +69,5 @@ def _compare(mask, true, counts) -> dict[str, float]:
     "auc": float(auc),
     "undecided": float(np.mean((mask > UNDECIDED[0]) & (mask < UNDECIDED[1]))),
     "dropped": float(np.mean(1 - mask)),
+    "count": mask.size,
   }

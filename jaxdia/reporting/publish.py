@@ -50,20 +50,34 @@ def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.P
     raise InputError(f"{workdir} holds no study with results. Run launch/evaluate.py there first.")
   table = pd.read_csv(workdir / "table.csv")
   csv = (workdir / "table.csv").read_bytes()
-  write_atomically(folder / f"{name}.csv", lambda file: file.write(csv))
   m = study.manifest
-  program, *arguments = m["command"]
+  try:
+    program, *arguments = m["command"]
+    machine = (
+      f"{m['device']} x {m['devices']}, {m['cores']} cores, {m['platform']}, Python {m['python']},"
+      f" jax {m['jax']}, jaxdia {m['jaxdia']} at commit {m['commit']}, started {m['started']}."
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise InputError(f"the manifest in {workdir / 'study.json'} is damaged ({error!r}).") from error
   # Where it was run is nobody's business.
-  arguments = [word for word in arguments if not word.startswith("--workdir")]
+  after = [False, *(word in ("--workdir", "-workdir") for word in arguments)]
+  arguments = [
+    word
+    for word, is_path in zip(arguments, after, strict=False)
+    if not is_path and not word.lstrip("-").startswith("workdir")
+  ]
   command = shlex.join(["python", f"launch/{program}", *arguments, f"--workdir=runs/{name}"])
   lines = [
     f"# {study.title}",
     study.question,
     f"    {command}",
-    f"{m['device']} x {m['devices']}, {m['cores']} cores, {m['platform']}, Python {m['python']},"
-    f" jax {m['jax']}, jaxdia {m['jaxdia']} at commit {m['commit']}, started {m['started']}.",
+    machine,
     _table(study, table),
   ]
+  try:
+    write_atomically(folder / f"{name}.csv", lambda file: file.write(csv))
+  except OSError as error:
+    raise InputError(f"cannot write in {folder} ({error}). Choose another folder.") from error
   failed = [cell for cell in study.cells if cell.status != "done"]
   lines += [f"Not done: {cell.name}: {cell.reason or cell.status}" for cell in failed]
   for sweep in find_sweeps(study, _FIGURES):

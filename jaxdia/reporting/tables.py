@@ -14,7 +14,11 @@ METRICS = (
 )
 _COSTS = (
   *("objective", "gradient_distance", "iterations", "seconds", "gradient_evaluations"),
-  *(f"{what}_to_ssim_{level}" for level in SSIM_LEVELS for what in ("iterations", "seconds")),
+  *(
+    f"{what}_to_ssim_{level}"
+    for level in SSIM_LEVELS
+    for what in ("iterations", "seconds", "gradient_evaluations")
+  ),
 )
 _BY_SITE = ("accuracy", "auc", "undecided", "dropped")
 
@@ -44,7 +48,7 @@ def summarize(rows: Sequence[dict[str, Any]], attempted: int) -> dict[str, Any]:
     "metrics": {
       name: statistics
       for name in METRICS + _COSTS
-      if (statistics := _statistics([row.get(name) for row in rows]))
+      if (statistics := _statistics((_unit(row, name), row.get(name)) for row in rows))
     },
     "success": {
       metric: success_curve(metric, [row.get(metric) for row in rows], attempted)
@@ -55,7 +59,11 @@ def summarize(rows: Sequence[dict[str, Any]], attempted: int) -> dict[str, Any]:
     "oracle": {
       metric: statistics
       for metric in ("mse_normalized", "ssim")
-      if (statistics := _statistics([o[metric] for row in rows if (o := row.get("oracle"))]))
+      if (
+        statistics := _statistics(
+          (_unit(row, metric), row["oracle"][metric]) for row in rows if row.get("oracle")
+        )
+      )
     },
   } | {f"mask_{name}_by_site": _mean_by_site(rows, f"mask_{name}_by_site") for name in _BY_SITE}
 
@@ -65,13 +73,23 @@ def _mean(values):
   return float(np.mean(values)) if values else None
 
 
-def _statistics(values):
-  values = np.asarray([value for value in values if value is not None], np.float64)
-  if not values.size:
+def _unit(row, name):
+  """Returns of what a number is one: an image, whatever its masks, or for costs a trial."""
+  if name in _COSTS:
+    return row.get("batch"), row.get("mask_seed")
+  return row.get("victim")
+
+
+def _statistics(pairs):
+  pairs = [(unit, value) for unit, value in pairs if value is not None]
+  if not pairs:
     return None
+  values = np.asarray([value for _, value in pairs], np.float64)
   functions = {"mean": np.mean, "std": np.std, "median": np.median, "min": np.min, "max": np.max}
   found = {name: float(f(values)) for name, f in functions.items()}
-  return found | {"count": values.size, "ci95": list(bootstrap_interval(values))}
+  # Numbers of one unit are not independent, so they are averaged before they are resampled.
+  means = pd.Series(values).groupby([str(unit) for unit, _ in pairs]).mean()
+  return found | {"count": values.size, "ci95": list(bootstrap_interval(means.to_numpy()))}
 
 
 def _mean_by_site(rows, column):
