@@ -97,9 +97,11 @@ def score(
     for level, iterations in zip(evaluation.SSIM_LEVELS, reached[:, i], strict=True):
       known = bool(np.isfinite(iterations)) and not outcome.failed
       row[f"iterations_to_ssim_{level}"] = int(iterations) if known else None
-      share = iterations / max(record.iterations, 1)
-      until = seconds - record.seconds + record.seconds * share
-      row[f"seconds_to_ssim_{level}"] = round(float(until), 3) if known else None
+      until = None
+      if known:
+        share = float(iterations) / max(record.iterations, 1)
+        until = round(seconds - record.seconds + record.seconds * share, 3)
+      row[f"seconds_to_ssim_{level}"] = until
       row[f"gradient_evaluations_to_ssim_{level}"] = (
         int(iterations) if known and row["gradient_evaluations"] is not None else None
       )

@@ -406,7 +406,7 @@ def test_the_launchers_results_say_which_part_came_from_where(tmp_path):
 
 def test_what_no_closed_form_gives_is_counted_and_searched(tmp_path):
   c = _config("lenet", 2, 1)
-  c.model.channels = 4  # too few equations
+  c.data.image_size, c.model.channels = 16, 2  # too few equations
   summary = experiment.run(c, tmp_path, say=print)
   rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
   alone = [row for row in rows if row["attack"] == "closed_form"]

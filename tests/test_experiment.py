@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdia import data, experiment, reporting
+from jaxdia import data, experiment, reporting, victims
 from jaxdia.config import config_for, default_config, validate
 from jaxdia.errors import InputError
 
@@ -257,7 +257,7 @@ def test_recovered_labels_are_right(tmp_path):
 
 
 def test_failed_images_are_counted_and_have_no_metrics(tmp_path, monkeypatch):
-  observe = experiment.observe
+  observe = victims.observe
 
   def observe_sick(key, *args, **kwargs):
     import dataclasses
@@ -270,7 +270,7 @@ def test_failed_images_are_counted_and_have_no_metrics(tmp_path, monkeypatch):
       observation = dataclasses.replace(observation, gradient=sick)
     return observation, secret
 
-  monkeypatch.setattr(experiment, "observe", observe_sick)
+  monkeypatch.setattr(victims, "observe", observe_sick)
   summary = experiment.run(_small(), tmp_path, say=_silent)["dia"]
   assert (summary["attempted"], summary["finished"], summary["failed"]) == (3, 2, 1)
   assert summary["metrics"]["mse_normalized"]["count"] == 2

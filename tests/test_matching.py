@@ -67,7 +67,8 @@ MODELS = {
 }
 
 
-CASES = [(name, size) for name in MODELS for size in (1, 4)]
+# The ResNet takes long to compile, and has no more to it with one image.
+CASES = [(name, size) for name in MODELS for size in (1, 4) if (name, size) != ("resnet18", 1)]
 
 
 def _case(model, size):

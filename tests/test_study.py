@@ -28,7 +28,7 @@ def get_config():
   base.data.count = 2
   base.engine.lanes = 1
   base.engine.checkpoint_seconds = 0
-  base.attack.name = "ig,dia"
+  base.attack.name = "dia"
   base.attack.max_iterations = 400
   variants = {variants}
   grid = (("model.dropout_rate", (0.25, 0.5)), ("data.batch_size", (1, 2)))
@@ -78,7 +78,7 @@ def test_a_study_killed_at_three_moments_ends_with_the_table_of_one_left_alone(t
   times = {name: (killed / "cells" / name / "summary.json").stat().st_mtime for name in finished}
   result = _launch(config, f"--workdir={killed}")
   assert result.returncode == 0, result.stderr
-  assert _rows(killed) == _rows(alone) and len(_rows(alone)) == 16
+  assert _rows(killed) == _rows(alone) and len(_rows(alone)) == 8
   for name, stamp in times.items():  # nothing was repeated
     assert (killed / "cells" / name / "summary.json").stat().st_mtime == stamp
   tables = [pd.read_csv(workdir / "table.csv") for workdir in (alone, killed)]
@@ -98,9 +98,9 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(tmp_path):
   assert result.stderr.count("failed: 00") == 4
   assert {row["cell"] for row in _rows(tmp_path / "run")} == {cells[0]["name"], cells[1]["name"]}
   table = pd.read_csv(tmp_path / "run" / "table.csv")
-  assert len(table) == 4 and set(table["attempted"]) == {2}
+  assert len(table) == 2 and set(table["attempted"]) == {2}
   text = (tmp_path / "run" / "table.md").read_text().splitlines()
-  assert len(text) == 6 and text[0].startswith("| cell |")
+  assert len(text) == 4 and text[0].startswith("| cell |")
 
 
 def _scalars(path):

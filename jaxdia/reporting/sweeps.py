@@ -1,5 +1,6 @@
 """What changes with a setting that a study sweeps: the lines of its curves."""
 
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -55,7 +56,9 @@ def find_sweeps(study: Study, metrics: tuple[str, ...]) -> list[Sweep]:
   """
   names = dict.fromkeys(name for cell in study.done for name in cell.overrides)
   swept = [n for n in names if n not in _NO_AXES and len(_values(study, n)) > 1]
-  numeric = [n for n in swept if all(map(_is_number, _values(study, n).values()))]
+  numeric = [
+    n for n in swept if all(map(_is_number, _values(study, n).values())) and _varies(study, n)
+  ]
   sweeps = (_sweep(study, name, [n for n in swept if n != name], metrics) for name in numeric)
   return [sweep for sweep in sweeps if sweep.lines]
 
@@ -111,6 +114,15 @@ def setting(cell: Cell, name: str, attack: str) -> Any:
   for key in path:
     value = value.get(key) if isinstance(value, dict) else None
   return value
+
+
+def _varies(study: Study, name: str) -> bool:
+  """Returns whether a setting has several values for one network, not just one for each."""
+  by_network: dict[Any, list[Cell]] = {}
+  for cell in study.done:
+    by_network.setdefault(cell.config["model"].get("name"), []).append(cell)
+  parts = (dataclasses.replace(study, cells=cells) for cells in by_network.values())
+  return any(len(_values(part, name)) > 1 for part in parts)
 
 
 def _values(study, name) -> dict[str, Any]:

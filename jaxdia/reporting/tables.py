@@ -177,7 +177,9 @@ def markdown(frame: pd.DataFrame) -> str:
   def cell(value):
     if value is None or (isinstance(value, float) and np.isnan(value)):
       return "-"
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    text = str(value)
+    if isinstance(value, float):
+      text = f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
     return text.replace("|", "\\|").replace("\n", " ")
 
   lines = [list(frame.columns), ["---"] * len(frame.columns)]
