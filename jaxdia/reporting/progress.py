@@ -174,6 +174,8 @@ class StudyProgress:
 
 def duration(seconds: float) -> str:
   """Returns a time as a person reads it."""
+  if 0 < seconds < 0.95:
+    return f"{seconds:.1g} s"
   if seconds < 60:
     return f"{seconds:.0f} s"
   minutes, seconds = divmod(int(seconds), 60)

@@ -17,6 +17,12 @@ from jaxdia.study.plan import Cell, estimate, plan
 from jaxdia.victims import load_victims
 from jaxdia.workdir import digest
 
+# Columns of the table that a study ends with; the CSV has more.
+_SHOWN = (
+  *("cell", "attack", "finished", "attempted", "mse_median", "mse_best", "mse_worst"),
+  *("ssim_median", "ssim_best", "success_ssim_0.6", "masks_right", "iterations"),
+)
+
 
 def run(
   config: ml_collections.ConfigDict,
@@ -70,7 +76,8 @@ def run(
   finally:
     progress.close()
   table = study.write()
-  say("\n" + table.to_string(index=False))
+  shown = table[[name for name in _SHOWN if name in table]]
+  say("\n" + shown.to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
   say(f"\nnumbers: {workdir / 'table.csv'}, {workdir / 'results.csv'}")
   return study.failures()
 
