@@ -15,6 +15,7 @@ def _run(name, *arguments):
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, arguments, rows",
   [
@@ -33,6 +34,7 @@ def test_each_row_has_a_time(name, arguments, rows, tmp_path):
   assert result.stdout.count("\n| ") == rows + 1
 
 
+@pytest.mark.slow
 def test_precision_measures_both_kinds_of_products(tmp_path):
   out = tmp_path / "rows.json"
   arguments = ["--rates=0.25", "--count=2", "--max_iterations=50", f"--out={out}"]

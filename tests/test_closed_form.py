@@ -170,7 +170,7 @@ def test_features_of_a_convolutional_network():
   assert not parts.known_masks["dropout_0"].any()
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_a_convolutional_network_gives_one_image_away(rate):
   model = _lenet(rate=rate)
   observation, secret = _victims(model, 1)
@@ -188,6 +188,7 @@ def test_a_convolutional_network_gives_one_image_away(rate):
   assert len(parts.features) == 5
 
 
+@pytest.mark.slow
 def test_what_the_equations_leave_open_is_filled_in_and_not_called_exact():
   model = _lenet(channels=4)
   observation, secret = _victims(model, 1)
@@ -311,6 +312,7 @@ def test_labels_of_batches_as_counts(name):
   assert np.mean(right) > (0.9 if name == "lenet" else 0.7)  # without a bias it is an estimate
 
 
+@pytest.mark.slow
 def test_more_images_than_dropout_can_tell_apart_are_said_to_be_missing():
   model = _model(rate=0.1, hidden_sizes=(32, 32))
   observation, _ = _victims(model, 12)

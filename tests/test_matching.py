@@ -67,8 +67,12 @@ MODELS = {
 }
 
 
-# The ResNet takes long to compile, and has no more to it with one image.
-CASES = [(name, size) for name in MODELS for size in (1, 4) if (name, size) != ("resnet18", 1)]
+# The ResNet takes long to compile.
+CASES = [
+  pytest.param(name, size, marks=[pytest.mark.slow] if name == "resnet18" else [])
+  for name in MODELS
+  for size in (1, 4)
+]
 
 
 def _case(model, size):
