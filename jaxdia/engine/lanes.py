@@ -173,7 +173,6 @@ def create_program(
       return attack.step(observation_in(shared, lanes.slots, slot), state)[0]
 
     def record(recording, state):
-      # One place is written in each iteration, most often with what it holds.
       number = jnp.minimum(
         jnp.searchsorted(jnp.asarray(iterations), state.iteration), len(recorded) - 1
       )
@@ -189,7 +188,8 @@ def create_program(
       i, state, recording = carry
       state = jax.vmap(step)(lanes.slot, state)
       if recorded:
-        recording = jax.vmap(record)(recording, state)
+        due = jnp.any(jnp.isin(state.iteration, iterations))
+        recording = jax.lax.cond(due, jax.vmap(record), lambda kept, _: kept, recording, state)
       return i + 1, state, recording
 
     start = (jnp.zeros((), jnp.int32), lanes.state, lanes.recording)
