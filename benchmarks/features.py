@@ -7,14 +7,17 @@ those masks, from random images, then searches with and without the distance of
 features in its objective.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 from absl import flags
 from measuring import Table, about_device
 
-from jaxdia import attacks, closed_form, data, engine, evaluation, models
-from jaxdia.client import observe
+from jaxdia import attacks, closed_form, engine, evaluation
 from jaxdia.command_line import launch
+from jaxdia.config import config_for, validate
+from jaxdia.victims import create_model, load_victims, observe_clients
 
 _WEIGHTS = flags.DEFINE_list("weights", ["0", "0.1", "1", "10"], "attack.feature_weight.")
 _DATASET = flags.DEFINE_string("dataset", "cifar10", "Of the samples.")
@@ -26,25 +29,17 @@ _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
 
 def main() -> None:
   """Measures all weights and prints them as a Markdown table."""
-  victims = data.load(f"samples:{_DATASET.value}", _COUNT.value)
-  images = data.normalize(victims.images, victims.statistics)
-  model = models.create("lenet", images.shape[1:], victims.num_classes, _RATE.value)
-  params = jax.jit(model.init)(jax.random.key(0))
-  observations, secrets, parts = [], [], []
-  for i in range(_COUNT.value):
-    observation, secret = observe(
-      jax.random.key(100 + i),
-      model,
-      params,
-      images[i : i + 1],
-      victims.labels[i : i + 1],
-      statistics=victims.statistics,
-      reveal_labels=False,
-    )
+  config = config_for("lenet", _DATASET.value)
+  config.data.count, config.model.dropout_rate = _COUNT.value, _RATE.value
+  settings = validate(config)
+  victims = load_victims(settings.data)
+  model = create_model(settings.model, victims)
+  observations, secrets = observe_clients(settings, model, victims)
+  observations = [dataclasses.replace(o, labels=None) for o in observations]
+  parts = []
+  for observation in observations:
     found = closed_form.recover(jax.random.key(0), model, observation).parts
     nothing = np.full_like(found.verdict, closed_form.Verdict.NOT_APPLICABLE)
-    observations.append(observation)
-    secrets.append(secret)
     parts.append(found._replace(verdict=nothing))
   columns = {"feature weight": "g", "median SSIM": ".3f", "median MSE": ".3g", "better": "d"}
   table = Table(about_device(), columns)

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxdia import attacks, data, matching, models
 from jaxdia.client import Observation, observe
+from jaxdia.engine import matrix_product_rate
 from jaxdia.engine.lanes import Given, LaneProgram, Lanes, create_program
 from jaxdia.models import DropoutModel
 
@@ -174,19 +175,6 @@ def cost(
   memory = compiled.memory_analysis()
   size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
   return compiled.cost_analysis()["flops"] / lanes, size - memory.alias_size_in_bytes
-
-
-def matrix_product_rate(size: int = 2048) -> float:
-  """Returns the operations a second of a float32 matrix product on the first device."""
-  a = jax.random.normal(jax.random.key(0), (size, size))
-  product = jax.jit(lambda a: jnp.dot(a, a, precision="highest"))
-  product(a).block_until_ready()
-  times = []
-  for _ in range(5):
-    start = time.perf_counter()
-    product(a).block_until_ready()
-    times.append(time.perf_counter() - start)
-  return 2 * size**3 / min(times)
 
 
 class Table:

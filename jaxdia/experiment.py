@@ -39,10 +39,11 @@ def run(
 ) -> dict[str, Any]:
   """Attacks the configured victims, and writes and returns what came of it.
 
-  In the work directory are afterwards `config.json`, `results.jsonl` (one object
-  an image), `summary.json`, `reconstructions.npz` and `grid.png`; `trials/` keeps
-  finished trials, and `checkpoint/` running ones while they run. The same call
-  goes on where it was interrupted.
+  In the work directory are afterwards `config.json`, `manifest.json`, `results.jsonl`
+  (one object an image), `summary.json`, `reconstructions.npz`, `recordings.npz` if
+  there was a search, and `grid.png`; `trials/` keeps finished trials, and
+  `checkpoint/` running ones while they run. The same call goes on where it was
+  interrupted.
 
   Args:
     config: as made by the files in `configs/`.
@@ -65,7 +66,7 @@ def run(
 
 def _run(settings, workdir, say, on_share) -> dict[str, Any]:
   victims = load_victims(settings.data)
-  model = create_model(settings, victims)
+  model = create_model(settings.model, victims)
   for attack_settings in settings.attacks.values():
     _check_labels(attack_settings, model, settings.data.batch_size)
   pool = load_pool(settings.data, victims)
@@ -239,10 +240,9 @@ class _Experiment:
     if not self._is_finished(name, batch):
       return
     recovered = None
-    if settings.attacks[name].labels == "recovered" and outcome.origin is None:
-      recovered = recover_labels(self._model, self._observations[batch])
-    elif settings.attacks[name].labels == "recovered":
-      recovered = outcome.origin.labels
+    if settings.attacks[name].labels == "recovered":
+      origin, observation = outcome.origin, self._observations[batch]
+      recovered = recover_labels(self._model, observation) if origin is None else origin.labels
     secret, size = self._secrets[batch], settings.data.batch_size
     scored = score(
       settings,

@@ -23,9 +23,10 @@ def manifest(**more: Any) -> dict[str, Any]:
     **more: what else belongs there.
   """
   devices = jax.local_devices()
+  program = "/".join(pathlib.Path(sys.argv[0]).parts[-2:])  # as it is typed in the source tree
   device = dict.fromkeys((devices[0].platform, devices[0].device_kind))  # "cpu" is both
   return {
-    "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+    "command": ["python", program, *sys.argv[1:]],
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "jaxdia": jaxdia.__version__,
     "commit": _commit(),

@@ -55,8 +55,6 @@ def score(
   mask_seed, batch = divmod(number, settings.data.count // size)
   record, origin = outcome.best, outcome.origin
   alone = settings.attacks[name].closed_form == "only"
-  if origin is not None and recovered is not None:
-    recovered = origin.labels
   result = evaluation.evaluate(
     model,
     secret,

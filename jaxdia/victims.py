@@ -1,6 +1,7 @@
 """What an experiment is about: images, network, clients, and the pool to identify images in."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,17 +56,17 @@ def load_pool(settings: DataSettings, victims: data.Victims) -> np.ndarray:
   return np.concatenate([others, victims.images[beyond]]) if beyond.any() else others
 
 
-def create_model(settings: ExperimentSettings, victims: data.Victims) -> DropoutModel:
+def create_model(options: dict[str, Any], victims: data.Victims) -> DropoutModel:
   """Creates the network of an experiment.
 
   Args:
-    settings: name it, and its options.
+    options: of `ExperimentSettings.model`: name, dropout_rate and what the network takes.
     victims: tell the shape of images and the number of classes.
 
   Raises:
     InputError: see `jaxdia.models.create`.
   """
-  options = dict(settings.model)
+  options = dict(options)
   name = options.pop("name")
   return models.create(name, victims.images.shape[1:], victims.num_classes, **options)
 

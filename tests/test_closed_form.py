@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_form_cases import compute_scores, make_lenet, make_model, observe_victims
 from flax import linen as nn
 
-from jaxdia import attacks, config, data, engine, evaluation, experiment, models
+from jaxdia import attacks, config, engine, experiment, models
 from jaxdia.client import observe
 from jaxdia.closed_form import Verdict, recover, recover_labels
 from jaxdia.closed_form.batch import solve
@@ -18,53 +19,16 @@ from jaxdia.closed_form.sparse import search, split_zeros
 from jaxdia.closed_form.structure import find_chain
 from jaxdia.errors import InputError
 
-STATISTICS = data.STATISTICS["mnist"]
-
-
-def _model(name="mlp", rate=0.5, shape=(28, 28, 1), **options):
-  options = options or ({"hidden_sizes": (128, 96, 112)} if name == "mlp" else {})
-  return models.create(name, shape, 10, rate, **options)
-
-
-def _victims(model, size, seed=0, dataset="mnist", **options):
-  victims = data.load(f"samples:{dataset}", size, seed, image_size=model.image_shape[0])
-  images = data.normalize(victims.images, victims.statistics)
-  params = model.init(jax.random.key(seed))
-  observation, secret = observe(
-    jax.random.key(seed + 50),
-    model,
-    params,
-    images,
-    victims.labels,
-    statistics=victims.statistics,
-    reveal_labels=False,
-    **options,
-  )
-  return observation, secret
-
-
-def _scores(model, secret, recovery):
-  candidate = attacks.Candidate(recovery.parts.images, recovery.parts.masks, None)
-  return evaluation.evaluate(
-    model,
-    secret,
-    candidate,
-    STATISTICS,
-    recovery.parts.labels,
-    found=recovery.parts.verdict > 0,
-    known_masks=recovery.parts.known_masks,
-  ).scores
-
 
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("size", [1, 6])
 def test_an_mlp_gives_everything_away(size, use_bias):
-  model = _model(hidden_sizes=(128, 96, 112), use_bias=use_bias)
-  observation, secret = _victims(model, size)
+  model = make_model(hidden_sizes=(128, 96, 112), use_bias=use_bias)
+  observation, secret = observe_victims(model, size)
   recovery = recover(jax.random.key(0), model, observation)
   assert (recovery.parts.verdict == Verdict.EXACT).all(), recovery.summary()
   assert recovery.reason == "" and np.all(recovery.residual < 1e-4)
-  for score in _scores(model, secret, recovery):
+  for score in compute_scores(model, secret, recovery):
     assert score["mse_normalized"] < 1e-8
     assert score["label_accuracy"] == 1
     assert set(score["mask_accuracy_by_site"]) == {"dropout_0", "dropout_1", "dropout_2"}
@@ -73,8 +37,8 @@ def test_an_mlp_gives_everything_away(size, use_bias):
 
 
 def test_the_recovered_batch_has_the_clients_gradient():
-  model = _model()
-  observation, _ = _victims(model, 4)
+  model = make_model()
+  observation, _ = observe_victims(model, 4)
   parts = recover(jax.random.key(0), model, observation).parts
   from jaxdia.client import client_gradient
 
@@ -84,11 +48,11 @@ def test_the_recovered_batch_has_the_clients_gradient():
 
 
 def test_without_dropout_one_image_is_exact_and_a_batch_is_refused():
-  model = _model(rate=0.0)
-  observation, secret = _victims(model, 1)
+  model = make_model(rate=0.0)
+  observation, secret = observe_victims(model, 1)
   recovery = recover(jax.random.key(0), model, observation)
-  assert _scores(model, secret, recovery)[0]["mse_normalized"] < 1e-8
-  observation, _ = _victims(model, 3)
+  assert compute_scores(model, secret, recovery)[0]["mse_normalized"] < 1e-8
+  observation, _ = observe_victims(model, 3)
   recovery = recover(jax.random.key(0), model, observation)
   assert (recovery.parts.verdict == Verdict.NOT_APPLICABLE).all()
   assert "without dropout" in recovery.reason
@@ -113,18 +77,18 @@ class ConvEmbedding(nn.Module):
 @pytest.mark.parametrize("kind", ["vit", "conv", "conv without bias"])
 def test_patches_of_one_image(kind):
   if kind == "vit":
-    model = _model("vit", width=64, depth=1, num_heads=4, mlp_size=32)
+    model = make_model("vit", width=64, depth=1, num_heads=4, mlp_size=32)
   else:
     model = models.from_flax(ConvEmbedding(kind == "conv"), (28, 28, 1))
-  observation, secret = _victims(model, 1)
+  observation, secret = observe_victims(model, 1)
   recovery = recover(jax.random.key(0), model, observation)
-  score = _scores(model, secret, recovery)[0]
+  score = compute_scores(model, secret, recovery)[0]
   assert recovery.parts.verdict[0] == Verdict.EXACT
   assert score["mse_normalized"] < 1e-8
   (site,) = score["mask_accuracy_by_site"]
   assert site == find_patching(model).site == model.sites[0].name
   assert score["mask_accuracy_by_site"][site] == 1 and score["label_accuracy"] == 1
-  observation, _ = _victims(model, 2)
+  observation, _ = observe_victims(model, 2)
   recovery = recover(jax.random.key(0), model, observation)
   assert not recovery.parts.verdict.any() and "summed over the images" in recovery.reason
 
@@ -139,105 +103,6 @@ def test_dropout_before_the_position_embedding_is_no_patch_embedding():
       return nn.Dense(10)(nn.gelu(x).mean(axis=1))
 
   assert find_patching(models.from_flax(Early(), (28, 28, 1))) is None
-
-
-def _lenet(**options):
-  return _model("lenet", shape=(16, 16, 1), hidden_size=128, **options)
-
-
-def _true_inputs(model, observation, secret, layer):
-  taps = {layer.path: (jnp.zeros((observation.batch_size, layer.outputs)),)}
-  apply = model.apply_tapped
-  return np.asarray(apply(observation.params, secret.masks, secret.images, taps)[1][layer.path][0])
-
-
-def test_features_of_a_convolutional_network():
-  model = _lenet()
-  observation, secret = _victims(model, 3)
-  recovery = recover(jax.random.key(0), model, observation)
-  parts = recovery.parts
-  assert not parts.verdict.any() and "features, not with pixels" in recovery.reason
-  assert all(known.all() for known in parts.known_features.values())
-  layer = next(x for x in model.dense(3) if x.path == ("hidden",))
-  true, found = _true_inputs(model, observation, secret, layer), parts.features[layer.path]
-  order = [int(np.argmin(np.linalg.norm(found - row, axis=1))) for row in true]
-  assert sorted(order) == list(range(3))
-  np.testing.assert_allclose(found[order], true, atol=1e-4)
-  assert np.array_equal(parts.labels[order], secret.labels) and parts.known_labels.all()
-  for site in ("dropout_2", "dropout_3"):
-    assert parts.known_masks[site].all()
-    assert np.array_equal(parts.masks[site][order], secret.masks[site])
-  assert not parts.known_masks["dropout_0"].any()
-
-
-@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
-def test_a_convolutional_network_gives_one_image_away(rate):
-  model = _lenet(rate=rate)
-  observation, secret = _victims(model, 1)
-  recovery = recover(jax.random.key(0), model, observation)
-  parts = recovery.parts
-  assert parts.verdict[0] == Verdict.EXACT and recovery.reason == "", recovery
-  score = _scores(model, secret, recovery)[0]
-  assert score["mse_normalized"] < 1e-8 and score["label_accuracy"] == 1
-  for site in secret.masks:
-    assert parts.known_masks[site].all()
-    assert np.array_equal(parts.masks[site], secret.masks[site])
-  for layer in (*model.convolutions, *model.dense(1)):
-    true = _true_inputs(model, observation, secret, layer)
-    np.testing.assert_allclose(parts.features[layer.path], true, atol=1e-4)
-  assert len(parts.features) == 5
-
-
-@pytest.mark.slow
-def test_what_the_equations_leave_open_is_filled_in_and_not_called_exact():
-  model = _lenet(channels=4)
-  observation, secret = _victims(model, 1)
-  recovery = recover(jax.random.key(0), model, observation)
-  assert recovery.parts.verdict[0] == Verdict.APPROXIMATE
-  assert "equations determine the 256 inputs of conv_0 in part" in recovery.reason
-  score = _scores(model, secret, recovery)[0]
-  assert score["mse_normalized"] < 0.3 and score["mask_accuracy"] == 1
-  assert not recovery.parts.known_features.get(("conv_0",), np.zeros(1)).any()
-
-
-class Convolutions(nn.Module):
-  """A network whose convolutions end in what stands before the classifier.
-
-  Attributes:
-    kind: what is unusual about it.
-  """
-
-  kind: str
-
-  @nn.compact
-  def __call__(self, x, train=True):
-    x = nn.Conv(12, (5, 5), 2, padding=2, use_bias=False, name="one")(x)
-    x = nn.relu(x) if self.kind == "relu" else nn.silu(x)
-    x = nn.Dropout(0.3, name="drop")(x, deterministic=not train)
-    x = nn.Conv(12, (3, 3), feature_group_count=2, name="two")(x)
-    if self.kind == "norm":
-      x = nn.GroupNorm(4)(x)
-    x = nn.tanh(x)
-    if self.kind == "pooled":
-      x = nn.avg_pool(x, (2, 2), (2, 2))
-    return nn.Dense(10, name="last")(x.reshape(x.shape[0], -1))
-
-
-@pytest.mark.parametrize("kind", ["plain", "relu", "norm", "pooled"])
-def test_convolutions_of_other_networks(kind):
-  model = models.from_flax(Convolutions(kind), (16, 16, 1))
-  assert [layer.path for layer in model.convolutions] == [("one",), ("two",)]
-  observation, secret = _victims(model, 1)
-  recovery = recover(jax.random.key(0), model, observation)
-  if kind == "plain":
-    assert recovery.parts.verdict[0] == Verdict.EXACT, recovery.summary()
-    assert _scores(model, secret, recovery)[0]["mse_normalized"] < 1e-6
-    assert np.array_equal(recovery.parts.masks["drop"], secret.masks["drop"])
-  else:
-    assert recovery.parts.verdict[0] != Verdict.EXACT and recovery.reason
-  for site, known in recovery.parts.known_masks.items():
-    right = recovery.parts.masks[site] == secret.masks[site]
-    assert np.all(right | ~known), (site, recovery.summary())
 
 
 def _spoiled(observation, how):
@@ -260,8 +125,8 @@ def _spoiled(observation, how):
 @pytest.mark.parametrize("how", ["noised", "pruned", "quantised", "nan"])
 @pytest.mark.parametrize(("name", "size"), [("mlp", 1), ("mlp", 4), ("vit", 1), ("lenet", 1)])
 def test_it_never_claims_more_than_the_gradient_supports(name, size, how):
-  model = _lenet() if name == "lenet" else _model(name)
-  observation, secret = _victims(model, size)
+  model = make_lenet() if name == "lenet" else make_model(name)
+  observation, secret = observe_victims(model, size)
   recovery = recover(jax.random.key(0), model, _spoiled(observation, how))
   assert not (recovery.parts.verdict == Verdict.EXACT).any()
   assert recovery.reason
@@ -272,8 +137,8 @@ def test_it_never_claims_more_than_the_gradient_supports(name, size, how):
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_several_local_steps_are_not_mistaken_for_one(size):
-  model = _model()
-  observation, secret = _victims(model, size)
+  model = make_model()
+  observation, secret = observe_victims(model, size)
   params = jax.tree.map(lambda p, g: p - 0.5 * g, observation.params, observation.gradient)
   later, _ = observe(
     jax.random.key(7), model, params, secret.images, secret.labels, reveal_labels=False
@@ -284,8 +149,8 @@ def test_several_local_steps_are_not_mistaken_for_one(size):
 
 
 def test_a_little_noise_is_told_from_none():
-  model = _model("vit")
-  observation, secret = _victims(model, 1)
+  model = make_model("vit")
+  observation, secret = observe_victims(model, 1)
   rng = np.random.default_rng(0)
   noisy = dataclasses.replace(
     observation,
@@ -296,7 +161,7 @@ def test_a_little_noise_is_told_from_none():
   )
   recovery = recover(jax.random.key(0), model, noisy)
   assert recovery.parts.verdict[0] == Verdict.APPROXIMATE
-  assert _scores(model, secret, recovery)[0]["mse_normalized"] < 0.1
+  assert compute_scores(model, secret, recovery)[0]["mse_normalized"] < 0.1
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet"])
@@ -304,7 +169,7 @@ def test_labels_of_batches_as_counts(name):
   model = models.create(name, (28, 28, 1), 10, 0.25)
   right = []
   for seed in range(3):
-    observation, secret = _victims(model, 6, seed)
+    observation, secret = observe_victims(model, 6, seed)
     labels = np.asarray(jax.jit(recover_labels, static_argnums=0)(model, observation))
     assert labels.shape == (6,) and np.all(np.diff(labels) >= 0)
     counts = [np.bincount(x, minlength=10) for x in (labels, secret.labels)]
@@ -314,8 +179,8 @@ def test_labels_of_batches_as_counts(name):
 
 @pytest.mark.slow
 def test_more_images_than_dropout_can_tell_apart_are_said_to_be_missing():
-  model = _model(rate=0.1, hidden_sizes=(32, 32))
-  observation, _ = _victims(model, 12)
+  model = make_model(rate=0.1, hidden_sizes=(32, 32))
+  observation, _ = observe_victims(model, 12)
   recovery = recover(jax.random.key(0), model, observation)
   assert (recovery.parts.verdict != Verdict.EXACT).any() and "12 samples" in recovery.reason
 
@@ -349,14 +214,14 @@ def test_a_chain_is_found_by_calling_the_network():
   chain = find_chain(models.from_flax(Skip(), (4, 4, 1)))
   assert [layer.path for layer in chain.layers] == [("last",)]  # the others are skipped over
   assert chain.inputs[0].site == "drop" and chain.pixels is None
-  chain = find_chain(_model())
+  chain = find_chain(make_model())
   assert [source.site for source in chain.inputs] == [None, "dropout_0", "dropout_1", "dropout_2"]
   assert sorted(chain.pixels[0]) == list(range(28 * 28))
 
 
 def test_hybrid_holds_what_is_exact_and_searches_the_rest():
-  model = _model("vit", width=64, depth=1, num_heads=4, mlp_size=32)
-  observation, secret = _victims(model, 1)
+  model = make_model("vit", width=64, depth=1, num_heads=4, mlp_size=32)
+  observation, secret = observe_victims(model, 1)
   parts = recover(jax.random.key(0), model, observation).parts
   attack = attacks.hybrid(model, max_iterations=5)
   (trial,) = engine.run(jax.random.key(1), attack, [observation], parts=[parts], say=print)
@@ -372,8 +237,8 @@ def test_hybrid_holds_what_is_exact_and_searches_the_rest():
 
 
 def test_features_are_matched():
-  model = _lenet()
-  observation, secret = _victims(model, 1)
+  model = make_lenet()
+  observation, secret = observe_victims(model, 1)
   parts = recover(jax.random.key(0), model, observation).parts
   true = attacks.Candidate(secret.images, secret.masks, None)
   assert attacks.feature_distance(model, observation, true, parts) < 1e-6
@@ -442,8 +307,8 @@ def test_settings_that_contradict_a_closed_form_are_refused(field, value, messag
 
 
 def test_solve_is_independent_of_the_type_of_the_gradient():
-  model = _model()
-  observation, secret = _victims(model, 3)
+  model = make_model()
+  observation, secret = observe_victims(model, 3)
   with jax.enable_x64(True):
     params = jax.tree.map(lambda x: x.astype(jnp.float64), observation.params)
     batch = solve(jax.random.key(0), model, find_chain(model), params, observation.gradient, 3, 0.1)

@@ -116,13 +116,15 @@ def _scalars(path):
   return tags
 
 
-def test_a_study_as_files_for_a_repository_and_as_scalars(tmp_path):
+def test_a_study_as_files_for_a_repository_and_as_scalars(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["launch/evaluate.py", "--workdir", "/somebody/s/runs"])
   grid = [("model.dropout_rate", (0.1, 0.4)), ("seed", (0, 1))]
   work, docs = tmp_path / "work", tmp_path / "docs"
   study.run(_study(grid=grid), work, say=lambda text: None)
   page = reporting.publish(work, docs, "rates")
   text = page.read_text()
   assert text.startswith("# T\n\nQ?\n\n    python launch/") and "| DIA | 1/1 |" in text
+  assert "somebody" not in text and "    python launch/evaluate.py --workdir=runs/rates\n" in text
   for name in ("rates_dropout_rate_mse_normalized.png", "rates_dropout_rate_ssim.png"):
     assert name in text and (docs / name).read_bytes().startswith(b"\x89PNG")
   assert len(pd.read_csv(docs / "rates.csv")) == 4

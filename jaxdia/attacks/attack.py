@@ -174,8 +174,10 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
     value = jnp.where(jnp.isfinite(value), value, jnp.inf)
 
     here = Best(state.candidate, value, terms.distance, state.iteration)
-    first = state.iteration == (settings.round_masks_after or 0)  # of those with rounded masks
-    best = _where(first | (value < state.best.objective), here, state.best)
+    better = value < state.best.objective
+    if settings.round_masks_after is not None:  # those before had other masks
+      better |= state.iteration == settings.round_masks_after
+    best = _where(better, here, state.best)
 
     updates, optimizer_state = optimizer.update(
       grad,

@@ -102,8 +102,8 @@ def feature_distance(
   """
   layers = (*model.dense(observation.batch_size), *model.convolutions)
   layers = [x for x in layers if x.path in parts.features]
-  # A row an image.
   dtype = candidate.images.dtype
+  # Recovered are the features of layers with a row an image, in one call.
   taps = {x.path: (jnp.zeros((observation.batch_size, x.outputs), dtype),) for x in layers}
   _, inputs = model.apply_tapped(observation.params, candidate.masks, candidate.images, taps)
   total, count = jnp.zeros((), dtype), jnp.zeros((), dtype)

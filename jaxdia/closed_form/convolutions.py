@@ -132,21 +132,18 @@ def cotangent_before(
     known: behind the convolution.
     inputs: f64[inputs], of it.
   """
-  outputs, pull = jax.vjp(lambda x: _convolve(layer, params, x), jnp.asarray(inputs))
+  leaves = layer_gradient(params, layer.path)
+  outputs, pull = jax.vjp(lambda x: _convolve(layer, leaves, x), jnp.asarray(inputs))
   return pull(_delta(model, layer, after, params, known, outputs)[1])[0]
 
 
-def _convolve(layer, params, inputs):
-  leaves = layer_gradient(params, layer.path)
+def _convolve(layer, leaves, inputs):
   return layer.apply(leaves, inputs.reshape(1, *layer.input_shape)).reshape(-1)
 
 
 def _delta(model, layer, after, params, known, outputs):
   """Returns the values behind outputs, with nothing dropped, and the derivative by the outputs."""
-
-  def function(z):
-    return activate(model, params, layer, after, z)
-
+  function = functools.partial(activate, model, params, layer, after)
   values, slopes = jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
   return values, known.cotangent * known.kept * slopes
 
@@ -154,11 +151,7 @@ def _delta(model, layer, after, params, known, outputs):
 def _kernel_equations(layer, params, gradient, inputs, delta):
   """Returns how far the gradient of the parameters is from the client's, relative."""
   leaves = layer_gradient(params, layer.path)
-
-  def outputs(leaves):
-    return layer.apply(leaves, inputs.reshape(1, *layer.input_shape)).reshape(-1)
-
-  (found,) = jax.vjp(outputs, leaves)[1](delta)
+  (found,) = jax.vjp(lambda leaves: _convolve(layer, leaves, inputs), leaves)[1](delta)
   return [(found[name] - g).ravel() / _size(g) for name, g in gradient.items()]
 
 
@@ -167,7 +160,7 @@ def _size(array):
 
 
 def _residuals(model, layer, after, params, gradient, known, inputs):
-  outputs = _convolve(layer, params, inputs)
+  outputs = _convolve(layer, layer_gradient(params, layer.path), inputs)
   values, delta = _delta(model, layer, after, params, known, outputs)
   equations = _kernel_equations(layer, params, gradient, inputs, delta)
   equations.append(known.kept * (values - known.values) / _size(known.values))
@@ -191,9 +184,7 @@ def _start(model, layer, after, params, gradient, known, prior, weight):
   one does it count as an equation.
   """
 
-  def function(z):
-    return activate(model, params, layer, after, z)
-
+  function = functools.partial(activate, model, params, layer, after)
   on_grid = jax.vmap(lambda z: function(jnp.full(layer.outputs, z)))(jnp.asarray(_GRID))
   crosses = (on_grid[1:] > known.values) != (on_grid[:-1] > known.values)
   last = len(crosses) - 1 - jnp.argmax(crosses[::-1], axis=0)
@@ -216,7 +207,8 @@ def _start(model, layer, after, params, gradient, known, prior, weight):
 
   def equations(inputs):
     found = _kernel_equations(layer, params, gradient, inputs, delta)
-    found.append(sure * (_convolve(layer, params, inputs) - outputs) / _size(known.values))
+    error = _convolve(layer, layer_gradient(params, layer.path), inputs) - outputs
+    found.append(sure * error / _size(known.values))
     return jnp.concatenate(found)
 
   constant, matrix = _matrix(equations, jnp.zeros(layer.inputs))
@@ -227,9 +219,7 @@ def _start(model, layer, after, params, gradient, known, prior, weight):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _step(model, layer, after, params, gradient, known, prior, weight, inputs):
   """Returns the inputs after a Gauss-Newton step of the best of a few lengths, and the loss."""
-
-  def residuals(inputs):
-    return _residuals(model, layer, after, params, gradient, known, inputs)
+  residuals = functools.partial(_residuals, model, layer, after, params, gradient, known)
 
   def loss(inputs):
     value = jnp.sum(residuals(inputs) ** 2) + weight * inputs @ prior @ inputs
@@ -252,10 +242,7 @@ def _precision(model, layer, after, params, gradient, known, inputs):
   That is f[inputs], as if all equations but as many as there are inputs had a part in it, and f[],
   the most, relative to the inputs.
   """
-
-  def residuals(inputs):
-    return _residuals(model, layer, after, params, gradient, known, inputs)
-
+  residuals = functools.partial(_residuals, model, layer, after, params, gradient, known)
   value, matrix = _matrix(residuals, inputs)
   square = matrix @ matrix.T
   square += 1e-15 * jnp.trace(square) * jnp.eye(len(square))

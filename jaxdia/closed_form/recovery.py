@@ -313,12 +313,13 @@ def _use_convolutions(model, chain: Chain, observation, gradient, found) -> str:
   source = chain.inputs[0]
   choices = [np.ones(values.size)]
   if source.site is not None:
-    choices = [_kept_features(values, rates[source.site])]
+    kept = _kept_features(values, rates[source.site])
+    choices = [] if kept is None else [kept]
   for layer, earlier in zip(
     reversed(convolutions.layers), reversed(convolutions.inputs), strict=True
   ):
     name = "/".join(layer.path)
-    if not choices or choices[0] is None:
+    if not choices:
       return f"what was dropped after {name} does not stand out"
     if layer.inputs > MOST_INPUTS:
       return f"{name} has {layer.inputs:,} inputs; no more than {MOST_INPUTS:,} are solved for"

@@ -1,8 +1,10 @@
 """How many lanes a device has room for."""
 
+import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import psutil
 
@@ -47,6 +49,23 @@ def choose_lanes(
   if devices[0].platform == "cpu":
     most = min(np.clip(each // _CPU_TRIALS_A_LANE, *_CPU_LANES), _CPU_NEAR_BYTES / size)
   return int(max(1, min(each, most, fitting)))
+
+
+def matrix_product_rate(size: int = 2048) -> float:
+  """Returns the operations a second of a float32 matrix product on the first device.
+
+  Args:
+    size: of the square matrices.
+  """
+  a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+  product = jax.jit(lambda a: jnp.dot(a, a, precision="highest"))
+  product(a).block_until_ready()
+  times = []
+  for _ in range(5):
+    start = time.perf_counter()
+    product(a).block_until_ready()
+    times.append(time.perf_counter() - start)
+  return 2 * size**3 / min(times)
 
 
 def _lane_bytes(model: DropoutModel, observation: Observation) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of the report, as data URIs that need no other file."""
+"""Pictures of the report, mostly as data URIs that need no other file."""
 
 import base64
 import io
@@ -52,10 +52,10 @@ def success_curves(rates: dict[str, tuple[Sequence[float], Sequence[float]]]) ->
       style = _style(attack) | {"marker": marker if len(thresholds) < 25 else None}
       axis.plot(thresholds, rate, label=_plain(attack_label(attack)), **style)
     axis.set(xlabel="SSIM of at least", ylabel="share of images", ylim=(-0.03, 1.03))
-    return _png(figure)
+    return png_uri(_png(figure))
 
 
-def sweep_curves(sweep: Sweep, name: str) -> str:
+def sweep_curves(sweep: Sweep, name: str) -> bytes:
   """Draws the median of a metric over a setting, with a band from worst to best image.
 
   Args:
@@ -63,7 +63,7 @@ def sweep_curves(sweep: Sweep, name: str) -> str:
     name: of the metric; errors are drawn on a logarithmic axis.
 
   Returns:
-    A PNG as data URI.
+    A PNG.
   """
   combinations = list(dict.fromkeys(line.rest for line in sweep.lines))
   with plt.rc_context(_STYLE):
@@ -115,7 +115,7 @@ def site_bars(accuracy: dict[str, dict[str, float]]) -> str:
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set(xlabel="share of the mask that is right", xlim=(0, 1))
-    return _png(figure)
+    return png_uri(_png(figure))
 
 
 def image_uri(image: np.ndarray) -> str | None:
@@ -201,7 +201,12 @@ def _plain(text) -> str:
   return text.replace("$", r"\$")
 
 
-def _png(figure) -> str:
+def png_uri(png: bytes) -> str:
+  """Returns a PNG as data URI."""
+  return _encode(png, "png")
+
+
+def _png(figure) -> bytes:
   """Returns a finished figure, with its legend below, and closes it."""
   handles, labels = figure.axes[0].get_legend_handles_labels()
   columns = 1 if max(map(len, labels)) > 24 else 3
@@ -209,7 +214,7 @@ def _png(figure) -> str:
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=150)
   plt.close(figure)
-  return _encode(buffer.getvalue(), "png")
+  return buffer.getvalue()
 
 
 def _uri(picture, kind, **options) -> str:

@@ -130,16 +130,10 @@ class StudyProgress:
 
   def update(self, share: float) -> None:
     """Shows the share of the running cell that is done."""
-    total = sum(self._costs)
-    done = self._done + share * self._costs[self._number]
-    worked, seconds = done - self._skipped, time.monotonic() - self._began
-    left = "time left not known yet"
-    if worked > 0.01 * total:
-      left = f"about {duration(seconds * (total - done) / worked)} left"
     if self._bar is not None:
-      text = f"cell {self._number + 1}/{len(self._names)} {self._names[self._number]}, {left}"
-      self._bar.n = done / total
-      self._bar.set_description_str(text)
+      done = self._done + share * self._costs[self._number]
+      self._bar.n = done / sum(self._costs)
+      self._bar.set_description_str(f"{self._name(self._number)}{self._left(done)}")
 
   def finish(self, number: int) -> None:
     """Notes that a cell has ended."""
@@ -147,17 +141,22 @@ class StudyProgress:
     self._done += self._costs[number]
     if seconds < 0.05:  # it was finished before
       self._skipped += self._costs[number]
-    total, worked = sum(self._costs), self._done - self._skipped
-    left = (time.monotonic() - self._began) * (total - self._done) / max(worked, 1e-9)
-    text = f"cell {number + 1}/{len(self._names)} {self._names[number]} ended after"
-    text += f" {duration(seconds)}"
-    if self._done < total and worked:
-      text += f", about {duration(left)} left"
     if self._bar is None:
-      print(text, file=self._stream, flush=True)
+      self.say(f"{self._name(number)} ended after {duration(seconds)}{self._left(self._done)}")
     else:
-      self._bar.n = self._done / total
+      self._bar.n = self._done / sum(self._costs)
       self._bar.refresh()
+
+  def _name(self, number) -> str:
+    return f"cell {number + 1}/{len(self._names)} {self._names[number]}"
+
+  def _left(self, done) -> str:
+    """Returns the time that is left as the end of a sentence, as soon as it can be told."""
+    total, worked = sum(self._costs), done - self._skipped
+    if done >= total or worked < 0.01 * total:
+      return ""
+    left = (time.monotonic() - self._began) * (total - done) / worked
+    return f", about {duration(left)} left"
 
   def say(self, text: str) -> None:
     """Shows a line that stays."""

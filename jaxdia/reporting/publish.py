@@ -1,6 +1,5 @@
 """A study as files for a repository: a table in Markdown and CSV, and figures."""
 
-import base64
 import pathlib
 import shlex
 
@@ -52,7 +51,7 @@ def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.P
   csv = (workdir / "table.csv").read_bytes()
   m = study.manifest
   try:
-    program, *arguments = m["command"]
+    python, program, *arguments = m["command"]
     machine = (
       f"{m['device']} x {m['devices']}, {m['cores']} cores, {m['platform']}, Python {m['python']},"
       f" jax {m['jax']}, jaxdia {m['jaxdia']} at commit {m['commit']}, started {m['started']}."
@@ -66,7 +65,7 @@ def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.P
     for word, is_path in zip(arguments, after, strict=False)
     if not is_path and not word.lstrip("-").startswith("workdir")
   ]
-  command = shlex.join(["python", f"launch/{program}", *arguments, f"--workdir=runs/{name}"])
+  command = shlex.join([python, program, *arguments, f"--workdir=runs/{name}"])
   lines = [
     f"# {study.title}",
     study.question,
@@ -84,7 +83,7 @@ def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.P
     pictures = []
     for metric in _FIGURES:
       file = f"{name}_{sweep.setting.rpartition('.')[2]}_{metric}.png"
-      picture = base64.b64decode(figures.sweep_curves(sweep, metric).partition(",")[2])
+      picture = figures.sweep_curves(sweep, metric)
       write_atomically(folder / file, lambda f, data=picture: f.write(data))
       pictures.append(f"![{metric} over {sweep.setting}]({file})")
     lines.append(" ".join(pictures))

@@ -123,7 +123,7 @@ def _context(study: Study) -> dict[str, Any]:
     "settings": _distinct({cell.name: _flat(cell.config) for cell in study.done}),
     "label": wording.attack_label,
     "duration": duration,
-    "compact": _text,
+    "compact": wording.text,
   }
 
 
@@ -282,7 +282,11 @@ def _sweeps(study: Study) -> list[dict[str, Any]]:
       "setting": sweep.setting,
       "pooled": sweep.pooled,
       "figures": [
-        (wording.metric(metric).label, figures.sweep_curves(sweep, metric), _ends(sweep, metric))
+        (
+          wording.metric(metric).label,
+          figures.png_uri(figures.sweep_curves(sweep, metric)),
+          _ends(sweep, metric),
+        )
         for metric in metrics
         if any((line.points[metric] == line.points[metric]).any() for line in sweep.lines)
       ],
@@ -360,12 +364,8 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     if isinstance(inner, dict) and inner:
       flat |= _flat(inner, f"{prefix}{name}.")
     else:
-      flat[prefix + name] = _text(inner)
+      flat[prefix + name] = wording.text(inner)
   return flat
-
-
-def _text(value) -> str:
-  return value if isinstance(value, str) else json.dumps(value)
 
 
 def _distinct(settings: dict[str, dict[str, str]]) -> list[tuple[str, list[tuple[str, list[str]]]]]:

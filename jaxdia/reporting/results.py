@@ -169,20 +169,25 @@ def read_study(workdir: pathlib.Path) -> Study:
       f"{workdir} is not the folder of an experiment or a study: it has neither config.json nor"
       " study.json. Give the --workdir of a finished run."
     )
-  cell = _read_cell(
-    Cell(
-      name=workdir.resolve().name,
-      overrides={},
-      status="done",
-      reason=None,
-      seconds=None,
-      directory=workdir,
-    )
-  )
+  cell = read_experiment(workdir)
   attacks = ", ".join(name.upper() for name in cell.summary)
   data, model = cell.config["data"], cell.config["model"]
   title = f"{attacks} against {model.get('name')} on {data.get('source')}"
   return Study(title=title, question=_QUESTION, manifest={}, cells=[cell])
+
+
+def read_experiment(workdir: pathlib.Path) -> Cell:
+  """Reads the results of one experiment.
+
+  Args:
+    workdir: of the experiment.
+
+  Raises:
+    InputError: it is not finished, or a file is damaged.
+  """
+  name = workdir.resolve().name
+  fields = {"overrides": {}, "status": "done", "reason": None, "seconds": None}
+  return _read_cell(Cell(name=name, directory=workdir, **fields))
 
 
 def _read_many(workdir) -> Study:
@@ -202,12 +207,11 @@ def _read_many(workdir) -> Study:
       directory=workdir / "cells" / name,
     )
     cells.append(_read_cell(cell) if cell.status == "done" else cell)
-  manifest = dict(study.get("manifest") or {})
-  if study.get("command"):
-    manifest["command"] = study["command"]
-  title = study.get("title") or _field(path, study, "name", str)
   return Study(
-    title=title, question=study.get("question") or _QUESTION, manifest=manifest, cells=cells
+    title=_field(path, study, "title", str),
+    question=_field(path, study, "question", str),
+    manifest=_field(path, study, "manifest", dict),
+    cells=cells,
   )
 
 
@@ -246,11 +250,11 @@ def _check_summary(path, name, summary) -> None:
   for metric, statistics in statistics_of:
     values = list(statistics.values()) if isinstance(statistics, dict) else [statistics]
     flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
-    if not isinstance(statistics, dict) or not all(map(_is_number, flat)):
+    if not isinstance(statistics, dict) or not all(map(_is_number_or_none, flat)):
       raise _damaged(path, f"{metric} of {name} is {statistics!r}")
   for metric in summary:
     if metric.endswith("_by_site") and summary[metric]:
-      if not all(map(_is_number, _field(path, summary, metric, dict).values())):
+      if not all(map(_is_number_or_none, _field(path, summary, metric, dict).values())):
         raise _damaged(path, f"{metric} of {name} is {summary[metric]!r}")
   for metric, success in (summary.get("success") or {}).items():
     rates = _field(path, success, "rate", list) if isinstance(success, dict) else None
@@ -258,8 +262,13 @@ def _check_summary(path, name, summary) -> None:
       raise _damaged(path, f"success of {name} by {metric} is {success!r}")
 
 
-def _is_number(value) -> bool:
-  return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+def is_number(value: Any) -> bool:
+  """Returns whether a value of JSON is a number, which true and false are not."""
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_number_or_none(value) -> bool:
+  return value is None or is_number(value)
 
 
 def _read_rows(path) -> list[dict[str, Any]]:
@@ -271,7 +280,7 @@ def _read_rows(path) -> list[dict[str, Any]]:
     _field(path, row, "attack", str)
     _field(path, row, "victim", int)
     for metric in ("mse_normalized", "ssim", "seconds"):
-      if not _is_number(row.get(metric)):
+      if not _is_number_or_none(row.get(metric)):
         raise _damaged(path, f"line {number}: {metric} is {row[metric]!r}")
     rows.append(row)
   return rows

@@ -1,12 +1,12 @@
 """What changes with a setting that a study sweeps: the lines of its curves."""
 
 import dataclasses
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdia.reporting.results import Cell, Study
+from jaxdia.reporting.results import Cell, Study, is_number
+from jaxdia.reporting.wording import text
 
 # More lines than these cannot be told apart.
 _MAX_LINES = 8
@@ -57,7 +57,7 @@ def find_sweeps(study: Study, metrics: tuple[str, ...]) -> list[Sweep]:
   names = dict.fromkeys(name for cell in study.done for name in cell.overrides)
   swept = [n for n in names if n not in _NO_AXES and len(_values(study, n)) > 1]
   numeric = [
-    n for n in swept if all(map(_is_number, _values(study, n).values())) and _varies(study, n)
+    n for n in swept if all(map(is_number, _values(study, n).values())) and _varies(study, n)
   ]
   sweeps = (_sweep(study, name, [n for n in swept if n != name], metrics) for name in numeric)
   return [sweep for sweep in sweeps if sweep.lines]
@@ -76,8 +76,8 @@ def _lines(study, name, others, metrics) -> list[Line]:
   for cell in study.done:
     for attack in cell.summary:
       x = setting(cell, name, attack)
-      if _is_number(x):
-        rest = ", ".join(f"{other}={_text(setting(cell, other, attack))}" for other in others)
+      if is_number(x):
+        rest = ", ".join(f"{other}={text(setting(cell, other, attack))}" for other in others)
         line = rows.setdefault((attack, rest), {})
         line.setdefault(x, []).extend(cell.rows_of(attack))
   return [
@@ -128,12 +128,4 @@ def _varies(study: Study, name: str) -> bool:
 def _values(study, name) -> dict[str, Any]:
   """Returns the values of a setting, by their text."""
   values = [setting(cell, name, attack) for cell in study.done for attack in cell.summary]
-  return {_text(value): value for value in values if value is not None}
-
-
-def _text(value) -> str:
-  return value if isinstance(value, str) else json.dumps(value)
-
-
-def _is_number(value) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
+  return {text(value): value for value in values if value is not None}

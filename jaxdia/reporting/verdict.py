@@ -6,10 +6,7 @@ from typing import Any, NamedTuple
 from jaxdia.evaluation import NEARLY_EXACT_SSIM, RECOGNISABLE_SSIM
 from jaxdia.reporting.progress import duration
 from jaxdia.reporting.results import Cell, Study
-from jaxdia.reporting.wording import (
-  attack_label,
-  number,
-)
+from jaxdia.reporting.wording import attack_label, number
 
 
 class Verdict(NamedTuple):

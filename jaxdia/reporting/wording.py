@@ -1,6 +1,7 @@
 """What the report calls a metric, how it writes its numbers, and what they mean."""
 
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
@@ -68,9 +69,11 @@ _METRICS = {
   ),
   "iterations": Metric("iterations", "{:,.0f}", "steps of the search until it ended"),
   "gradient_evaluations": Metric(
-    "gradient evaluations", "{:,.0f}", "that the search made, also those of a line search"
+    "gradient evaluations", "{:,.0f}", "that all restarts made; those of a line search are not told"
   ),
-  "seconds": Metric("seconds", "{:.3g}", "of the search that gave the result, compiling apart"),
+  "seconds": Metric(
+    "seconds", "{:.3g}", "that the result took; compiling is apart for a search, not a closed form"
+  ),
   "mask_accuracy_by_site": Metric(
     "right, of a site", "{:.1%}", "share of the mask of one dropout site that the attack found"
   ),
@@ -114,6 +117,11 @@ def number(name: str, value: float | None) -> str:
     value: None if there is none.
   """
   return "–" if value is None else metric(name).form.format(value)
+
+
+def text(value: Any) -> str:
+  """Returns the value of a setting as text: strings as they are, all else as JSON."""
+  return value if isinstance(value, str) else json.dumps(value)
 
 
 def attack_label(name: str) -> str:

@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import re
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ import pandas as pd
 from jaxdia import reporting
 from jaxdia.attacks import PRESETS, create_attack
 from jaxdia.client import Observation
-from jaxdia.config import ExperimentSettings, validate
+from jaxdia.config import DataSettings, ExperimentSettings, validate
+from jaxdia.engine import matrix_product_rate
 from jaxdia.errors import InputError
 from jaxdia.files import first_line
 from jaxdia.victims import create_model, load_victims
@@ -26,6 +26,7 @@ from jaxdia.victims import create_model, load_victims
 # Of the rate of a large matrix product, what an iteration of an attack reaches, with convolutions
 # and without (README, "How fast it is").
 _EFFICIENCY = {True: 0.05, False: 0.25}
+_product_rate = functools.cache(matrix_product_rate)  # measured once
 
 # ((field, value), ...): fields of the config that a cell sets, such as ("model.dropout_rate", 0.5)
 Overrides = tuple[tuple[str, Any], ...]
@@ -145,7 +146,11 @@ def _cell(number, base, overrides) -> Cell:
       f"the study sets the field {error}, but its config has no such group."
     ) from None
   except (InputError, TypeError, ValueError) as error:
-    overrides = json.loads(json.dumps(overrides, default=str).replace("Infinity", "null"))
+    # As text, what JSON or a table may have no form for.
+    overrides = {
+      field: value if isinstance(value, (str, int)) else str(value)
+      for field, value in overrides.items()
+    }
     return Cell(name, overrides, config, None, first_line(error))
 
 
@@ -165,17 +170,19 @@ def estimate(cell: Cell) -> float:
   trials = d.count // d.batch_size * d.mask_seeds * settings.restarts
   searches = [a for a in settings.attacks.values() if a.closed_form != "only"]
   try:
-    each, rate = _cost(settings) if searches else (0.0, 1.0)
+    one = dataclasses.replace(d, count=1, mask_seeds=1)
+    each, rate = _cost(json.dumps(settings.model), one) if searches else (0.0, 1.0)
   except InputError:  # the cell will say so when it is run
     return 0.0
   return each * trials * sum(attack.max_iterations for attack in searches) / rate
 
 
-def _cost(settings: ExperimentSettings) -> tuple[float, float]:
+@functools.lru_cache
+def _cost(model_json: str, data: DataSettings) -> tuple[float, float]:
   """Returns operations of an iteration of DIA, counted without compiling, and those a second."""
-  model = create_model(settings, load_victims(dataclasses.replace(settings.data, count=1)))
+  model = create_model(json.loads(model_json), load_victims(data))
   params = jax.eval_shape(model.init, jax.random.key(0))
-  size, channels = settings.data.batch_size, model.image_shape[-1]
+  size, channels = data.batch_size, model.image_shape[-1]
   statistics = jax.ShapeDtypeStruct((channels,), jnp.float32)
   labels = jax.ShapeDtypeStruct((size,), jnp.int32)
   observation = Observation(params, params, labels, statistics, statistics, size)
@@ -183,22 +190,8 @@ def _cost(settings: ExperimentSettings) -> tuple[float, float]:
   state = jax.eval_shape(attack.init, jax.random.key(0), observation)
   analysis = jax.jit(attack.step).lower(observation, state).cost_analysis() or {}
   efficiency = _EFFICIENCY[bool(model.convolutions)]
-  return float(analysis.get("flops", 0.0)), efficiency * _product_rate()
-
-
-@functools.lru_cache
-def _product_rate() -> float:
-  """Returns operations a second of a matrix product."""
-  size = 1024
-  matrix = jnp.ones((size, size), jnp.float32)
-  product = jax.jit(lambda a: a @ a)
-  product(matrix).block_until_ready()
-  seconds = []
-  for _ in range(3):
-    start = time.monotonic()
-    product(matrix).block_until_ready()
-    seconds.append(time.monotonic() - start)
-  return 2 * size**3 * len(jax.local_devices()) / float(np.min(seconds))
+  rate = efficiency * _product_rate() * len(jax.local_devices())
+  return float(analysis.get("flops", 0.0)), rate
 
 
 def describe(config: ml_collections.ConfigDict) -> str:

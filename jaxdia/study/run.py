@@ -100,7 +100,6 @@ class _Study:
       for cell in cells
     ]
     self._json = definition | {"manifest": manifest(), "cells": cells_json}
-    self._json["command"] = self._json["manifest"]["command"]
     path = workdir / "study.json"
     if path.exists():
       self._go_on(path, definition)
@@ -144,17 +143,10 @@ class _Study:
     if self._entry(cell)["status"] != "done":
       return False
     try:
-      self._read(cell)
-      config = json.loads((self.folder(cell) / "config.json").read_text())
-      return config["data"]["sha256"] == digest(load_victims(cell.settings.data))
-    except (InputError, OSError, ValueError, KeyError, TypeError):
+      config = reporting.read_experiment(self.folder(cell)).config
+      return config["data"].get("sha256") == digest(load_victims(cell.settings.data))
+    except InputError:
       return False  # its experiment goes on from what is left, or says what is wrong
-
-  def _read(self, cell):
-    """Returns the rows and the summary of a cell."""
-    text = (self.folder(cell) / "results.jsonl").read_text()
-    summary = json.loads((self.folder(cell) / "summary.json").read_text())
-    return [json.loads(line) for line in text.splitlines()], summary
 
   def note(self, cell: Cell, status: str, reason: str | None, seconds: float) -> None:
     """Keeps how a cell ended."""
@@ -174,15 +166,13 @@ class _Study:
       if self._entry(cell)["status"] != "done":
         continue
       try:
-        found, summaries = self._read(cell)
-      except (OSError, ValueError):
+        found = reporting.read_experiment(self.folder(cell))
+      except InputError:
         continue  # it is run again when its turn comes
       more = {"cell": cell.name} | cell.overrides
-      rows += [row | more for row in found]
+      rows += [row | more for row in found.rows]
       lines += [
-        reporting.line(more | {"attack": name}, summary)
-        for name, summary in summaries.items()
-        if name != "floors"
+        reporting.line(more | {"attack": name}, summary) for name, summary in found.summary.items()
       ]
     write_json_lines(self._workdir / "results.jsonl", rows)
     table = pd.DataFrame(lines)
