@@ -46,9 +46,8 @@ def main() -> None:
   first = None
   for weight in map(float, _WEIGHTS.value):
     attack = attacks.hybrid(model, feature_weight=weight, max_iterations=_ITERATIONS.value)
-    trials = sorted(
-      engine.run(jax.random.key(1), attack, observations, parts=parts), key=lambda t: t.job
-    )
+    task = engine.Task(jax.random.key(1), attack, observations, parts=parts)
+    trials = sorted(engine.run([task]), key=lambda t: t.job)
     scores = [
       evaluation.evaluate(model, secrets[t.job.victim], t.candidate, victims.statistics).scores[0]
       for t in trials

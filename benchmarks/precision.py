@@ -77,7 +77,7 @@ def main() -> None:
     observations, secrets = zip(*pairs, strict=True)
     for products, model in (("float32", exact), ("bfloat16", rounded)):
       attack = attacks.dia(model, max_iterations=_MAX_ITERATIONS.value)
-      trials = list(engine.run(jax.random.key(1), attack, observations))
+      trials = list(engine.run([engine.Task(jax.random.key(1), attack, observations)]))
       errors = [
         float(np.mean(np.square(t.candidate.images - secrets[t.job.victim].images))) for t in trials
       ]

@@ -182,14 +182,8 @@ def solve(name: str, dataset: str, table: Table) -> None:
     )
   progress = []
   start = time.perf_counter()
-  trials = list(
-    engine.run(
-      jax.random.key(0),
-      attacks.dia(problem.model),
-      problem.observations,
-      on_progress=progress.append,
-    )
-  )
+  task = engine.Task(jax.random.key(0), attacks.dia(problem.model), problem.observations)
+  trials = list(engine.run([task], on_progress=progress.append))
   seconds = time.perf_counter() - start
   errors = [
     np.mean(np.square(t.candidate.images - problem.secrets[t.job.victim].images)) for t in trials

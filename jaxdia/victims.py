@@ -1,6 +1,8 @@
 """What an experiment is about: images, network, clients, and the pool to identify images in."""
 
 import dataclasses
+import functools
+import json
 from typing import Any
 
 import jax
@@ -59,6 +61,8 @@ def load_pool(settings: DataSettings, victims: data.Victims) -> np.ndarray:
 def create_model(options: dict[str, Any], victims: data.Victims) -> DropoutModel:
   """Creates the network of an experiment.
 
+  Those that differ in rates alone are one network, so that attacks on them share a program.
+
   Args:
     options: of `ExperimentSettings.model`: name, dropout_rate and what the network takes.
     victims: tell the shape of images and the number of classes.
@@ -66,9 +70,18 @@ def create_model(options: dict[str, Any], victims: data.Victims) -> DropoutModel
   Raises:
     InputError: see `jaxdia.models.create`.
   """
-  options = dict(options)
-  name = options.pop("name")
-  return models.create(name, victims.images.shape[1:], victims.num_classes, **options)
+  rate = models.check_rate(options["dropout_rate"])
+  others = json.dumps({k: v for k, v in options.items() if k != "dropout_rate"}, sort_keys=True)
+  network = _network(others, victims.images.shape[1:], victims.num_classes, rate > 0)
+  return network.at_rates(dict.fromkeys(network.rates, rate))
+
+
+@functools.lru_cache(maxsize=32)
+def _network(options_json, image_shape, num_classes, with_dropout) -> DropoutModel:
+  """Returns a network at any rate above 0, or at 0."""
+  options = json.loads(options_json)
+  rate = 0.5 if with_dropout else 0.0
+  return models.create(options.pop("name"), image_shape, num_classes, rate, **options)
 
 
 def observe_clients(

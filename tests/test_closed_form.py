@@ -224,7 +224,7 @@ def test_hybrid_holds_what_is_exact_and_searches_the_rest():
   observation, secret = observe_victims(model, 1)
   parts = recover(jax.random.key(0), model, observation).parts
   attack = attacks.hybrid(model, max_iterations=5)
-  (trial,) = engine.run(jax.random.key(1), attack, [observation], parts=[parts], say=print)
+  (trial,) = engine.run([engine.Task(jax.random.key(1), attack, [observation], parts=[parts])])
   np.testing.assert_allclose(trial.candidate.images, parts.images, atol=1e-4)  # valid pixels
   site = model.sites[0].name
   assert np.array_equal(trial.candidate.masks[site], secret.masks[site])

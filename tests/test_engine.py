@@ -9,7 +9,7 @@ from conftest import make_victims
 
 from jaxdia import attacks, engine, models
 from jaxdia.attacks import Status
-from jaxdia.engine import Job, checkpoint
+from jaxdia.engine import Job
 from jaxdia.errors import InputError
 
 ONE_DEVICE = jax.local_devices()[:1]
@@ -20,10 +20,10 @@ def victims(model):
   return make_victims(model, 3)
 
 
-def _run(attack, victims, **options):
-  options = {"devices": ONE_DEVICE, "restarts": 2} | options
+def _run(attack, victims, restarts=2, **options):
   masks = [s.masks for s in victims[2]] if attack.settings.masks == "known" else None
-  return list(engine.run(jax.random.key(7), attack, victims[1], masks=masks, **options))
+  task = engine.Task(jax.random.key(7), attack, victims[1], restarts, masks)
+  return list(engine.run([task], **{"devices": ONE_DEVICE} | options))
 
 
 def _by_job(trials):
@@ -144,7 +144,7 @@ def test_nothing_is_compiled_in_a_run(model, victims):
   program = engine.lanes.create_program(
     attack, victims[1][0], engine.lanes.Given(), 2, 2, ONE_DEVICE
   )
-  lanes = program.empty()
+  lanes = program.share(program.empty(), 0, victims[1][0])
   keys = [jax.random.key(i) for i in range(3)]
 
   def turn(lanes, lane, key, victim, steps):
@@ -210,21 +210,14 @@ def test_the_listener_above_would_notice():
 
 def test_an_interrupted_run_ends_like_one_left_alone(model, victims, tmp_path):
   attack = attacks.dia(model, max_iterations=400)
-  options = {"lanes": 2, "restarts": 1}
-  alone = _by_job(_run(attack, victims, **options))
+  alone = _by_job(_run(attack, victims, restarts=1, lanes=2))
   path = tmp_path / "checkpoint.npz"
   done = {}
   for _ in range(20):  # interrupted after each trial but the last
-    trials = engine.run(
-      jax.random.key(7),
-      attack,
-      victims[1],
-      devices=ONE_DEVICE,
-      finished=list(done),
-      checkpoint_path=path,
-      checkpoint_seconds=0.0,
-      **options,
-    )
+    finished = [(job.victim, job.restart) for job in done]
+    task = engine.Task(jax.random.key(7), attack, victims[1], finished=finished)
+    options = {"checkpoint_path": path, "checkpoint_seconds": 0.0}
+    trials = engine.run([task], lanes=2, devices=ONE_DEVICE, **options)
     trial = next(trials, None)
     trials.close()
     if trial is None:
@@ -325,7 +318,7 @@ def test_out_of_memory_halves_the_lanes_and_goes_on(model, victims, monkeypatch,
 
     return program._replace(advance=advance)
 
-  monkeypatch.setattr(sys.modules["jaxdia.engine.run"], "create_program", create_in_little_memory)
+  monkeypatch.setattr(sys.modules["jaxdia.engine.loop"], "create_program", create_in_little_memory)
   said = []
   attack = attacks.dia(model, max_iterations=200)
   options = {"chunk": 20, "checkpoint_path": tmp_path / "c.npz", "checkpoint_seconds": 0.0}
@@ -357,7 +350,7 @@ def test_out_of_memory_while_loading_loses_no_job(model, victims, monkeypatch):
 
     return program._replace(load=load)
 
-  monkeypatch.setattr(sys.modules["jaxdia.engine.run"], "create_program", create_in_little_memory)
+  monkeypatch.setattr(sys.modules["jaxdia.engine.loop"], "create_program", create_in_little_memory)
   said, reports = [], []
   attack = attacks.dia(model, max_iterations=20)
   options = {"say": said.append, "on_progress": reports.append}
@@ -376,10 +369,7 @@ def test_what_does_not_fit_at_all_is_refused():
   with pytest.raises(InputError, match="not even one trial fits into the memory"):
     list(
       engine.run(
-        jax.random.key(0),
-        attacks.ig(model),
-        [huge],
-        restarts=2,
+        [engine.Task(jax.random.key(0), attacks.ig(model), [huge], restarts=2)],
         lanes=2,
         say=said.append,
         devices=ONE_DEVICE,
@@ -393,7 +383,7 @@ def test_other_errors_of_the_runtime_are_not_swallowed(model, victims, monkeypat
   def fail(*args):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-  monkeypatch.setattr(sys.modules["jaxdia.engine.run"], "create_program", fail)
+  monkeypatch.setattr(sys.modules["jaxdia.engine.loop"], "create_program", fail)
   with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
     _run(attacks.dia(model), victims)
 
@@ -403,53 +393,6 @@ def test_a_checkpoint_is_removed_at_the_end(model, victims, tmp_path):
   attack = attacks.ig(model, max_iterations=5)
   _run(attack, victims, lanes=2, checkpoint_path=path, checkpoint_seconds=0.0)
   assert not path.exists()
-
-
-@pytest.fixture
-def saved(tmp_path):
-  tree = {"a": np.arange(5000.0), "b": (jnp.ones((2, 3)), np.int32(4))}
-  path = tmp_path / "deep" / "checkpoint.npz"
-  checkpoint.save(path, tree)
-  return path, jax.tree.map(np.asarray, tree)
-
-
-def test_checkpoint_round_trip(saved):
-  path, tree = saved
-  restored = checkpoint.restore(path, tree)
-  jax.tree.map(np.testing.assert_array_equal, restored, tree)
-  assert checkpoint.restore(path.with_name("none.npz"), tree) is None
-  assert [p.name for p in path.parent.iterdir()] == ["checkpoint.npz"]
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
-def test_a_damaged_checkpoint_is_found(saved, damage):
-  path, tree = saved
-  content = bytearray(path.read_bytes())
-  if damage == "flip":
-    content[len(content) // 2] ^= 1
-  path.write_bytes(
-    {"truncate": content[:-200], "flip": content, "empty": b"", "text": b"hello"}[damage]
-  )
-  with pytest.raises(InputError, match=f"{path} is damaged.*Delete it"):
-    checkpoint.restore(path, tree)
-
-
-def test_a_checkpoint_of_another_experiment_is_refused(saved):
-  path, tree = saved
-  with pytest.raises(InputError, match="of another experiment"):
-    checkpoint.restore(path, tree | {"a": np.zeros(3)})
-  with pytest.raises(InputError, match="it lacks"):
-    checkpoint.restore(path, tree | {"c": np.zeros(3)})
-  other = jax.tree.map(np.zeros_like, tree) | {"a": np.zeros(3)}
-  assert checkpoint.restore(path, other, lane_axes=1)["a"].shape == (5000,)
-
-
-def test_checkpoints_of_bfloat16(tmp_path):
-  tree = {"a": jnp.arange(8, dtype=jnp.bfloat16)}
-  checkpoint.save(tmp_path / "c.npz", tree)
-  restored = checkpoint.restore(tmp_path / "c.npz", tree)
-  assert restored["a"].dtype == jnp.bfloat16
-  np.testing.assert_array_equal(restored["a"], np.arange(8))
 
 
 def test_lanes_are_chosen_from_jobs_and_memory(model, victims):
@@ -464,14 +407,3 @@ def test_lanes_are_chosen_from_jobs_and_memory(model, victims):
     params = jax.eval_shape(large.init, jax.random.key(0))
     seen = dataclasses.replace(observation, params=params)
     assert engine.choose_lanes(large, seen, 1000, ONE_DEVICE) == lanes
-
-
-def test_observations_of_other_params_are_refused(model, victims):
-  others = make_victims(model, 1, seed=1)[1]
-  with pytest.raises(InputError, match="observation 1 has other params"):
-    list(engine.run(jax.random.key(0), attacks.dia(model), [victims[1][0], others[0]]))
-
-
-def test_nothing_to_attack_is_refused(model):
-  with pytest.raises(InputError, match="0 observations"):
-    list(engine.run(jax.random.key(0), attacks.dia(model), []))

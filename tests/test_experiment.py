@@ -142,7 +142,7 @@ def test_killed_and_started_again_it_ends_with_the_same_numbers(tmp_path):
 
 def test_a_finished_run_is_shown_again_without_computing(tmp_path, monkeypatch):
   first = experiment.run(_small(), tmp_path, say=_silent)
-  monkeypatch.setattr(sys.modules["jaxdia.engine.run"], "create_program", None)
+  monkeypatch.setattr(sys.modules["jaxdia.engine.loop"], "create_program", None)
   lines = []
   second = experiment.run(_small(), tmp_path, say=lines.append)
   assert second == first  # the times too

@@ -58,7 +58,7 @@ def test_a_study_killed_at_three_moments_ends_with_the_table_of_one_left_alone(t
   alone, killed = tmp_path / "alone", tmp_path / "killed"
   result = _launch(config, f"--workdir={alone}")
   assert result.returncode == 0, result.stderr
-  assert "cell 4/4" in result.stderr and "left" in result.stderr
+  assert "2/2 dia in 2 cells ended after" in result.stderr and "left" in result.stderr
   rng, kills = random.Random(time.time_ns()), 0
   for cell in sorted(rng.sample(range(4), 3)):  # some time after the first trace of a cell
     process = _launch(config, f"--workdir={killed}", popen=True)

@@ -54,6 +54,7 @@ class State(NamedTuple):
   Attributes:
     candidate: the point that the next step measures.
     known: what is held fixed.
+    settings: those of the attack, or others with which it shares its program; arrays.
     optimizer: state of the optimiser.
     plateau: state of the plateau schedule.
     best: the best point so far.
@@ -63,6 +64,7 @@ class State(NamedTuple):
 
   candidate: Candidate
   known: Known
+  settings: AttackSettings
   optimizer: Any
   plateau: Any
   best: Best
@@ -88,20 +90,60 @@ class Attack(NamedTuple):
   """An attack on one observation.
 
   Attributes:
-    init: `init(key, observation, masks=None, parts=None) -> State`. The masks are
-      the client's, for the well-informed attacker only; the parts are those of
-      `jaxdia.closed_form.recover`, for attacks that start from them.
-    start: `start(candidate, known) -> State`, a trial from a given point.
+    init: `init(key, observation, masks=None, parts=None, variant=None) -> State`. The masks
+      are the client's, for the well-informed attacker only; the parts are those of
+      `jaxdia.closed_form.recover`, for attacks that start from them; the variant is that of
+      another attack that shares the program of this one.
+    start: `start(candidate, known, settings=...) -> State`, a trial from a given point; by
+      default with the attack's own settings.
     step: `step(observation, state) -> (State, Info)`.
     model: the network that it attacks.
     settings: what it leaves free and how it searches.
   """
 
   init: Callable[..., State]
-  start: Callable[[Candidate, Known], State]
+  start: Callable[..., State]
   step: Callable[[Observation, State], tuple[State, Info]]
   model: DropoutModel
   settings: AttackSettings
+
+  @property
+  def variant(self) -> "Variant":
+    """Returns what may differ between attacks that share one compiled program."""
+    return _variant(self.model, self.settings)
+
+  def shares_program(self, other: "Attack") -> bool:
+    """Returns whether this attack's functions can run another, given its variant."""
+    variants = [jax.tree.structure(attack.variant) for attack in (self, other)]
+    networks = [attack.model.at_rates or attack.model for attack in (self, other)]
+    return variants[0] == variants[1] and networks[0] == networks[1]
+
+
+class Variant(NamedTuple):
+  """What may differ between attacks that share one compiled program.
+
+  Attributes:
+    settings: their leaves may.
+    rates: {site: rate} of dropout, or None if there are no others.
+  """
+
+  settings: AttackSettings
+  rates: dict[str, float | jax.Array] | None
+
+  def as_arrays(self, dtype: jnp.dtype) -> "Variant":
+    """Returns the variant with arrays for its numbers.
+
+    Args:
+      dtype: of those that are no counts.
+    """
+    rates = jax.tree.map(lambda rate: jnp.asarray(rate, dtype), self.rates)
+    return Variant(self.settings.as_arrays(dtype), rates)
+
+
+def _variant(model, settings) -> Variant:
+  # Without dropout, rates have no part in the program.
+  adjustable = settings.masks != "expected" and model.at_rates is not None
+  return Variant(settings, model.rates if adjustable else None)
 
 
 def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
@@ -116,25 +158,27 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
   """
   optimizer = create_optimizer(settings)
   schedule = create_schedule(settings)
-  plateau = create_plateau(settings)
 
   def init(
     key: Key,
     observation: Observation,
     masks: Masks | None = None,
     parts: Parts | None = None,
+    variant: Variant | None = None,
   ) -> State:
     """Starts a trial from random images, and random masks if they are searched."""
     _check_start(settings, observation, masks, parts)
     images_key, masks_key, labels_key = jax.random.split(key, 3)
     size, dtype = observation.batch_size, observation.dtype
+    numbers, rates = (variant or _variant(model, settings)).as_arrays(dtype)
 
     def draw(key, *shape):  # the same numbers for every type
       return jax.random.normal(key, (size, *shape), jnp.float32).astype(dtype)
 
+    network = model if rates is None else model.at_rates(rates)
     candidate = Candidate(
       images=draw(images_key, *model.image_shape),
-      masks=sample_masks(masks_key, model, size, dtype) if settings.masks == "free" else None,
+      masks=sample_masks(masks_key, network, size, dtype) if settings.masks == "free" else None,
       labels=draw(labels_key, model.num_classes) if settings.labels == "free" else None,
     )
     known_masks = masks if settings.masks == "known" else None
@@ -144,21 +188,24 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
         masks=_where(parts.known_masks, parts.masks, candidate.masks),
         labels=None,
       )
-      return start(candidate, Known(known_masks, parts.labels, parts))
+      return start(candidate, Known(known_masks, parts.labels, parts, rates), numbers)
     labels = {"given": observation.labels, "free": None}
     if settings.labels == "recovered":
       labels["recovered"] = recover_labels(model, observation)
-    return start(candidate, Known(known_masks, labels[settings.labels]))
+    return start(candidate, Known(known_masks, labels[settings.labels], None, rates), numbers)
 
-  def start(candidate: Candidate, known: Known) -> State:
+  def start(candidate: Candidate, known: Known, numbers: AttackSettings = settings) -> State:
     """Starts a trial from a given point."""
-    infinite = jnp.asarray(jnp.inf, candidate.images.dtype)
+    dtype = candidate.images.dtype
+    infinite = jnp.asarray(jnp.inf, dtype)
     zero = jnp.zeros((), jnp.int32)
+    numbers = numbers.as_arrays(dtype)
     return State(
       candidate=candidate,
       known=known,
+      settings=numbers,
       optimizer=optimizer.init(candidate),
-      plateau=plateau.init(candidate.images),
+      plateau=create_plateau(numbers).init(candidate.images),
       best=Best(candidate, infinite, infinite, zero),
       iteration=zero,
       status=jnp.asarray(Status.RUNNING, jnp.int32),
@@ -166,6 +213,7 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
 
   def step(observation: Observation, state: State) -> tuple[State, Info]:
     """Measures the candidate, keeps it if it is the best, and moves on."""
+    settings = state.settings
 
     def measure(candidate):
       return objective(model, settings, observation, candidate, state.known)
@@ -175,7 +223,7 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
 
     here = Best(state.candidate, value, terms.distance, state.iteration)
     better = value < state.best.objective
-    if settings.round_masks_after is not None:  # those before had other masks
+    if settings.rounds_masks:  # those before had other masks
       better |= state.iteration == settings.round_masks_after
     best = _where(better, here, state.best)
 
@@ -193,12 +241,12 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
     candidate = project(observation, optax.apply_updates(state.candidate, updates))
     if state.known.parts is not None:
       candidate = hold(state.known.parts, candidate)
-    if settings.round_masks_after is not None:
+    if settings.rounds_masks:
       # Rounded once, at 0 those that were drawn, and held from then on.
       left = settings.round_masks_after - (state.iteration + 1)
       rounded = jax.tree.map(jnp.round, _where(left < 0, state.candidate.masks, candidate.masks))
       candidate = candidate._replace(masks=_where(left <= 0, rounded, candidate.masks))
-    _, plateau_state = plateau.update((), state.plateau, value=value)
+    _, plateau_state = create_plateau(settings).update((), state.plateau, value=value)
 
     iteration = state.iteration + 1
     conditions = [
@@ -212,7 +260,16 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
       [jnp.asarray(status, jnp.int32) for _, status in conditions],
       state.status,
     )
-    after = State(candidate, state.known, optimizer_state, plateau_state, best, iteration, status)
+    after = State(
+      candidate=candidate,
+      known=state.known,
+      settings=settings,
+      optimizer=optimizer_state,
+      plateau=plateau_state,
+      best=best,
+      iteration=iteration,
+      status=status,
+    )
     info = Info(value, terms, rate)
     return _where(state.status == Status.RUNNING, after, state), info
 

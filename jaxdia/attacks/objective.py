@@ -34,11 +34,13 @@ class Known(NamedTuple):
     masks: the client's masks; None also if the expected masks are used.
     labels: i[B].
     parts: what was recovered in closed form.
+    rates: {site: f[]}, of dropout; None if they are those of the model.
   """
 
   masks: Masks | None
   labels: Labels | None
   parts: Parts | None = None
+  rates: dict[str, jax.Array] | None = None
 
 
 class Terms(NamedTuple):
@@ -148,7 +150,7 @@ def objective(
 
   Args:
     model: the network.
-    settings: the distance and the weights.
+    settings: the distance and the weights, which may be traced.
     observation: gives the parameters and the client's gradient.
     candidate: the searched parts.
     known: the fixed parts.
@@ -157,13 +159,15 @@ def objective(
     f[], and its unweighted terms. The mask prior counts only where masks are
     searched, the features only where some were recovered.
   """
+  if known.rates is not None:
+    model = model.at_rates(known.rates)
   masks, labels = complete(model, observation, candidate, known)
   # Without concrete values the target's kernels stay whole; the engine prepares them once.
   method = suits(settings.distance, "auto")
   target = prepare(model, observation, method, compress=False).gradient
   comparison = compare(model, observation.params, target, masks, candidate.images, labels)
   zero = jnp.zeros((), candidate.images.dtype)
-  with_features = settings.feature_weight and known.parts is not None and known.parts.features
+  with_features = settings.uses_features and known.parts is not None and known.parts.features
   terms = Terms(
     distance=DISTANCES[settings.distance](comparison),
     total_variation=total_variation(candidate.images),

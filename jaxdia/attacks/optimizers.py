@@ -55,7 +55,8 @@ def create_plateau(settings: AttackSettings) -> optax.GradientTransformationExtr
   here is the least factor.
 
   Args:
-    settings: of the schedule "plateau"; any other gives a factor of 1.
+    settings: of the schedule "plateau"; any other gives a factor of 1. Its numbers may be
+      traced.
 
   Returns:
     An optax transformation; only the `scale` of its state is used.
@@ -67,5 +68,5 @@ def create_plateau(settings: AttackSettings) -> optax.GradientTransformationExtr
     factor=settings.plateau_factor,
     patience=patience,
     rtol=1e-4,
-    min_scale=min(1.0, 1e-8 / settings.learning_rate),
+    min_scale=jnp.minimum(1.0, 1e-8 / settings.learning_rate),
   )

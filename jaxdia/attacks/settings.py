@@ -4,6 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxdia.errors import InputError, unknown
 
 CHOICES = {
@@ -18,10 +21,18 @@ CHOICES = {
 # Iterations are counted in 32 bits.
 _MAX_COUNT = 2**31 - 3
 
+# Numbers that one compiled program takes as they come, and so may differ between its trials.
+_COUNTS = ("patience", "plateau_patience", "round_masks_after")
+_NUMBERS = ("learning_rate", "tv_weight", "mask_weight", "feature_weight", "tolerance", *_COUNTS)
 
+
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackSettings:
   """Settings of an attack; the defaults are those of DIA in the paper.
+
+  As a pytree its leaves are the numbers that may differ between trials of one compiled
+  program; attacks whose settings have the same tree structure share one.
 
   Attributes:
     masks: "expected" (the network without dropout), "known" (the client's) or
@@ -103,6 +114,44 @@ class AttackSettings:
         f"attack.feature_weight is {self.feature_weight}, but no features are recovered. Set"
         " attack.closed_form=first, or attack.feature_weight=0."
       )
+
+  @property
+  def uses_features(self) -> bool:
+    """Whether the objective has the distance from recovered features in it."""
+    weight = self.feature_weight  # traced only where it is used
+    return isinstance(weight, jax.Array) or weight > 0
+
+  @property
+  def rounds_masks(self) -> bool:
+    """Whether masks are rounded at some iteration."""
+    return self.round_masks_after is not None
+
+  def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    """Returns the numbers by name, and all else; for JAX."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    # What is off is left out of the program.
+    off = {"feature_weight": not self.uses_features, "round_masks_after": not self.rounds_masks}
+    names = [name for name in _NUMBERS if not off.get(name)]
+    numbers = [(jax.tree_util.GetAttrKey(name), fields.pop(name)) for name in names]
+    return numbers, (tuple(names), tuple(fields.items()))
+
+  @classmethod
+  def tree_unflatten(cls, rest: tuple[Any, ...], numbers: list[Any]) -> "AttackSettings":
+    """Returns settings with other numbers, which may be traced, unchecked; for JAX."""
+    settings = object.__new__(cls)
+    names, fields = rest
+    settings.__dict__.update(dict(fields) | dict(zip(names, numbers, strict=True)))
+    return settings
+
+  def as_arrays(self, dtype: jnp.dtype) -> "AttackSettings":
+    """Returns settings whose numbers are arrays.
+
+    Args:
+      dtype: of those that are no counts.
+    """
+    (names, _), dtypes = self.tree_flatten_with_keys()[1], dict.fromkeys(_COUNTS, jnp.int32)
+    numbers = [jnp.asarray(getattr(self, name), dtypes.get(name, dtype)) for name in names]
+    return jax.tree.unflatten(jax.tree.structure(self), numbers)
 
   def _check(self, name, is_valid, expected):
     value = getattr(self, name)

@@ -224,7 +224,7 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   if chain.pixels is None:  # of every client, so that all results have the same form
     for layer in chain.layers:
       found.declare_features(layer)
-  rates = {site.name: site.rate for site in model.sites}
+  rates = model.rates
   if len(chain.layers) == 1:
     return _use_classifier(chain, observation, gradient, rates, found)
   if size > 1 and chain.inputs[1].site is None:
@@ -304,7 +304,7 @@ def _use_convolutions(model, chain: Chain, observation, gradient, found) -> str:
     found.declare_features(layer)
   if not (found.parts.known_features[after.path][0] and found.residual[0] <= _EXACT):
     return ""
-  rates = {site.name: site.rate for site in model.sites}
+  rates = model.rates
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
   values = found.parts.features[after.path][0]
   # The gradient of the kernel is the outer product of values and delta.

@@ -2,11 +2,13 @@
 
 from jaxdia.engine import lanes
 from jaxdia.engine.capacity import choose_lanes, matrix_product_rate
-from jaxdia.engine.run import Job, Progress, Trial, recorded_iterations, run, trial_key
+from jaxdia.engine.jobs import Job, Progress, Task, Trial, recorded_iterations, trial_key
+from jaxdia.engine.run import run
 
 __all__ = [
   "Job",
   "Progress",
+  "Task",
   "Trial",
   "choose_lanes",
   "lanes",

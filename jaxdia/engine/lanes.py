@@ -2,8 +2,9 @@
 
 A device runs a fixed number of lanes, each with one trial, and has a fixed number
 of slots, each with what the server saw of one victim; lanes that attack the same
-victim share its slot. All devices run the same compiled program. What is replaced
-when a trial ends is the content of its lane, so nothing is compiled again.
+victim share its slot, and all lanes of a device the weights. All devices run the same
+compiled program. What is replaced when a trial ends is the content of its lane, so
+nothing is compiled again, whatever numbers and rates its attack has.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.attacks import Attack, Best, State, Status, project
+from jaxdia.attacks import Attack, Best, State, Status, Variant, project
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
 from jaxdia.typing import Gradient, Key, Labels, Masks
@@ -36,6 +37,8 @@ class Lanes(NamedTuple):
   """The trials of all lanes, and their victims.
 
   Attributes:
+    shared: weights and statistics of each device, without gradient and labels; leading axis
+      [device].
     slots: the victims.
     slot: i[device, lane], where the victim of the lane's trial is.
     state: of the trials; every array has leading axes [device, lane].
@@ -43,6 +46,7 @@ class Lanes(NamedTuple):
       recorded.
   """
 
+  shared: Observation
   slots: Slots
   slot: jax.Array
   state: State
@@ -55,10 +59,12 @@ class Given(NamedTuple):
   Attributes:
     masks: the client's, for an attack that knows them.
     parts: recovered in closed form, for an attack that starts from them.
+    variant: of the attack on this victim, if attacks share the lanes.
   """
 
   masks: Masks | None = None
   parts: Parts | None = None
+  variant: Variant | None = None
 
 
 class Gauge(NamedTuple):
@@ -80,6 +86,8 @@ class LaneProgram(NamedTuple):
 
   Attributes:
     empty: `empty() -> Lanes`, with no trial in them.
+    share: `share(lanes, device, observation) -> Lanes`, gives a device on which no trial runs
+      the weights and statistics of an observation.
     place: `place(lanes, device, slot, observation) -> Lanes`, puts a victim in a
       slot that no running trial needs.
     load: `load(lanes, device, lane, slot, key, given) -> Lanes`, starts a trial in
@@ -93,6 +101,7 @@ class LaneProgram(NamedTuple):
   """
 
   empty: Callable[[], Lanes]
+  share: Callable[[Lanes, int, Observation], Lanes]
   place: Callable[[Lanes, int, int, Observation], Lanes]
   load: Callable[[Lanes, int, int, int, Key, Given], Lanes]
   advance: Callable[[Lanes, int], tuple[Lanes, Gauge]]
@@ -114,9 +123,8 @@ def create_program(
   """Builds the functions that run an attack in lanes.
 
   Args:
-    attack: what to run.
-    observation: one that is like all others; its params and statistics are
-      shared by all lanes.
+    attack: what to run, itself or in other variants.
+    observation: one that is like all others.
     given: what the attack is given of a victim besides, or any like it.
     lanes_per_device: number of trials that a device runs at once.
     num_slots: number of victims that a device has room for; no more than lanes are
@@ -130,47 +138,55 @@ def create_program(
   num_devices = len(devices)
   device_numbers = np.arange(num_devices)
   iterations = jnp.asarray(recorded, jnp.int32)
-  # The parameters are an argument of the compiled functions, one copy a device.
-  replicate = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=devices)
-  shared = replicate(device_numbers, dataclasses.replace(observation, gradient=None, labels=None))
   state_shape = jax.eval_shape(attack.init, jax.random.key(0), observation, *given)
 
   slot_shape = _shapes(Slots(observation.gradient, observation.labels))
+  shared_shape = _shapes(_without_victim(observation))
 
   def zeros(count, shapes):
-    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+    return jax.tree.map(lambda x: jnp.zeros((*count, *x.shape), x.dtype), shapes)
 
   def empty_on_device(_):
-    state = zeros(lanes_per_device, state_shape)
+    state = zeros((lanes_per_device,), state_shape)
     # Any status but RUNNING. (An IntEnum as it is would make the array weakly typed.)
     status = jnp.full((lanes_per_device,), int(Status.MAX_ITERATIONS), jnp.int32)
     slot = jnp.zeros((lanes_per_device,), jnp.int32)
     images = state_shape.candidate.images
     recording = jnp.zeros((lanes_per_device, len(recorded), *images.shape), images.dtype)
-    return Lanes(zeros(num_slots, slot_shape), slot, state._replace(status=status), recording)
+    return Lanes(
+      shared=zeros((), shared_shape),
+      slots=zeros((num_slots,), slot_shape),
+      slot=slot,
+      state=state._replace(status=status),
+      recording=recording,
+    )
 
-  def observation_in(shared, slots, slot):
+  def observation_in(lanes, slot):
     # Of a single slot there is nothing to choose: then no lane has a target of its own.
-    one = jax.tree.map(lambda x: x[slot if num_slots > 1 else 0], slots)
-    return dataclasses.replace(shared, gradient=one.gradient, labels=one.labels)
+    one = jax.tree.map(lambda x: x[slot if num_slots > 1 else 0], lanes.slots)
+    return dataclasses.replace(lanes.shared, gradient=one.gradient, labels=one.labels)
 
   def write(tree, index, new, here):
     return jax.tree.map(
       lambda old, new: old.at[index].set(jnp.where(here, new, old[index])), tree, new
     )
 
+  def share_on_device(lanes, here, new):
+    shared = jax.tree.map(lambda old, new: jnp.where(here, new, old), lanes.shared, new)
+    return lanes._replace(shared=shared)
+
   def place_on_device(lanes, here, slot, new):
     return lanes._replace(slots=write(lanes.slots, slot, new, here))
 
-  def load_on_device(shared, lanes, here, lane, slot, key, given):
-    new = attack.init(key, observation_in(shared, lanes.slots, slot), *given)
+  def load_on_device(lanes, here, lane, slot, key, given):
+    new = attack.init(key, observation_in(lanes, slot), *given)
     return lanes._replace(
       slot=write(lanes.slot, lane, slot, here), state=write(lanes.state, lane, new, here)
     )
 
-  def advance_on_device(shared, lanes, steps):
+  def advance_on_device(lanes, steps):
     def step(slot, state):
-      return attack.step(observation_in(shared, lanes.slots, slot), state)[0]
+      return attack.step(observation_in(lanes, slot), state)[0]
 
     def record(recording, state):
       number = jnp.minimum(
@@ -197,12 +213,12 @@ def create_program(
     gauge = Gauge(state.status, state.iteration, state.best.objective)
     return lanes._replace(state=state, recording=recording), gauge
 
-  def read_on_device(shared, lanes, lane):
+  def read_on_device(lanes, lane):
     best = jax.tree.map(lambda x: x[lane], lanes.state.best)
 
     # The start, drawn N(0, 1), may be the best point; it alone is not yet projected.
     def valid(images):
-      return project(shared, best.candidate._replace(images=images))
+      return project(lanes.shared, best.candidate._replace(images=images))
 
     recording = jax.vmap(lambda images: valid(images).images)(lanes.recording[lane])
     return best._replace(candidate=valid(best.candidate.images)), recording
@@ -211,11 +227,15 @@ def create_program(
     return jax.pmap(function, in_axes=in_axes, donate_argnums=donate, devices=devices)
 
   p_empty = pmap(empty_on_device, 0)
+  p_share = pmap(share_on_device, (0, 0, None), donate=(0,))
   p_place = pmap(place_on_device, (0, 0, None, None), donate=(0,))
-  p_load = pmap(load_on_device, (0, 0, 0, None, None, None, None), donate=(1,))
-  p_advance = pmap(advance_on_device, (0, 0, None), donate=(1,))
-  p_read = pmap(read_on_device, (0, 0, None))
+  p_load = pmap(load_on_device, (0, 0, None, None, None, None), donate=(0,))
+  p_advance = pmap(advance_on_device, (0, None), donate=(0,))
+  p_read = pmap(read_on_device, (0, None))
   p_put = pmap(lambda x: x, 0)
+
+  def share(lanes, device, observation):
+    return p_share(lanes, device_numbers == device, _without_victim(observation))
 
   def place(lanes, device, slot, observation):
     new = Slots(observation.gradient, observation.labels)
@@ -223,17 +243,18 @@ def create_program(
 
   def load(lanes, device, lane, slot, key, given):
     here = device_numbers == device
-    return p_load(shared, lanes, here, np.int32(lane), np.int32(slot), key, given)
+    return p_load(lanes, here, np.int32(lane), np.int32(slot), key, given)
 
   def advance(lanes, steps):
-    lanes, gauge = p_advance(shared, lanes, np.int32(steps))
+    lanes, gauge = p_advance(lanes, np.int32(steps))
     return lanes, jax.device_get(gauge)
 
   def read(lanes, device, lane):
-    return jax.tree.map(lambda x: x[device], jax.device_get(p_read(shared, lanes, lane)))
+    return jax.tree.map(lambda x: x[device], jax.device_get(p_read(lanes, lane)))
 
   return LaneProgram(
     empty=lambda: p_empty(device_numbers),
+    share=share,
     place=place,
     load=load,
     advance=advance,
@@ -244,6 +265,10 @@ def create_program(
     shape=(num_devices, lanes_per_device),
     num_slots=num_slots,
   )
+
+
+def _without_victim(observation: Observation) -> Observation:
+  return dataclasses.replace(observation, gradient=None, labels=None)
 
 
 def _shapes(tree):

@@ -30,6 +30,7 @@ __all__ = [
   "DropoutModel",
   "Site",
   "batch_axes",
+  "check_rate",
   "create",
   "drop",
   "expected_masks",

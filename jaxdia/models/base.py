@@ -1,7 +1,7 @@
 """A dropout model is a tuple of pure functions with the masks as an argument."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,11 +16,12 @@ class Site(NamedTuple):
 
   Attributes:
     name: where it is, such as "block_0/hidden_dropout"; its key in the masks.
-    rate: the probability of an entry to be dropped, in (0, 1).
+    rate: the probability of an entry to be dropped, in (0, 1); f[] inside a program that
+      serves several rates.
   """
 
   name: str
-  rate: float
+  rate: float | jax.Array
 
 
 class DenseLayer(NamedTuple):
@@ -97,6 +98,9 @@ class DropoutModel(NamedTuple):
       adds to the outputs of each call of the layers in `taps` the array that is
       there, f[rows, outputs], and returns the inputs f[rows, inputs] of the same
       calls; None where `dense` is.
+    at_rates: `at_rates({site name: rate}) -> DropoutModel`, the same network with other
+      rates, which may be traced: one compiled program then serves them all. Models of one
+      network share it; None if there is no such function.
   """
 
   init: Callable[[Key], Params]
@@ -109,9 +113,15 @@ class DropoutModel(NamedTuple):
   dense: Callable[[int], tuple[DenseLayer, ...]] | None = None
   convolutions: tuple[Convolution, ...] = ()
   apply_tapped: Callable[[Params, Masks, Images, Taps], tuple[Logits, Taps]] | None = None
+  at_rates: Callable[[Mapping[str, float | jax.Array]], "DropoutModel"] | None = None
+
+  @property
+  def rates(self) -> dict[str, float | jax.Array]:
+    """Returns {site name: rate}."""
+    return {site.name: site.rate for site in self.sites}
 
 
-def drop(inputs: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
+def drop(inputs: jax.Array, mask: jax.Array, rate: float | jax.Array) -> jax.Array:
   """Applies one dropout mask: the only place that scales by 1 / (1 - rate).
 
   Args:

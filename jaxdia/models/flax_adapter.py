@@ -26,6 +26,7 @@ from jaxdia.models.base import (
   Site,
   Taps,
   check_image_shape,
+  check_rate,
   drop,
 )
 from jaxdia.models.flax_interception import ignore_sites, interceptor
@@ -153,7 +154,7 @@ def from_flax(
       for path, calls in discover(batch_size).dense.items()
     )
 
-  def drop_with(masks, images):
+  def drop_with(rates, masks, images):
     if set(masks) != set(sites):
       raise InputError(
         f"masks have the sites {sorted(masks)}; {name} has {sorted(sites)}. Take them from"
@@ -161,19 +162,22 @@ def from_flax(
       )
 
     def drop_at(name, rate, shape, inputs):
+      del rate  # that of the module, in whose place `rates` may have another
       if masks[name].shape != shape:
         raise InputError(
           f"the mask of site {name!r} has shape {masks[name].shape}; expected {shape} for"
           f" {images.shape[0]} images."
         )
-      return drop(inputs, masks[name].astype(inputs.dtype), rate)
+      return drop(inputs, masks[name].astype(inputs.dtype), rates[name])
 
     return drop_at
 
-  def apply(params: Params, masks: Masks, images: Images) -> Logits:
-    return call(params, images, drop_with(masks, images))
+  def apply(rates, params: Params, masks: Masks, images: Images) -> Logits:
+    return call(params, images, drop_with(rates, masks, images))
 
-  def apply_tapped(params: Params, masks: Masks, images: Images, taps: Taps) -> tuple[Logits, Taps]:
+  def apply_tapped(
+    rates, params: Params, masks: Masks, images: Images, taps: Taps
+  ) -> tuple[Logits, Taps]:
     tapped_inputs = {path: [] for path in taps}
 
     def tap(layer, inputs, outputs, nested):
@@ -186,21 +190,33 @@ def from_flax(
       tapped_inputs[path].append(inputs.reshape(rows, -1))
       return outputs + taps[path][number].reshape(outputs.shape)
 
-    logits = call(params, images, drop_with(masks, images), tap)
+    logits = call(params, images, drop_with(rates, masks, images), tap)
     return logits, {path: tuple(inputs) for path, inputs in tapped_inputs.items()}
 
-  return DropoutModel(
-    init=init,
-    apply=apply,
-    mask_shapes=mask_shapes,
-    sites=tuple(Site(name, rate) for name, (rate, _) in sites.items()),
-    image_shape=image_shape,
-    num_classes=logits.shape[1],
-    classifier=classifier,
-    dense=dense,
-    convolutions=discover(1).convolutions,
-    apply_tapped=apply_tapped,
-  )
+  def at_rates(rates: Mapping[str, float | jax.Array]) -> DropoutModel:
+    if set(rates) != set(sites):
+      raise InputError(
+        f"rates are given for the sites {sorted(rates)}; {name} has {sorted(sites)}. Dropout of"
+        " rate 0 is no site: create the network anew to add or remove some."
+      )
+    for site, rate in rates.items():
+      if not isinstance(rate, jax.Array):
+        check_rate(rate, f"the rate of the site {site!r}")
+    return DropoutModel(
+      init=init,
+      apply=functools.partial(apply, rates),
+      mask_shapes=mask_shapes,
+      sites=tuple(Site(site, rates[site]) for site in sites),
+      image_shape=image_shape,
+      num_classes=logits.shape[1],
+      classifier=classifier,
+      dense=dense,
+      convolutions=discover(1).convolutions,
+      apply_tapped=functools.partial(apply_tapped, rates),
+      at_rates=at_rates,
+    )
+
+  return at_rates({name: rate for name, (rate, _) in sites.items()})
 
 
 def _discover(call, params_shape, images_shape) -> _Discovery:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
 from tqdm import tqdm
@@ -11,42 +11,32 @@ from jaxdia.engine import Progress
 
 # Where there is no terminal, a line is written about so often.
 _LINE_SECONDS = 10.0
+_STUDY_LINE_SECONDS = 60.0
 
 
 class ProgressReport:
   """Shows the progress of one attack."""
 
-  def __init__(
-    self,
-    name: str,
-    max_iterations: int,
-    stream: TextIO | None = None,
-    on_share: Callable[[float], None] | None = None,
-  ):
+  def __init__(self, name: str, max_iterations: int, stream: TextIO | None = None):
     """Starts a report.
 
     Args:
       name: what is run.
       max_iterations: of one trial; bounds the time that is left.
       stream: standard error if None.
-      on_share: called with the share of the work that is done, in place of showing anything.
     """
     self._name = name
-    self._on_share = on_share
     self._max_iterations = max_iterations
     self._stream = stream or sys.stderr
     self._last_line = -_LINE_SECONDS
     self._bar = None
-    if self._stream.isatty() and on_share is None:
+    if self._stream.isatty():
       bar = "{percentage:3.0f}%|{bar:20}| {desc}"
       self._bar = tqdm(total=1.0, desc=name, bar_format=bar, file=self._stream)
 
   def update(self, progress: Progress) -> None:
     """Shows the newest progress."""
-    share, left = self._estimate(progress)
-    if self._on_share is not None:
-      self._on_share(share)
-      return
+    share, left = _estimate(progress, self._max_iterations)
     text = (
       f"iteration {progress.iteration}, objective {progress.objective:.3g},"
       f" {progress.finished}/{progress.total} trials done, {duration(progress.run_seconds)}"
@@ -70,8 +60,6 @@ class ProgressReport:
     Args:
       text: one line.
     """
-    if self._on_share is not None:
-      return
     if self._bar is not None:
       self._bar.set_description_str(f"{self._name}: {text}")
     elif time.monotonic() - self._last_line >= _LINE_SECONDS:
@@ -83,21 +71,6 @@ class ProgressReport:
     if self._bar is not None:
       self._bar.close()
 
-  def _estimate(self, progress: Progress) -> tuple[float, str]:
-    """Returns the share of the work that is done and the time that is left, as text."""
-    if progress.finished == progress.total:
-      return 1.0, ""
-    # Trials that ended tell how long the others may take; a trial that outlasts them, and all
-    # trials until one has ended, may take the longest.
-    bound, expected = "at most", self._max_iterations
-    if progress.iteration < progress.mean_steps:
-      bound, expected = "about", progress.mean_steps
-    unfinished = progress.total - progress.finished
-    remaining = max(unfinished * expected - progress.running_steps, 1)
-    done = progress.finished * expected + progress.running_steps
-    seconds = progress.run_seconds * remaining / max(progress.steps, 1)
-    return done / (done + remaining), f"{bound} {duration(seconds)} left"
-
 
 class StudyProgress:
   """Shows the progress of a study: one bar, and the time that is left."""
@@ -106,7 +79,7 @@ class StudyProgress:
     """Starts the bar.
 
     Args:
-      names: of the cells.
+      names: of its steps.
       costs: what each takes, in any unit.
       stream: standard error if None.
     """
@@ -114,8 +87,8 @@ class StudyProgress:
     # A second each for what the costs leave out.
     self._costs = [cost + 1.0 for cost in costs]
     self._stream = stream or sys.stderr
-    self._began = time.monotonic()
-    self._done = 0.0  # cost of the cells that have ended
+    self._began = self._last_line = time.monotonic()
+    self._done = 0.0  # cost of the steps that have ended
     self._skipped = 0.0  # of those, without taking time now
     self._number = 0
     self._bar = None
@@ -124,20 +97,40 @@ class StudyProgress:
       self._bar = tqdm(total=1.0, bar_format=bar, file=self._stream)
 
   def start(self, number: int) -> None:
-    """Says which cell is run now."""
-    self._number, self._cell_began = number, time.monotonic()
-    self.update(0.0)
+    """Says which step is taken now."""
+    self._number, self._step_began = number, time.monotonic()
+    self._show(0.0, "")
 
-  def update(self, share: float) -> None:
-    """Shows the share of the running cell that is done."""
+  def update(self, progress: Progress, max_iterations: int) -> None:
+    """Shows how far the engine is in the running step.
+
+    Args:
+      progress: the newest.
+      max_iterations: of one trial.
+    """
+    share, _ = _estimate(progress, max_iterations)
+    self._show(share, f", {progress.finished}/{progress.total} trials done")
+
+  def note(self, text: str) -> None:
+    """Shows what is done in the running step.
+
+    Args:
+      text: one line.
+    """
+    self._show(0.0, f", {text}")
+
+  def _show(self, share: float, text: str) -> None:
+    done = self._done + share * self._costs[self._number]
+    text = f"{self._name(self._number)}{text}{self._left(done)}"
     if self._bar is not None:
-      done = self._done + share * self._costs[self._number]
       self._bar.n = done / sum(self._costs)
-      self._bar.set_description_str(f"{self._name(self._number)}{self._left(done)}")
+      self._bar.set_description_str(text)
+    elif time.monotonic() - self._last_line >= _STUDY_LINE_SECONDS:
+      self.say(f"{100 * done / sum(self._costs):.0f}% {text}")
 
   def finish(self, number: int) -> None:
-    """Notes that a cell has ended."""
-    seconds = time.monotonic() - self._cell_began
+    """Notes that a step has ended."""
+    seconds = time.monotonic() - self._step_began
     self._done += self._costs[number]
     if seconds < 0.05:  # it was finished before
       self._skipped += self._costs[number]
@@ -148,7 +141,7 @@ class StudyProgress:
       self._bar.refresh()
 
   def _name(self, number) -> str:
-    return f"cell {number + 1}/{len(self._names)} {self._names[number]}"
+    return f"{number + 1}/{len(self._names)} {self._names[number]}"
 
   def _left(self, done) -> str:
     """Returns the time that is left as the end of a sentence, as soon as it can be told."""
@@ -160,6 +153,7 @@ class StudyProgress:
 
   def say(self, text: str) -> None:
     """Shows a line that stays."""
+    self._last_line = time.monotonic()
     if self._bar is None:
       print(text, file=self._stream, flush=True)
     else:
@@ -169,6 +163,22 @@ class StudyProgress:
     """Ends the bar."""
     if self._bar is not None:
       self._bar.close()
+
+
+def _estimate(progress: Progress, max_iterations: int) -> tuple[float, str]:
+  """Returns the share of the work that is done and the time that is left, as text."""
+  if progress.finished == progress.total:
+    return 1.0, ""
+  # Trials that ended tell how long the others may take; a trial that outlasts them, and all
+  # trials until one has ended, may take the longest.
+  bound, expected = "at most", max_iterations
+  if progress.iteration < progress.mean_steps:
+    bound, expected = "about", progress.mean_steps
+  unfinished = progress.total - progress.finished
+  remaining = max(unfinished * expected - progress.running_steps, 1)
+  done = progress.finished * expected + progress.running_steps
+  seconds = progress.run_seconds * remaining / max(progress.steps, 1)
+  return done / (done + remaining), f"{bound} {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

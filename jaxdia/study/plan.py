@@ -154,7 +154,7 @@ def _cell(number, base, overrides) -> Cell:
     return Cell(name, overrides, config, None, first_line(error))
 
 
-def estimate(cell: Cell) -> float:
+def estimate(cell: Cell, attack: str | None = None) -> float:
   """Returns about how many seconds a cell takes if no trial ends early.
 
   Counted are the operations of an iteration, at a share of the rate that this machine
@@ -162,19 +162,21 @@ def estimate(cell: Cell) -> float:
 
   Args:
     cell: of `plan`.
+    attack: one of its attacks; all together if None.
   """
   settings = cell.settings
   if settings is None:
     return 0.0
   d = settings.data
   trials = d.count // d.batch_size * d.mask_seeds * settings.restarts
-  searches = [a for a in settings.attacks.values() if a.closed_form != "only"]
+  attacks = settings.attacks.values() if attack is None else [settings.attacks[attack]]
+  searches = [a for a in attacks if a.closed_form != "only"]
   try:
     one = dataclasses.replace(d, count=1, mask_seeds=1)
     each, rate = _cost(json.dumps(settings.model), one) if searches else (0.0, 1.0)
   except InputError:  # the cell will say so when it is run
     return 0.0
-  return each * trials * sum(attack.max_iterations for attack in searches) / rate
+  return each * trials * sum(a.max_iterations for a in searches) / rate
 
 
 @functools.lru_cache

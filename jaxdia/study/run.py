@@ -1,18 +1,21 @@
-"""Runs a study, cell after cell."""
+"""Runs a study, group after group of cells."""
 
+import hashlib
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable
 
+import jax
 import ml_collections
 import pandas as pd
 
 from jaxdia import experiment, reporting
 from jaxdia.errors import InputError
+from jaxdia.experiment import Experiment, clients_key
 from jaxdia.files import first_line, write_atomically, write_json, write_json_lines
 from jaxdia.manifest import manifest
+from jaxdia.study.groups import Group, group
 from jaxdia.study.plan import Cell, estimate, plan
 from jaxdia.victims import load_victims
 from jaxdia.workdir import digest
@@ -49,29 +52,17 @@ def run(
     InputError: see `plan`; or the work directory cannot be used.
   """
   cells, workdir = plan(config), pathlib.Path(workdir)
+  groups = group(cells)
   study = _Study(config, cells, workdir)
-  costs = [estimate(cell) for cell in cells]
-  progress = reporting.StudyProgress([cell.name for cell in cells], costs)
+  costs = [sum(estimate(cells[n], one.attack) for n in one.cells) for one in groups]
+  progress = reporting.StudyProgress([one.describe() for one in groups], costs)
   try:
     for number, cell in enumerate(cells):
-      start = time.monotonic()
+      if cell.settings is None:
+        study.fail(number, InputError(cell.reason), progress.say)
+    for number, one in enumerate(groups):
       progress.start(number)
-      try:
-        if cell.settings is None:
-          raise InputError(cell.reason)
-        if not study.is_done(cell):
-          experiment.run(
-            cell.config,
-            study.folder(cell),
-            say=lambda text: None,
-            on_share=progress.update,
-          )
-          study.note(cell, "done", None, time.monotonic() - start)
-      except Exception as error:
-        # A study goes on without a cell that fails, whatever it is; the reason is kept and shown.
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        study.note(cell, "failed", kind + first_line(error), time.monotonic() - start)
-        progress.say(f"{cell.name} failed: {kind}{first_line(error)}")
+      study.run_group(one, progress)
       progress.finish(number)
   finally:
     progress.close()
@@ -83,11 +74,15 @@ def run(
 
 
 class _Study:
-  """The files of a study."""
+  """The files of a study, and those of its experiments that are open."""
 
   def __init__(self, config, cells, workdir):
     self._cells: list[Cell] = cells
     self._workdir: pathlib.Path = workdir
+    # By number of the cell: those that run, and what was read of those that are done.
+    self._open: dict[int, Experiment] = {}
+    self._read: dict[int, reporting.Cell] = {}
+    self._failed: set[int] = set()  # in this call
     definition = {
       "title": config.title,
       "question": config.question,
@@ -131,27 +126,100 @@ class _Study:
       )
     self._json = there
 
-  def folder(self, cell: Cell) -> pathlib.Path:
-    """Returns where the experiment of a cell is written."""
-    return self._workdir / "cells" / cell.name
+  def _folder(self, number) -> pathlib.Path:
+    return self._workdir / "cells" / self._cells[number].name
 
-  def _entry(self, cell):
-    return self._json["cells"][self._cells.index(cell)]
-
-  def is_done(self, cell: Cell) -> bool:
+  def _is_done(self, number) -> bool:
     """Returns whether a cell was finished before, with the images that there are now."""
-    if self._entry(cell)["status"] != "done":
+    settings = self._cells[number].settings
+    if self._json["cells"][number]["status"] != "done" or settings is None:
       return False
+    if number in self._read:
+      return True
     try:
-      config = reporting.read_experiment(self.folder(cell)).config
-      return config["data"].get("sha256") == digest(load_victims(cell.settings.data))
+      found = reporting.read_experiment(self._folder(number))
+      if found.config["data"].get("sha256") != digest(load_victims(settings.data)):
+        return False
     except InputError:
       return False  # its experiment goes on from what is left, or says what is wrong
+    self._read[number] = found
+    return True
 
-  def note(self, cell: Cell, status: str, reason: str | None, seconds: float) -> None:
+  def run_group(self, one: Group, progress: reporting.StudyProgress) -> None:
+    """Runs what is left of an attack in the cells that share its program."""
+    if all(number in self._failed or self._is_done(number) for number in one.cells):
+      return
+    settings = self._cells[one.cells[0]].settings
+    with jax.enable_x64(settings.precision == "float64"):
+      # Those that are done too, so that the lanes are the same as before an interruption.
+      for number in one.cells:
+        if number not in self._failed:
+          self._attempt(number, self._begin, progress.say)
+      numbers = [number for number in one.cells if number in self._open]
+      if not numbers:
+        return
+      errors = experiment.search(
+        one.attack,
+        [self._open[number] for number in numbers],
+        lanes=settings.engine.lanes,
+        checkpoint_path=self._checkpoint_path(one.attack, numbers),
+        on_progress=lambda p: progress.update(p, settings.attacks[one.attack].max_iterations),
+        note=progress.note,
+        say=progress.say,
+      )
+      for place, error in errors.items():
+        self.fail(numbers[place], error, progress.say)
+      for number in numbers:
+        if number in self._open and self._open[number].complete:
+          self._attempt(number, self._finish, progress.say)
+
+  def _checkpoint_path(self, attack, numbers) -> pathlib.Path:
+    """Returns a file of these cells alone; its trials are known by their place among them."""
+    names = [self._cells[number].name for number in numbers]
+    name = hashlib.sha256("\n".join([attack, *names]).encode()).hexdigest()[:16]
+    return self._workdir / "checkpoint" / f"{name}.npz"
+
+  def _attempt(self, number, function, say) -> None:
+    try:
+      function(number)
+    except Exception as error:
+      self.fail(number, error, say)
+
+  def _begin(self, number) -> None:
+    if number in self._open:
+      return
+    settings = self._cells[number].settings
+    key = clients_key(settings)
+    alike = (other for other in self._open.values() if clients_key(other.settings) == key)
+    opened = Experiment(settings, self._folder(number), next(alike, None))
+    opened.begin()
+    self._open[number] = opened
+
+  def _finish(self, number) -> None:
+    opened = self._open.pop(number)
+    if not self._is_done(number):
+      opened.finish(lambda text: None)
+      self._note(number, "done", None, opened.seconds)
+
+  def fail(self, number: int, error: Exception, say: Callable[[str], None]) -> None:
+    """Keeps why a cell failed; the study goes on without it, whatever it is.
+
+    Args:
+      number: of the cell.
+      error: that it raised.
+      say: called with what a person should read.
+    """
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    reason = kind + first_line(error)
+    opened = self._open.pop(number, None)
+    self._failed.add(number)
+    self._note(number, "failed", reason, opened.seconds if opened else 0.0)
+    say(f"{self._cells[number].name} failed: {reason}")
+
+  def _note(self, number, status, reason, seconds) -> None:
     """Keeps how a cell ended."""
-    before = self._entry(cell)["seconds"] or 0.0
-    self._entry(cell).update(status=status, reason=reason, seconds=round(before + seconds, 1))
+    self._json["cells"][number].update(status=status, reason=reason, seconds=round(seconds, 1))
+    self._read.pop(number, None)
     write_json(self._workdir / "study.json", self._json)
     self.write()
 
@@ -162,14 +230,10 @@ class _Study:
   def write(self) -> pd.DataFrame:
     """Writes the results of all cells, and returns a table of them."""
     rows, lines = [], []
-    for cell in self._cells:
-      if self._entry(cell)["status"] != "done":
-        continue
-      try:
-        found = reporting.read_experiment(self.folder(cell))
-      except InputError:
-        continue  # it is run again when its turn comes
-      more = {"cell": cell.name} | cell.overrides
+    for number, cell in enumerate(self._cells):
+      if not self._is_done(number):
+        continue  # or it is run again when its turn comes
+      found, more = self._read[number], {"cell": cell.name} | cell.overrides
       rows += [row | more for row in found.rows]
       lines += [
         reporting.line(more | {"attack": name}, summary) for name, summary in found.summary.items()

@@ -1,0 +1,114 @@
+"""Which cells of a study share a compiled program, so that their trials fill the lanes together."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import psutil
+
+from jaxdia.config import DataSettings, ExperimentSettings
+from jaxdia.errors import InputError
+from jaxdia.experiment import clients_key
+from jaxdia.study.plan import Cell
+from jaxdia.victims import create_model, load_victims
+
+# Of the memory, the share that the gradients of all clients of a group may take.
+_MEMORY_SHARE = 0.25
+
+
+class Group(NamedTuple):
+  """An attack in the cells in which one program runs it.
+
+  Attributes:
+    attack: its name.
+    cells: their numbers.
+  """
+
+  attack: str
+  cells: tuple[int, ...]
+
+  def describe(self) -> str:
+    """Returns the group in a few words."""
+    count = len(self.cells)
+    return f"{self.attack} in {count} cell{'s' if count > 1 else ''}"
+
+
+def group(cells: Sequence[Cell]) -> list[Group]:
+  """Returns the groups of a study, in the order in which they are run.
+
+  Cells are apart in which the attack needs another program: another network, other shapes, rate 0
+  (which has no masks), or other settings than `AttackSettings` has as leaves. So are cells
+  whose gradients would not fit into the memory together.
+
+  Args:
+    cells: of the study; those that cannot be run are in no group.
+  """
+  found: dict[str, list[list[int]]] = {}  # by program
+  names: dict[str, str] = {}
+  for number, cell in enumerate(cells):
+    for name in cell.settings.attacks if cell.settings else ():
+      program = _program(number, cell.settings, name)
+      names[program] = name
+      parts = found.setdefault(program, [[]])
+      if not _fit([cells[n] for n in (*parts[-1], number)]):
+        parts.append([])
+      parts[-1].append(number)
+  groups = [
+    Group(names[program], tuple(part)) for program, parts in found.items() for part in parts if part
+  ]
+  # Cell after cell, so that few need to be open at a time; the attacks of one in their order.
+  return sorted(groups, key=lambda g: g.cells[0])
+
+
+def _program(number: int, settings: ExperimentSettings, name: str) -> str:
+  """Returns what attacks of one program have in common."""
+  attack, model = settings.attacks[name], dict(settings.model)
+  rate = model.pop("dropout_rate")
+  form = _form(settings.data)
+  alone = form is None or attack.closed_form == "only"  # nothing that runs in lanes
+  return repr(
+    (
+      *(name, jax.tree.structure(attack), number if alone else form),
+      *(json.dumps(model, sort_keys=True), rate == 0),
+      *(settings.data.batch_size, settings.precision, dataclasses.astuple(settings.engine)),
+    )
+  )
+
+
+@functools.lru_cache
+def _form(data: DataSettings) -> tuple | None:
+  """Returns the shape of images and the number of classes; None if they cannot be loaded."""
+  try:
+    victims = load_victims(data)
+  except InputError:  # the cell will say so when it is run
+    return None
+  return victims.images.shape[1:], victims.num_classes
+
+
+def _fit(cells: Sequence[Cell]) -> bool:
+  """Returns whether the gradients of cells fit into the memory together, or there is but one."""
+  sizes = {clients_key(cell.settings): _gradient_bytes(cell.settings) for cell in cells}
+  most = _MEMORY_SHARE * psutil.virtual_memory().total
+  return len(sizes) == 1 or sum(sizes.values()) <= most
+
+
+def _gradient_bytes(settings: ExperimentSettings) -> int:
+  d = settings.data
+  one = dataclasses.replace(d, count=d.batch_size, mask_seeds=1)
+  count = d.count // d.batch_size * d.mask_seeds
+  width = 8 if settings.precision == "float64" else 4
+  return width * count * _entries(json.dumps(settings.model, sort_keys=True), one)
+
+
+@functools.lru_cache
+def _entries(model_json: str, data: DataSettings) -> int:
+  """Returns the number of entries of a gradient; 0 if there is none."""
+  try:
+    model = create_model(json.loads(model_json), load_victims(data))
+  except InputError:
+    return 0
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

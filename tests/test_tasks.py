@@ -1,0 +1,211 @@
+"""Attacks that share a compiled program fill the lanes together."""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_victims
+
+from jaxdia import attacks, engine, models
+from jaxdia.client import observe
+from jaxdia.errors import InputError
+
+DEVICES = jax.local_devices()[:2]
+
+
+@contextlib.contextmanager
+def compilations():
+  """Collects what is compiled inside."""
+  compiled = []
+
+  def listen(name, seconds, **kwargs):
+    if name == "/jax/core/compile/backend_compile_duration":
+      compiled.append(kwargs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield compiled
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _task(attack, victims, seed=7, **fields):
+  masks = [s.masks for s in victims[2]] if attack.settings.masks == "known" else None
+  return engine.Task(jax.random.key(seed), attack, victims[1], masks=masks, **fields)
+
+
+def _alone(task, **options):
+  return {trial.job[:2]: trial for trial in engine.run([task], devices=DEVICES, **options)}
+
+
+def _together(tasks, **options):
+  trials = list(engine.run(tasks, devices=DEVICES, **options))
+  found = [{} for _ in tasks]
+  for trial in trials:
+    found[trial.job.task][trial.job[:2]] = trial
+  assert sum(map(len, found)) == len(trials)
+  return found
+
+
+def _assert_equal(found, expected):
+  assert set(found) == set(expected)
+  for job, trial in expected.items():
+    assert found[job].iterations == trial.iterations and found[job].status == trial.status
+    np.testing.assert_allclose(found[job].objective, trial.objective, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+      found[job].candidate.images, trial.candidate.images, rtol=1e-2, atol=1e-2
+    )
+
+
+def test_tasks_of_other_numbers_rates_and_weights_end_as_each_does_alone(model):
+  """A narrow MLP at two rates and two draws of its weights, attacked with other settings."""
+  steep = model.at_rates({site.name: 0.6 for site in model.sites})
+  victims = [make_victims(model, 3), make_victims(steep, 2), make_victims(model, 2, seed=1)]
+  tasks = [
+    _task(attacks.dia(model, max_iterations=40), victims[0]),
+    _task(attacks.dia(model, max_iterations=40, learning_rate=0.02, patience=9), victims[0], 8),
+    _task(attacks.dia(steep, max_iterations=40, mask_weight=0.1, tv_weight=0), victims[1]),
+    _task(attacks.dia(model, max_iterations=40, plateau_patience=3), victims[2], restarts=2),
+  ]
+  found = _together(tasks, lanes=2)
+  for task, trials in zip(tasks, found, strict=True):
+    _assert_equal(trials, _alone(task, lanes=2))
+
+
+def test_one_program_is_compiled_for_all_of_them(model):
+  steep = model.at_rates({site.name: 0.6 for site in model.sites})
+  shallow = model.at_rates({"dropout_0": 0.1, "dropout_1": 0.2})
+  victims = [make_victims(m, 2, seed=i) for i, m in enumerate((model, steep, shallow))]
+  with compilations() as one:
+    list(engine.run([_task(attacks.wiig(model, max_iterations=7), victims[0])], lanes=2))
+  weights = enumerate((0.0, 1e-3, 1e-5))
+  tasks = [
+    _task(attacks.wiig(m, max_iterations=7, tv_weight=w), victims[i])
+    for (i, w), m in zip(weights, (model, steep, shallow), strict=True)
+  ]
+  with compilations() as three:
+    assert [len(found) for found in _together(tasks, lanes=2)] == [2, 2, 2]
+  assert 0 < len(three) <= len(one)
+
+
+def test_lanes_are_filled_by_several_tasks(model):
+  """Two tasks of two trials each on four lanes: all run from the first chunk on."""
+  victims = make_victims(model, 2)
+  tasks = [
+    _task(attacks.dia(model, max_iterations=12), victims),
+    _task(attacks.dia(model, max_iterations=12, learning_rate=0.01), victims),
+  ]
+  reports = []
+  _together(tasks, lanes=2, chunk=4, on_progress=reports.append)
+  assert [report.running_steps for report in reports] == [16, 32, 0]
+  np.testing.assert_allclose(sum(reports[-1].task_seconds), reports[-1].run_seconds)
+  assert min(reports[-1].task_seconds) > 0
+
+
+def test_tasks_that_attack_the_same_victims_share_their_slots(model, monkeypatch):
+  created = []
+  create = engine.lanes.create_program
+
+  def spy(attack, observation, given, lanes, slots, *rest):
+    created.append(slots)
+    return create(attack, observation, given, lanes, slots, *rest)
+
+  monkeypatch.setattr("jaxdia.engine.loop.create_program", spy)
+  victims = make_victims(model, 1)
+  tasks = [_task(attacks.dia(model, max_iterations=3, mask_weight=w), victims) for w in (0, 1, 2)]
+  _together(tasks, lanes=3)
+  assert created == [1]
+
+
+def test_an_interrupted_run_of_tasks_ends_like_one_left_alone(model, tmp_path):
+  victims = [make_victims(model, 2), make_victims(model, 2, seed=1)]
+  path = tmp_path / "checkpoint.npz"
+
+  def tasks(done):
+    return [
+      _task(
+        attacks.dia(model, max_iterations=60, learning_rate=0.1 / (1 + number)),
+        victims[number],
+        finished=[job[:2] for job in done if job.task == number],
+      )
+      for number in range(2)
+    ]
+
+  alone = {trial.job: trial for trial in engine.run(tasks([]), devices=DEVICES[:1], lanes=2)}
+  done = {}
+  for _ in range(9):  # interrupted after each trial but the last
+    options = {"chunk": 7, "checkpoint_path": path, "checkpoint_seconds": 0.0}
+    trials = engine.run(tasks(done), devices=DEVICES[:1], lanes=2, **options)
+    trial = next(trials, None)
+    trials.close()
+    if trial is None:
+      break
+    done[trial.job] = trial
+  assert set(done) == set(alone) and len(alone) == 4
+  for job, trial in alone.items():
+    assert done[job].iterations == trial.iterations
+    np.testing.assert_array_equal(done[job].candidate.images, trial.candidate.images)
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    {"masks": "known"},
+    {"labels": "recovered"},
+    {"distance": "squared_l2"},
+    {"optimizer": "adam"},
+    {"schedule": "constant"},
+    {"max_iterations": 21},
+    {"plateau_factor": 0.2},
+    {"round_masks_after": 3},
+  ],
+)
+def test_what_is_another_program_is_refused(model, other):
+  victims = make_victims(model, 1)
+  tasks = [_task(attacks.dia(model, **{"max_iterations": 20} | o), victims) for o in ({}, other)]
+  with pytest.raises(InputError, match="task 1 needs another program"):
+    list(engine.run(tasks))
+
+
+def test_another_network_is_another_program(model):
+  twin = models.create("mlp", (6, 6, 1), 4, 0.4, hidden_sizes=(24, 24))
+  victims = make_victims(model, 1)
+  with pytest.raises(InputError, match="task 1 needs another program"):
+    list(engine.run([_task(attacks.dia(m), victims) for m in (model, twin)]))
+
+
+def test_observations_of_other_forms_are_refused(model):
+  victims = make_victims(model, 2)
+  larger = dataclasses.replace(victims[1][1], batch_size=2)
+  without = dataclasses.replace(victims[1][1], labels=None)
+  for other in (larger, without):
+    task = engine.Task(jax.random.key(0), attacks.dia(model), [victims[1][0], other])
+    with pytest.raises(InputError, match="observation 1 of task 0 has another batch size"):
+      list(engine.run([task]))
+
+
+def test_nothing_to_attack_is_refused(model):
+  task = engine.Task(jax.random.key(0), attacks.dia(model), [])
+  with pytest.raises(InputError, match="0 observations and 1 restarts"):
+    list(engine.run([task]))
+  with pytest.raises(InputError, match="no tasks"):
+    list(engine.run([]))
+
+
+def test_a_network_at_other_rates_is_that_of_a_module_with_them():
+  built = models.create("lenet", (12, 12, 1), 4, 0.3)
+  moved = models.create("lenet", (12, 12, 1), 4, 0.6).at_rates(built.rates)
+  params = built.init(jax.random.key(0))
+  images = jax.random.normal(jax.random.key(1), (2, 12, 12, 1))
+  for key in range(3):
+    results = [
+      observe(jax.random.key(key), m, params, images, np.array([0, 3])) for m in (built, moved)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *(secret for _, secret in results))
+    jax.tree.map(np.testing.assert_array_equal, *(seen.gradient for seen, _ in results))
+  with pytest.raises(InputError, match="rate of the site 'dropout_0' is 1.0"):
+    built.at_rates(built.rates | {"dropout_0": 1.0})
+  with pytest.raises(InputError, match="rates are given for the sites"):
+    built.at_rates({"dropout_0": 0.5})
