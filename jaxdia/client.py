@@ -166,7 +166,7 @@ def observe(
   masks = sample_masks(key, model, images.shape[0], dtype)
   observation = Observation(
     params=params,
-    gradient=_jitted_gradient(model, params, masks, images, labels),
+    gradient=_compiled_gradient(model, params, masks, images, labels),
     labels=labels if reveal_labels else None,
     mean=jnp.asarray(statistics.mean, dtype),
     std=jnp.asarray(statistics.std, dtype),
@@ -175,7 +175,19 @@ def observe(
   return observation, Secret(images, labels, masks)
 
 
-_jitted_gradient = jax.jit(client_gradient, static_argnums=0)
+def _compiled_gradient(model, *arguments) -> Gradient:
+  if model.at_rates is None:
+    return _gradient(model, *arguments)
+  return _gradient_at_rates(model.at_rates, model.rates, *arguments)
+
+
+_gradient = jax.jit(client_gradient, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient_at_rates(at_rates, rates, *arguments) -> Gradient:
+  """Compiled once for all rates of a network."""
+  return client_gradient(at_rates(rates), *arguments)
 
 
 def _check_batch(model, images, labels):

@@ -59,15 +59,16 @@ def test_a_study_killed_at_three_moments_ends_with_the_table_of_one_left_alone(t
   result = _launch(config, f"--workdir={alone}")
   assert result.returncode == 0, result.stderr
   assert "2/2 dia in 2 cells ended after" in result.stderr and "left" in result.stderr
-  rng, kills = random.Random(time.time_ns()), 0
-  for cell in sorted(rng.sample(range(4), 3)):  # some time after the first trace of a cell
+  kills = 0
+  # Some time after the first trace of a cell, of a checkpoint, and of a finished trial.
+  for trace in ("cells/000*/config.json", "checkpoint/*.npz", "cells/003*/trials/*/*.npz"):
     process = _launch(config, f"--workdir={killed}", popen=True)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-      if any(killed.glob(f"cells/{cell:03d}*/config.json")):
+      if any(killed.glob(trace)):
         break
       time.sleep(0.01)
-    time.sleep(rng.uniform(0, 1))
+    time.sleep(random.uniform(0, 1))
     if process.poll() is None:
       process.send_signal(signal.SIGKILL)
       kills += 1

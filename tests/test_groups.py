@@ -1,0 +1,204 @@
+"""Cells of a study that share a compiled program and fill the lanes together."""
+
+import json
+import sys
+
+import numpy as np
+import psutil
+import pytest
+from test_tasks import compilations
+
+from jaxdia import engine, experiment, study
+from jaxdia.config import config_for
+from jaxdia.study.groups import Group, group
+
+RATES_AND_WEIGHTS = [
+  ("model.dropout_rate", (0.3, 0.6)),
+  ("attack.mask_weight", (0.0, 1e-4, 1e-2)),
+]
+
+
+def _base(**attack):
+  base = config_for("mlp", "mnist", hidden_sizes=(32, 32))
+  base.data.count, base.engine.lanes = 2, 2
+  base.attack.max_iterations = 30
+  base.attack.update(attack)
+  return base
+
+
+def _study(*, base=None, **fields):
+  return study.study_config("T", "Q?", base or _base(), **fields)
+
+
+def _silent(text):
+  del text
+
+
+def _rows(workdir):
+  rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def _groups(config):
+  return group(study.plan(config))
+
+
+def test_cells_that_differ_in_numbers_rates_seeds_and_images_are_one_group():
+  grid = [
+    ("model.dropout_rate", (0.1, 0.75)),
+    ("attack.learning_rate", (0.1, 0.01)),
+    ("seed", (0, 1)),
+    ("data.source", ("samples:mnist", "samples:fashion_mnist")),
+    ("data.mask_seeds", (1, 2)),
+    ("attack.restarts", (1, 3)),
+  ]
+  (one,) = _groups(_study(grid=grid))
+  assert one == Group("dia", tuple(range(64))) and one.describe() == "dia in 64 cells"
+
+
+@pytest.mark.parametrize(
+  ("field", "values"),
+  [
+    ("model.dropout_rate", (0.0, 0.5)),
+    ("model.hidden_sizes", ((16,), (16, 16))),
+    ("data.batch_size", (1, 2)),
+    ("data.source", ("samples:mnist", "samples:cifar10")),
+    ("attack.max_iterations", (5, 6)),
+    ("attack.labels", ("given", "free")),
+    ("attack.round_masks_after", (None, 3)),
+    ("precision", ("float32", "float64")),
+    ("engine.matching", ("formed", "auto")),
+  ],
+)
+def test_cells_of_other_programs_are_apart(field, values):
+  assert _groups(_study(grid=[(field, values)])) == [Group("dia", (0,)), Group("dia", (1,))]
+
+
+def test_each_attack_is_a_group_and_closed_forms_are_alone():
+  base = _base(name="ig,wiig,closed_form")
+  config = _study(base=base, grid=[("model.dropout_rate", (0.2, 0.4, "high"))])
+  assert _groups(config) == [
+    Group("ig", (0, 1)),
+    Group("wiig", (0, 1)),
+    Group("closed_form", (0,)),
+    Group("closed_form", (1,)),
+  ]
+
+
+def test_gradients_that_do_not_fit_into_the_memory_together_are_apart(monkeypatch):
+  base = _base(name="ig,dia")
+  config = _study(base=base, grid=[("model.dropout_rate", (0.2, 0.4, 0.6))])
+  assert len(_groups(config)) == 2
+  entries = 784 * 32 + 32 + 32 * 32 + 32 + 32 * 10 + 10
+  total = 4 * (2 * entries * 4) * 2  # a quarter of it holds two gradients for two cells
+  memory = psutil.virtual_memory()
+  monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=total))
+  assert _groups(config) == [
+    *(Group("ig", (0, 1)), Group("dia", (0, 1))),
+    *(Group("ig", (2,)), Group("dia", (2,))),
+  ]
+  # Cells with the same clients need their gradients once.
+  config = _study(grid=[("attack.mask_weight", tuple(range(9)))])
+  assert _groups(config) == [Group("dia", tuple(range(9)))]
+
+
+def test_six_cells_are_compiled_as_one(tmp_path):
+  study.run(_study(), tmp_path / "first", say=_silent)  # what is compiled once a process
+  with compilations() as one:
+    study.run(_study(), tmp_path / "one", say=_silent)
+  with compilations() as six:
+    study.run(_study(grid=RATES_AND_WEIGHTS), tmp_path / "six", say=_silent)
+  assert len(_rows(tmp_path / "six")) == 12
+  assert 0 < len(six) == len(one)
+
+
+def test_cells_fill_the_lanes_together_and_end_as_each_does_alone(tmp_path, monkeypatch):
+  reports = []
+  run = engine.run
+
+  def spy(tasks, *, on_progress, **options):
+    def report(progress):
+      reports.append((len(tasks), progress.total))
+      on_progress(progress)
+
+    return run(tasks, on_progress=report, **options)
+
+  monkeypatch.setattr(engine, "run", spy)
+  config = _study(grid=[*RATES_AND_WEIGHTS, ("seed", (0, 5))])
+  assert study.run(config, tmp_path / "study", say=_silent) == {}
+  assert set(reports) == {(12, 24)}
+  monkeypatch.undo()
+  cells = study.plan(config)
+  rows = _rows(tmp_path / "study")
+  for cell in (cells[0], cells[5], cells[10]):
+    experiment.run(cell.config, tmp_path / cell.name, say=_silent)
+    alone = _rows(tmp_path / cell.name)
+    together = [row for row in rows if row["cell"] == cell.name]
+    assert len(alone) == len(together) == 2
+    for a, b in zip(alone, together, strict=True):
+      assert a["iterations"] == b["iterations"] and a["dropout_rate"] == b["dropout_rate"]
+      for name in ("mse_normalized", "objective", "mask_accuracy"):
+        np.testing.assert_allclose(a[name], b[name], rtol=0.02)
+    times = json.loads((tmp_path / "study" / "cells" / cell.name / "summary.json").read_text())
+    assert times["dia"]["run_seconds"] > 0 and times["dia"]["compile_seconds"] > 0
+
+
+def test_a_cell_that_fails_does_not_take_those_with_it_that_share_its_lanes(tmp_path, monkeypatch):
+  """One at its start, because its folder is another's; and one when it is scored."""
+  config = _study(grid=[("attack.tv_weight", (0.0, 1e-6, 1e-5, 1e-4))])
+  cells = study.plan(config)
+  folder = tmp_path / "cells" / cells[1].name
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text('{"seed": 77}')
+  scoring = sys.modules["jaxdia.experiment.experiment"]
+  score = scoring.score
+
+  def fail(settings, *arguments):
+    if settings.attacks["dia"].tv_weight == 1e-5:
+      raise ValueError("too ugly\nto look at")
+    return score(settings, *arguments)
+
+  monkeypatch.setattr(scoring, "score", fail)
+  failures = study.run(config, tmp_path, say=_silent)
+  assert set(failures) == {cells[1].name, cells[2].name}
+  assert "another experiment" in failures[cells[1].name]
+  assert failures[cells[2].name] == "ValueError: too ugly"
+  assert {row["cell"] for row in _rows(tmp_path)} == {cells[0].name, cells[3].name}
+  # Once the reasons are gone, the same call ends the study, and repeats nothing.
+  monkeypatch.undo()
+  (folder / "config.json").unlink()
+  done = tmp_path / "cells" / cells[0].name / "summary.json"
+  before = done.stat().st_mtime_ns
+  assert study.run(config, tmp_path, say=_silent) == {}
+  assert len(_rows(tmp_path)) == 8 and done.stat().st_mtime_ns == before
+
+
+def test_a_group_that_is_interrupted_again_and_again_ends_like_one_left_alone(
+  tmp_path, monkeypatch
+):
+  def interrupted(tasks, *, on_progress, **options):
+    turns = iter(range(2))
+
+    def report(progress):
+      on_progress(progress)
+      if next(turns, None) is None:
+        raise KeyboardInterrupt
+
+    return run(tasks, on_progress=report, **options)
+
+  base = _base(name="ig,dia")
+  base.engine.chunk, base.engine.checkpoint_seconds = 5, 0
+  config = _study(base=base, grid=RATES_AND_WEIGHTS)
+  study.run(config, tmp_path / "alone", say=_silent)
+  run, calls = engine.run, 0
+  monkeypatch.setattr(engine, "run", interrupted)
+  while True:
+    calls += 1
+    try:
+      study.run(config, tmp_path / "killed", say=_silent)
+      break
+    except KeyboardInterrupt:
+      assert calls < 50
+  assert calls > 3
+  assert _rows(tmp_path / "killed") == _rows(tmp_path / "alone")
+  assert not list((tmp_path / "killed" / "checkpoint").glob("*"))
