@@ -44,6 +44,16 @@ def test_precision_measures_both_kinds_of_products(tmp_path):
   assert exact["median MSE"] != rounded["median MSE"]
 
 
+@pytest.mark.slow
+def test_a_study_is_timed_against_its_cells(tmp_path):
+  out = tmp_path / "rows.json"
+  arguments = ["--vary=seed=0:1,model.dropout_rate=0.0:0.5", "--count=1", "--max_iterations=5"]
+  assert _run("study", *arguments, f"--out={out}").returncode == 0
+  seeds, rates = json.loads(out.read_text())["rows"]
+  assert (seeds["groups"], rates["groups"]) == (1, 2) and seeds["cells"] == rates["cells"] == 2
+  assert min(seeds["study s"], rates["alone s"]) > 0
+
+
 def test_a_missing_checkout_is_named(tmp_path):
   result = _run("versus_reference", f"--reference={tmp_path}")
   assert result.returncode == 2

@@ -30,10 +30,14 @@ class Group(NamedTuple):
   attack: str
   cells: tuple[int, ...]
 
-  def describe(self) -> str:
-    """Returns the group in a few words."""
+  def describe(self, cells: Sequence[Cell]) -> str:
+    """Returns the group in a few words.
+
+    Args:
+      cells: of the study.
+    """
     count = len(self.cells)
-    return f"{self.attack} in {count} cell{'s' if count > 1 else ''}"
+    return f"{self.attack} in {f'{count} cells' if count > 1 else cells[self.cells[0]].name}"
 
 
 def group(cells: Sequence[Cell]) -> list[Group]:

@@ -1,32 +1,17 @@
-"""What a study asks: a grid of experiments, each a cell, and what they may cost."""
+"""What a study asks: a grid of experiments, each a cell."""
 
-import dataclasses
-import functools
 import itertools
 import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import pandas as pd
 
-from jaxdia import reporting
-from jaxdia.attacks import PRESETS, create_attack
-from jaxdia.client import Observation
-from jaxdia.config import DataSettings, ExperimentSettings, validate
-from jaxdia.engine import matrix_product_rate
+from jaxdia.config import ExperimentSettings, validate
 from jaxdia.errors import InputError
 from jaxdia.files import first_line
-from jaxdia.victims import create_model, load_victims
-
-# Of the rate of a large matrix product, what an iteration of an attack reaches, with convolutions
-# and without (README, "How fast it is").
-_EFFICIENCY = {True: 0.05, False: 0.25}
-_product_rate = functools.cache(matrix_product_rate)  # measured once
 
 # ((field, value), ...): fields of the config that a cell sets, such as ("model.dropout_rate", 0.5)
 Overrides = tuple[tuple[str, Any], ...]
@@ -152,78 +137,3 @@ def _cell(number, base, overrides) -> Cell:
       for field, value in overrides.items()
     }
     return Cell(name, overrides, config, None, first_line(error))
-
-
-def estimate(cell: Cell, attack: str | None = None) -> float:
-  """Returns about how many seconds a cell takes if no trial ends early.
-
-  Counted are the operations of an iteration, at a share of the rate that this machine
-  reaches in a matrix product. Compilation and closed forms come on top.
-
-  Args:
-    cell: of `plan`.
-    attack: one of its attacks; all together if None.
-  """
-  settings = cell.settings
-  if settings is None:
-    return 0.0
-  d = settings.data
-  trials = d.count // d.batch_size * d.mask_seeds * settings.restarts
-  attacks = settings.attacks.values() if attack is None else [settings.attacks[attack]]
-  searches = [a for a in attacks if a.closed_form != "only"]
-  try:
-    one = dataclasses.replace(d, count=1, mask_seeds=1)
-    each, rate = _cost(json.dumps(settings.model), one) if searches else (0.0, 1.0)
-  except InputError:  # the cell will say so when it is run
-    return 0.0
-  return each * trials * sum(a.max_iterations for a in searches) / rate
-
-
-@functools.lru_cache
-def _cost(model_json: str, data: DataSettings) -> tuple[float, float]:
-  """Returns operations of an iteration of DIA, counted without compiling, and those a second."""
-  model = create_model(json.loads(model_json), load_victims(data))
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  size, channels = data.batch_size, model.image_shape[-1]
-  statistics = jax.ShapeDtypeStruct((channels,), jnp.float32)
-  labels = jax.ShapeDtypeStruct((size,), jnp.int32)
-  observation = Observation(params, params, labels, statistics, statistics, size)
-  attack = create_attack(model, PRESETS["dia"])
-  state = jax.eval_shape(attack.init, jax.random.key(0), observation)
-  analysis = jax.jit(attack.step).lower(observation, state).cost_analysis() or {}
-  efficiency = _EFFICIENCY[bool(model.convolutions)]
-  rate = efficiency * _product_rate() * len(jax.local_devices())
-  return float(analysis.get("flops", 0.0)), rate
-
-
-def describe(config: ml_collections.ConfigDict) -> str:
-  """Returns the cells of a study and what they may cost, for a person to read.
-
-  Args:
-    config: of `study_config`.
-
-  Raises:
-    InputError: see `plan`.
-  """
-  cells = plan(config)
-  lines, total = [], 0.0
-  for cell in cells:
-    if cell.settings is None:
-      lines.append({"cell": cell.name, "cannot be run": cell.reason})
-      continue
-    d, seconds = cell.settings.data, estimate(cell)
-    total += seconds
-    lines.append(
-      {
-        "cell": cell.name,
-        "attacks": ",".join(cell.settings.attacks),
-        "images": d.count * d.mask_seeds,
-        "trials": d.count // d.batch_size * d.mask_seeds * cell.settings.restarts,
-        "about": reporting.duration(seconds),
-      }
-    )
-  table = pd.DataFrame(lines).fillna("").to_string(index=False)
-  return (
-    f"{config.title}: {len(cells)} cells, about {reporting.duration(total)} if no trial"
-    f" ends early, compilation and closed forms apart\n\n{table}"
-  )

@@ -15,8 +15,9 @@ from jaxdia.errors import InputError
 from jaxdia.experiment import Experiment, clients_key
 from jaxdia.files import first_line, write_atomically, write_json, write_json_lines
 from jaxdia.manifest import manifest
+from jaxdia.study.cost import estimate
 from jaxdia.study.groups import Group, group
-from jaxdia.study.plan import Cell, estimate, plan
+from jaxdia.study.plan import Cell, plan
 from jaxdia.victims import load_victims
 from jaxdia.workdir import digest
 
@@ -55,7 +56,7 @@ def run(
   groups = group(cells)
   study = _Study(config, cells, workdir)
   costs = [sum(estimate(cells[n], one.attack) for n in one.cells) for one in groups]
-  progress = reporting.StudyProgress([one.describe() for one in groups], costs)
+  progress = reporting.StudyProgress([one.describe(cells) for one in groups], costs)
   try:
     for number, cell in enumerate(cells):
       if cell.settings is None:
