@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jaxdia.errors import InputError
-from jaxdia.models import DropoutModel, sample_masks
+from jaxdia.models import DropoutModel, jit_for_all_rates, sample_masks
 from jaxdia.typing import Gradient, Images, Key, Labels, Logits, Masks, Params, Statistics
 
 # Images whose normalised values are the pixels themselves.
@@ -175,19 +175,7 @@ def observe(
   return observation, Secret(images, labels, masks)
 
 
-def _compiled_gradient(model, *arguments) -> Gradient:
-  if model.at_rates is None:
-    return _gradient(model, *arguments)
-  return _gradient_at_rates(model.at_rates, model.rates, *arguments)
-
-
-_gradient = jax.jit(client_gradient, static_argnums=0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _gradient_at_rates(at_rates, rates, *arguments) -> Gradient:
-  """Compiled once for all rates of a network."""
-  return client_gradient(at_rates(rates), *arguments)
+_compiled_gradient = jit_for_all_rates(client_gradient)
 
 
 def _check_batch(model, images, labels):

@@ -1,6 +1,7 @@
 """Small victims that the tests share, on eight virtual CPU devices."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -44,3 +45,19 @@ def make_victims(model, count, batch_size=1, seed=0, **options):
     pairs.append(observe(jax.random.key(100 + i), model, params, images, labels, **options))
   observations, secrets = zip(*pairs, strict=True)
   return params, list(observations), list(secrets)
+
+
+@contextlib.contextmanager
+def compilations():
+  """Collects what is compiled inside."""
+  compiled = []
+
+  def listen(name, seconds, **kwargs):
+    if name == "/jax/core/compile/backend_compile_duration":
+      compiled.append(kwargs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield compiled
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)

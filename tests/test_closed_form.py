@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_form_cases import compute_scores, make_lenet, make_model, observe_victims
+from conftest import compilations
 from flax import linen as nn
 
 from jaxdia import attacks, config, engine, experiment, models
@@ -246,6 +247,20 @@ def test_features_are_matched():
   assert attacks.feature_distance(model, observation, other, parts) > 1e-3
 
 
+def test_closed_forms_are_compiled_once_for_all_rates_of_a_network():
+  model = make_model()
+  recover(jax.random.key(0), model, observe_victims(model, 1)[0])
+  for rate in (0.15, 0.6):
+    other = model.at_rates(dict.fromkeys(model.rates, rate))
+    observation, secret = observe_victims(other, 1)
+    with compilations() as compiled:
+      recovery = recover(jax.random.key(0), other, observation)
+    assert not compiled
+    np.testing.assert_allclose(recovery.parts.images, secret.images, atol=1e-4)
+    for site, mask in secret.masks.items():
+      np.testing.assert_array_equal(recovery.parts.masks[site], mask)
+
+
 def _config(network, count, size, **attack):
   c = config.config_for(network, "mnist")
   if network == "mlp":
@@ -267,6 +282,7 @@ def test_the_launchers_results_say_which_part_came_from_where(tmp_path):
     assert origin["residual"] < 1e-4
   assert {row["status"] for row in rows if row["attack"] == "closed_form"} == {"exact"}
   assert summary["closed_form"]["finished"] == summary["hybrid"]["finished"] == 4
+  assert min(summary["closed_form"][f"{kind}_seconds"] for kind in ("run", "compile")) > 0
   again = experiment.run(_config("mlp", 4, 2), tmp_path, say=print)
   assert again["hybrid"]["metrics"] == summary["hybrid"]["metrics"]
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_victims
+from conftest import compilations, make_victims
 
 from jaxdia import attacks, engine, models
 from jaxdia.attacks import Status
@@ -155,22 +155,17 @@ def test_nothing_is_compiled_in_a_run(model, victims):
     return lanes, gauge
 
   lanes, _ = turn(lanes, 0, keys[0], 0, 3)
-  with jax.log_compiles(), _no_compilation():
+  with compilations() as compiled:
     lanes, _ = turn(lanes, 1, keys[1], 1, 5)
     lanes, gauge = turn(lanes, 0, keys[2], 2, 50)
+  assert not compiled
   assert gauge.iteration.tolist() == [[20, 20]]
 
 
 def test_nothing_is_compiled_after_the_first_chunk_of_a_run(model, victims):
   """Though trials end, victims come and go, and lanes run out of jobs."""
-  compiled, at_each_chunk = [], []
-
-  def listen(name, seconds, **kwargs):
-    if name == "/jax/core/compile/backend_compile_duration":
-      compiled.append(name)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
+  at_each_chunk = []
+  with compilations() as compiled:
     trials = _run(
       attacks.dia(model, max_iterations=23),
       victims,
@@ -179,33 +174,14 @@ def test_nothing_is_compiled_after_the_first_chunk_of_a_run(model, victims):
       chunk=5,
       on_progress=lambda progress: at_each_chunk.append(len(compiled)),
     )
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
   assert len(trials) == 9 and at_each_chunk[0] > 0
   assert set(at_each_chunk) == {at_each_chunk[0]} and len(compiled) == at_each_chunk[0]
 
 
-class _no_compilation:
-  """Fails if anything is compiled inside."""
-
-  def __enter__(self):
-    self._compiled = []
-
-    def listen(name, seconds, **kwargs):
-      if name == "/jax/core/compile/backend_compile_duration":
-        self._compiled.append(name)
-
-    self._listen = listen
-    jax.monitoring.register_event_duration_secs_listener(listen)
-
-  def __exit__(self, *exc):
-    jax.monitoring.unregister_event_duration_listener(self._listen)
-    assert not self._compiled
-
-
 def test_the_listener_above_would_notice():
-  with pytest.raises(AssertionError), _no_compilation():
+  with compilations() as compiled:
     jax.jit(lambda x: x * 3.25)(jnp.ones(17))
+  assert compiled
 
 
 def test_an_interrupted_run_ends_like_one_left_alone(model, victims, tmp_path):

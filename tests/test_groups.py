@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import psutil
 import pytest
-from test_tasks import compilations
+from conftest import compilations
 
 from jaxdia import engine, experiment, study
 from jaxdia.config import config_for

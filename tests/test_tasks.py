@@ -1,34 +1,17 @@
 """Attacks that share a compiled program fill the lanes together."""
 
-import contextlib
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from conftest import make_victims
+from conftest import compilations, make_victims
 
 from jaxdia import attacks, engine, models
 from jaxdia.client import observe
 from jaxdia.errors import InputError
 
 DEVICES = jax.local_devices()[:2]
-
-
-@contextlib.contextmanager
-def compilations():
-  """Collects what is compiled inside."""
-  compiled = []
-
-  def listen(name, seconds, **kwargs):
-    if name == "/jax/core/compile/backend_compile_duration":
-      compiled.append(kwargs)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield compiled
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _task(attack, victims, seed=7, **fields):

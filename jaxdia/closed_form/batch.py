@@ -67,7 +67,7 @@ def solve(
     The samples that fit the gradient.
   """
   links = tuple(zip(chain.layers[:-1], chain.layers[1:], strict=True))
-  rates = tuple(model.rates.get(source.site, 0.0) for source in chain.inputs[1:])
+  rates = tuple(model.rates.get(source.site) or None for source in chain.inputs[1:])
   # The gradient of the logits has no more rank than classes but one, so it is used only where the
   # inputs of the last layer are shown by no other.
   spanning = chain.layers if len(chain.layers) == 2 else chain.layers[:-1]

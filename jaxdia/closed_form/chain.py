@@ -18,7 +18,7 @@ import numpy as np
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, normal, split_zeros
 from jaxdia.closed_form.structure import activate
 from jaxdia.matching import layer_gradient
-from jaxdia.models import DenseLayer, DropoutModel
+from jaxdia.models import DenseLayer, DropoutModel, jit_for_all_rates
 from jaxdia.typing import Params
 
 # Sizes (root mean square) that the kept activations are tried with, and steps from each.
@@ -161,13 +161,13 @@ def refine(
   return kept, kept * delta, kept * inputs
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4, 6))
+@functools.partial(jit_for_all_rates, static_argnums=(1, 6))
 def complete(
   model: DropoutModel,
   links: tuple[tuple[DenseLayer, DenseLayer], ...],
   params: Params,
   spaces: tuple[Space, ...],
-  rates: tuple[float, ...],
+  rates: tuple[float | None, ...],
   known: tuple[jax.Array, jax.Array, jax.Array],
   batch_size: int,
 ) -> Sample:
@@ -178,7 +178,7 @@ def complete(
     links: each layer of the chain with the one after it.
     params: its parameters, f64.
     spaces: of the gradient of each layer but the last, or of two layers.
-    rates: of dropout after each layer but the last; 0 where there is none.
+    rates: of dropout after each layer but the last; None where there is none.
     known: kept, delta and inputs as `refine` gives them, with leading axis k.
     batch_size: of the client.
 
@@ -228,7 +228,7 @@ def _complete(model, links, params, spaces, rates, kept, delta, h, batch_size) -
     delta = next_delta
     if k + 1 < last:
       kept = jnp.ones_like(delta)
-      if rates[k + 1] > 0:
+      if rates[k + 1] is not None:
         count = jnp.asarray(float(delta.size))
         least, most = bounds(count, 0.0, rates[k + 1])
         zeros = split_zeros(delta, jnp.ones_like(delta), jnp.maximum(least, 1), most)

@@ -6,7 +6,6 @@ its kernel is `dW = Pᵀ G` with the patches P. With no more tokens than the wid
 (APRIL, Lu et al. 2022, for a network without dropout and a bias).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 
 from jaxdia.closed_form.structure import close, find_pixels, probing_params
 from jaxdia.matching import flatten, unflatten
-from jaxdia.models import DropoutModel, sample_masks
+from jaxdia.models import DropoutModel, once_a_network, sample_masks
 from jaxdia.typing import Gradient
 
 
@@ -38,7 +37,7 @@ class Patching(NamedTuple):
   site: str | None
 
 
-@functools.lru_cache
+@once_a_network
 def find_patching(model: DropoutModel) -> Patching | None:
   """Finds a patch embedding to whose outputs a position embedding is added.
 

@@ -7,14 +7,13 @@ chosen parameters, masks and taps, and in float64, where what must be equal is.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.models import Convolution, DenseLayer, DropoutModel
+from jaxdia.models import Convolution, DenseLayer, DropoutModel, once_a_network
 from jaxdia.typing import Masks, Params
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
@@ -61,7 +60,7 @@ def probing_params(model: DropoutModel) -> Params:
   return jax.tree.unflatten(tree, [draw(i, x.shape) for i, x in enumerate(shapes)])
 
 
-@functools.lru_cache
+@once_a_network
 def find_chain(model: DropoutModel) -> Chain | None:
   """Finds the dense layers at the end of a network.
 
@@ -84,7 +83,7 @@ def find_chain(model: DropoutModel) -> Chain | None:
     return _chain(model, params, layers[first : last + 1])
 
 
-@functools.lru_cache
+@once_a_network
 def find_convolutions(model: DropoutModel, after: DenseLayer) -> Chain | None:
   """Finds the convolutions that a dense layer is fed by.
 

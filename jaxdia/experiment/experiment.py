@@ -1,10 +1,11 @@
 """A configured experiment in its work directory."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from jaxdia.workdir import check_workdir, digest
 
 # Of so many images it is kept how they formed.
 _SHOWN = 4
+# What JAX measures of a compilation.
+_COMPILING = ("jaxpr_to_mlir_module", "backend_compile")
 
 
 class Experiment:
@@ -158,10 +161,13 @@ class Experiment:
     for count, i in enumerate(left):
       start = time.monotonic()
       observation = self._shown_to(name, self.observations[i])
-      recovery = recover(jax.random.fold_in(self._trial_key, i), self.model, observation)
-      seconds = time.monotonic() - start
+      with _compilation() as durations:
+        recovery = recover(jax.random.fold_in(self._trial_key, i), self.model, observation)
+      compiling = sum(durations)
+      seconds = time.monotonic() - start - compiling
       self._recoveries[name][i] = recovery, seconds
       self._times_before[name]["run_seconds"] += seconds
+      self._times_before[name]["compile_seconds"] += compiling
       self.note_times(name, 0.0, 0.0)
       if closed_form == "only":
         self.take(name, _without_search(recovery, i))
@@ -304,6 +310,23 @@ def _check_labels(settings: AttackSettings, model: DropoutModel, batch_size: int
     zeros = jax.ShapeDtypeStruct((1,), np.float32)
     observation = Observation(shapes, shapes, None, zeros, zeros, batch_size)
     jax.eval_shape(lambda o: recover_labels(model, o), observation)
+
+
+@contextlib.contextmanager
+def _compilation() -> Iterator[list[float]]:
+  """Collects the seconds that XLA compiles inside; tracing in Python is not among them."""
+  durations: list[float] = []
+
+  def listen(event: str, seconds: float, **kwargs: Any) -> None:
+    del kwargs
+    if event in ("/jax/core/compile/" + kind + "_duration" for kind in _COMPILING):
+      durations.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield durations
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _read_times(path: pathlib.Path) -> dict[str, float]:

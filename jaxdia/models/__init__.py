@@ -18,6 +18,8 @@ from jaxdia.models.base import (
   check_rate,
   drop,
   expected_masks,
+  jit_for_all_rates,
+  once_a_network,
   sample_masks,
 )
 from jaxdia.models.flax_adapter import from_flax
@@ -35,6 +37,8 @@ __all__ = [
   "drop",
   "expected_masks",
   "from_flax",
+  "jit_for_all_rates",
+  "once_a_network",
   "params_of_reference",
   "sample_masks",
 ]

@@ -1,8 +1,9 @@
 """A dropout model is a tuple of pure functions with the masks as an argument."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,58 @@ def expected_masks(model: DropoutModel, batch_size: int, dtype=jnp.float32) -> M
   """
   shapes = model.mask_shapes(batch_size)
   return {s.name: jnp.full(shapes[s.name], 1 - s.rate, dtype) for s in model.sites}
+
+
+def jit_for_all_rates(
+  function: Callable[..., Any], static_argnums: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+  """Compiles a function of a model once for all rates of its network.
+
+  Args:
+    function: whose first argument is a model.
+    static_argnums: places of other arguments that are no arrays.
+
+  Returns:
+    The jitted function.
+  """
+  fixed = jax.jit(function, static_argnums=(0, *static_argnums))
+
+  @functools.partial(jax.jit, static_argnums=(0, *(number + 1 for number in static_argnums)))
+  def at_rates(network, rates, *arguments):
+    return function(network(rates), *arguments)
+
+  @functools.wraps(function)
+  def call(model, *arguments):
+    if model.at_rates is None:
+      return fixed(model, *arguments)
+    return at_rates(model.at_rates, model.rates, *arguments)
+
+  return call
+
+
+def once_a_network(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Keeps the results of a function of a model that is the same whatever its rates are.
+
+  Args:
+    function: whose first argument is a model; all are hashable.
+
+  Returns:
+    The function, called with the network at some rates above 0.
+  """
+  cached = functools.lru_cache(function)
+
+  @functools.wraps(function)
+  def call(model, *arguments):
+    if model.at_rates is not None:
+      model = _at_half(model.at_rates, tuple(model.rates))
+    return cached(model, *arguments)
+
+  return call
+
+
+@functools.lru_cache
+def _at_half(at_rates, sites) -> DropoutModel:
+  return at_rates(dict.fromkeys(sites, 0.5))
 
 
 def batch_axes(model: DropoutModel) -> dict[str, int | None]:

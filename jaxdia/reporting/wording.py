@@ -72,7 +72,7 @@ _METRICS = {
     "gradient evaluations", "{:,.0f}", "that all restarts made; those of a line search are not told"
   ),
   "seconds": Metric(
-    "seconds", "{:.3g}", "that the result took; compiling is apart for a search, not a closed form"
+    "seconds", "{:.3g}", "that the result took, compiling apart; other trials ran at the same time"
   ),
   "mask_accuracy_by_site": Metric(
     "right, of a site", "{:.1%}", "share of the mask of one dropout site that the attack found"
