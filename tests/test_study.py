@@ -1,5 +1,6 @@
 """Studies: grids of experiments, killed, resumed, and with cells that fail."""
 
+import importlib.util
 import json
 import pathlib
 import random
@@ -156,6 +157,30 @@ def test_a_dry_run_prints_the_cells_and_writes_nothing(tmp_path):
   assert "4 cells, about" in result.stdout
   assert "003_dropout_rate=0.5_batch_size=2" in result.stdout
   assert not (tmp_path / "run").exists()
+
+
+def _shipped(name, *arguments):
+  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / "studies" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*arguments)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.py")))
+def test_all_cells_of_the_shipped_studies_can_be_run(path):
+  cells = study.plan(_shipped(path.stem))
+  assert len(cells) > 2 and all(cell.settings for cell in cells)
+  assert f"--config=configs/studies/{path.name} --workdir=runs/{path.stem}\n" in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["architectures", "closed_forms"])
+def test_the_larger_version_of_a_study_takes_its_size_from_the_base(name):
+  config = _shipped(name, "full")
+  config.base.data.source, config.base.data.count = "tfds:mnist/test", 128
+  assert all(cell.settings.data.count == 128 for cell in study.plan(config))
+  assert not all(cell.settings.data.count == 128 for cell in study.plan(_shipped(name)))
+  with pytest.raises(InputError, match="size of the study: 'huge'"):
+    _shipped(name, "huge")
 
 
 def _study(**fields):

@@ -1,6 +1,7 @@
 """The effect of dropout on IG, WIIG and DIA, for each architecture.
 
-The ViT, and the ResNet, which is a narrow one, are attacked on fewer images and more briefly.
+The ViT, and the ResNet, which is a narrow one, are attacked on fewer images and more briefly;
+with ":full" after the name of this file they are not, and the ResNet is as wide as in the paper.
 
 python launch/evaluate.py --config=configs/studies/architectures.py --workdir=runs/architectures
 """
@@ -8,16 +9,26 @@ python launch/evaluate.py --config=configs/studies/architectures.py --workdir=ru
 import ml_collections
 
 from jaxdia.config import config_for
+from jaxdia.errors import unknown
 from jaxdia.study import study_config
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """Returns the config of the study."""
+def get_config(size: str = "small") -> ml_collections.ConfigDict:
+  """Returns the config of the study.
+
+  Args:
+    size: "small" for two CPU cores and an hour, or "full".
+  """
   base = config_for("mlp", "mnist")
   base.attack.name = "ig,wiig,dia"
   base.attack.max_iterations = 3_000
   base.data.count = 8
-  small = (("data.count", 2), ("attack.max_iterations", 1_500))
+  less = (("data.count", 4), ("attack.max_iterations", 2_000))
+  narrow = (("model.width", 16), ("model.groups", 8))
+  if size == "full":
+    less = narrow = ()
+  elif size != "small":
+    raise unknown("size of the study:", size, ("small", "full"))
   return study_config(
     "Architectures",
     "For which kinds of network does dropout keep images from the server?",
@@ -25,11 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     variants=[
       (("model.name", "mlp"),),
       (("model.name", "lenet"),),
-      (
-        *(("model.name", "resnet18"), ("model.width", 16), ("model.groups", 8)),
-        *(("data.count", 2), ("attack.max_iterations", 500)),
-      ),
-      (("model.name", "vit"), *small),
+      (("model.name", "resnet18"), *narrow, *less),
+      (("model.name", "vit"), *less),
     ],
     grid=[("model.dropout_rate", (0.0, 0.5))],
   )

@@ -1,22 +1,34 @@
 """The closed forms, alone and as a start of DIA, against the searches.
 
+The LeNet and the ViT are attacked on fewer images; with ":full" after the name of this file they
+are not.
+
 python launch/evaluate.py --config=configs/studies/closed_forms.py --workdir=runs/closed_forms
 """
 
 import ml_collections
 
 from jaxdia.config import config_for
+from jaxdia.errors import unknown
 from jaxdia.study import study_config
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """Returns the config of the study."""
+def get_config(size: str = "small") -> ml_collections.ConfigDict:
+  """Returns the config of the study.
+
+  Args:
+    size: "small" for two CPU cores and an hour, or "full".
+  """
   base = config_for("mlp", "mnist")
   base.attack.name = "ig,wiig,dia,closed_form,hybrid"
   base.attack.max_iterations = 2_000
   base.model.dropout_rate = 0.5
   base.data.count = 8
-  small = (("data.count", 2), ("attack.max_iterations", 1_000))
+  fewer = (("data.count", 4),)
+  if size == "full":
+    fewer = ()
+  elif size != "small":
+    raise unknown("size of the study:", size, ("small", "full"))
   return study_config(
     "Closed forms",
     "What does the gradient give away without any search?",
@@ -24,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     variants=[
       (("model.name", "mlp"), ("data.batch_size", 1)),
       (("model.name", "mlp"), ("data.batch_size", 8)),
-      (("model.name", "lenet"), ("data.count", 4)),
-      (("model.name", "vit"), *small),
+      (("model.name", "lenet"), *fewer),
+      (("model.name", "vit"), *fewer),
     ],
   )
