@@ -92,7 +92,7 @@ def fill_lanes(
   program = create_program(attack, observations[0], Given(), each, slots, devices, recorded)
   state = program.empty()
   for device in range(len(devices)):
-    state = program.share(state, device, observations[0])
+    state = program.share(state, device, observations[0].params)
     for slot in range(slots):
       victim = (device * each + slot) % len(observations)
       state = program.place(state, device, slot, observations[victim])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdia.attacks import Candidate, Status
-from jaxdia.closed_form import Recovery, Verdict
+from jaxdia.closed_form import Parts, Recovery, Verdict
 from jaxdia.engine import Trial
 from jaxdia.errors import InputError
 from jaxdia.files import UnreadableFile, read_npz, write_npz
@@ -141,16 +141,15 @@ def save(path: pathlib.Path, outcome: Outcome) -> None:
         arrays |= {f"origin/masks/{site}": known for site, known in value.items()}
       else:
         arrays[f"origin/{name}"] = np.asarray(value, str) if name == "features" else value
+  _write(path, arrays)
+
+
+def _write(path: pathlib.Path, arrays: dict[str, Any]) -> None:
   # The names once more, so that none can be lost without being missed.
   write_npz(path, arrays | {"names": np.asarray(sorted(arrays))})
 
 
-def load(path: pathlib.Path) -> Outcome | None:
-  """Reads what `save` wrote; None if there is no file.
-
-  Raises:
-    InputError: the file is damaged.
-  """
+def _read(path: pathlib.Path, what: str) -> dict[str, np.ndarray] | None:
   if not path.exists():
     return None
   try:
@@ -159,9 +158,65 @@ def load(path: pathlib.Path) -> Outcome | None:
       raise UnreadableFile("arrays are missing")
   except UnreadableFile as error:
     raise InputError(
-      f"the finished result {path} is damaged ({error}). Delete it to run these trials again; all"
-      " others are kept."
+      f"the {what} {path} is damaged ({error}). Delete it to compute it again; all others are kept."
     ) from error
+  return arrays
+
+
+def save_recovery(path: pathlib.Path, recovery: Recovery, seconds: float) -> None:
+  """Writes a closed form atomically as an npz file.
+
+  Args:
+    path: of the file.
+    recovery: the closed form.
+    seconds: that it took.
+  """
+  arrays = {"residual": recovery.residual, "reason": recovery.reason, "seconds": seconds}
+  for name, value in recovery.parts._asdict().items():
+    if isinstance(value, dict):
+      keys = {key: key if isinstance(key, str) else "/".join(key) for key in value}
+      arrays |= {f"{name}/{keys[key]}": array for key, array in value.items()}
+    else:
+      arrays[name] = value
+  _write(path, arrays)
+
+
+def load_recovery(path: pathlib.Path) -> tuple[Recovery, float] | None:
+  """Reads what `save_recovery` wrote; None if there is no file.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    The closed form, and the seconds that it took.
+
+  Raises:
+    InputError: the file is damaged.
+  """
+  arrays = _read(path, "closed form")
+  if arrays is None:
+    return None
+  fields = {}
+  for name in Parts._fields:
+    if name in arrays:
+      fields[name] = arrays[name]
+      continue
+    inside = {k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")}
+    by_path = name in ("features", "known_features")
+    fields[name] = {tuple(k.split("/")) if by_path else k: v for k, v in inside.items()}
+  recovery = Recovery(Parts(**fields), arrays["residual"], str(arrays["reason"]))
+  return recovery, float(arrays["seconds"])
+
+
+def load(path: pathlib.Path) -> Outcome | None:
+  """Reads what `save` wrote; None if there is no file.
+
+  Raises:
+    InputError: the file is damaged.
+  """
+  arrays = _read(path, "finished result")
+  if arrays is None:
+    return None
   masks = {k.removeprefix("masks/"): v for k, v in arrays.items() if k.startswith("masks/")}
   records = tuple(
     Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6])

@@ -76,7 +76,7 @@ def create_model(options: dict[str, Any], victims: data.Victims) -> DropoutModel
   return network.at_rates(dict.fromkeys(network.rates, rate))
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache  # those that share a program must be one
 def _network(options_json, image_shape, num_classes, with_dropout) -> DropoutModel:
   """Returns a network at any rate above 0, or at 0."""
   options = json.loads(options_json)

@@ -118,6 +118,26 @@ def test_true_images_and_masks_have_zero_distance(model, victims):
     assert abs(float(terms.distance)) < 1e-6
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.3, 0.5, 0.6, 0.8])
+@pytest.mark.parametrize("size", [10, 250, 1000])
+def test_masks_that_meet_a_traced_rate_have_no_prior_and_no_slope(rate, size):
+  model = models.create("mlp", (2, 2, 1), 2, 0.5, hidden_sizes=(size,))
+  kept = round(size * (1 - rate))
+  mask = np.concatenate([np.ones(kept), np.zeros(size - kept)]).astype(np.float32)
+
+  @jax.jit
+  @jax.vmap
+  def prior(rate, mask):
+    at_rate = model.at_rates({"dropout_0": rate})
+    return jax.value_and_grad(lambda m: attacks.mask_prior(at_rate, {"dropout_0": m}))(mask)
+
+  masks = np.stack([mask, np.concatenate([[0], mask[1:]])])[:, None]
+  values, slopes = prior(np.full(2, rate, np.float32), masks.astype(np.float32))
+  assert values[0] == 0 and not np.any(slopes[0])
+  np.testing.assert_allclose(values[1], 1 / size, rtol=1e-4)
+  np.testing.assert_allclose(slopes[1], -1 / size, rtol=1e-6)
+
+
 def test_without_dropout_dia_is_ig():
   model = models.create("mlp", (6, 6, 1), 5, 0.0, hidden_sizes=(8,))
   victims = make_victims(model, 1)

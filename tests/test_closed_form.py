@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +260,59 @@ def test_closed_forms_are_compiled_once_for_all_rates_of_a_network():
     np.testing.assert_allclose(recovery.parts.images, secret.images, atol=1e-4)
     for site, mask in secret.masks.items():
       np.testing.assert_array_equal(recovery.parts.masks[site], mask)
+
+
+def test_a_search_that_matches_features_is_interrupted_and_resumed(tmp_path):
+  model = make_lenet()
+  observation, _ = observe_victims(model, 1)
+  # A gradient without any sense gives results of the same form.
+  sick = dataclasses.replace(
+    observation, gradient=jax.tree.map(lambda x: x * jnp.nan, observation.gradient)
+  )
+  parts = [recover(jax.random.key(0), model, o).parts for o in (observation, sick)]
+  assert parts[0].features and jax.tree.structure(parts[0]) == jax.tree.structure(parts[1])
+  nothing = parts[0]._replace(verdict=np.zeros(1, np.int32))
+  attack = attacks.hybrid(model, feature_weight=0.5, max_iterations=12)
+  task = engine.Task(jax.random.key(1), attack, [observation, sick], parts=[nothing, parts[1]])
+  path = tmp_path / "checkpoint.npz"
+
+  class Enough(Exception):
+    pass
+
+  def stop(progress):
+    if path.exists():
+      raise Enough
+
+  options = {"lanes": 1, "chunk": 3, "checkpoint_path": path, "checkpoint_seconds": 0.0}
+  options["devices"] = jax.local_devices()[:1]
+  with pytest.raises(Enough):
+    list(engine.run([task], on_progress=stop, **options))
+  reports = []
+  resumed = list(engine.run([task], on_progress=reports.append, **options))
+  path.unlink(missing_ok=True)
+  alone = list(engine.run([task], **options))
+  assert [trial.status.name for trial in alone] == ["MAX_ITERATIONS", "DIVERGED"]
+  assert reports[-1].steps < 13  # the first three were not repeated
+  np.testing.assert_array_equal(resumed[0].candidate.images, alone[0].candidate.images)
+
+
+def test_closed_forms_outlive_an_interruption_of_the_search(tmp_path, monkeypatch):
+  c = _config("mlp", 2, 1, name="hybrid", feature_weight=0.0)
+
+  def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+  run = engine.run
+  monkeypatch.setattr(engine, "run", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    experiment.run(c, tmp_path, say=print)
+  assert len(list((tmp_path / "checkpoint").glob("hybrid_closed_form_*.npz"))) == 2
+  monkeypatch.setattr(engine, "run", run)
+  monkeypatch.setattr(sys.modules["jaxdia.experiment.experiment"], "recover", None)
+  summary = experiment.run(c, tmp_path, say=print)
+  assert summary["hybrid"]["finished"] == 2
+  assert summary["hybrid"]["metrics"]["mse_normalized"]["max"] < 1e-8
+  assert not list((tmp_path / "checkpoint").glob("*"))
 
 
 def _config(network, count, size, **attack):

@@ -144,7 +144,7 @@ def test_nothing_is_compiled_in_a_run(model, victims):
   program = engine.lanes.create_program(
     attack, victims[1][0], engine.lanes.Given(), 2, 2, ONE_DEVICE
   )
-  lanes = program.share(program.empty(), 0, victims[1][0])
+  lanes = program.share(program.empty(), 0, victims[1][0].params)
   keys = [jax.random.key(i) for i in range(3)]
 
   def turn(lanes, lane, key, victim, steps):

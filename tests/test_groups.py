@@ -4,7 +4,6 @@ import json
 import sys
 
 import numpy as np
-import psutil
 import pytest
 from conftest import compilations
 
@@ -69,6 +68,7 @@ def test_cells_that_differ_in_numbers_rates_seeds_and_images_are_one_group():
     ("attack.round_masks_after", (None, 3)),
     ("precision", ("float32", "float64")),
     ("engine.matching", ("formed", "auto")),
+    ("data.statistics", ("mnist", "cifar10")),
   ],
 )
 def test_cells_of_other_programs_are_apart(field, values):
@@ -92,8 +92,7 @@ def test_gradients_that_do_not_fit_into_the_memory_together_are_apart(monkeypatc
   assert len(_groups(config)) == 2
   entries = 784 * 32 + 32 + 32 * 32 + 32 + 32 * 10 + 10
   total = 4 * (2 * entries * 4) * 2  # a quarter of it holds two gradients for two cells
-  memory = psutil.virtual_memory()
-  monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=total))
+  monkeypatch.setattr("jaxdia.study.groups.total_memory", lambda: total)
   assert _groups(config) == [
     *(Group("ig", (0, 1)), Group("dia", (0, 1))),
     *(Group("ig", (2,)), Group("dia", (2,))),
@@ -165,13 +164,44 @@ def test_a_cell_that_fails_does_not_take_those_with_it_that_share_its_lanes(tmp_
   assert "another experiment" in failures[cells[1].name]
   assert failures[cells[2].name] == "ValueError: too ugly"
   assert {row["cell"] for row in _rows(tmp_path)} == {cells[0].name, cells[3].name}
-  # Once the reasons are gone, the same call ends the study, and repeats nothing.
+  # Once the reasons are gone, the same call ends the study, and repeats nothing: the trials of
+  # the cell that could not be scored are there too.
   monkeypatch.undo()
   (folder / "config.json").unlink()
-  done = tmp_path / "cells" / cells[0].name / "summary.json"
-  before = done.stat().st_mtime_ns
+  before = _stamps(tmp_path)
+  assert len(before) == 6
   assert study.run(config, tmp_path, say=_silent) == {}
-  assert len(_rows(tmp_path)) == 8 and done.stat().st_mtime_ns == before
+  assert len(_rows(tmp_path)) == 8 and before.items() <= _stamps(tmp_path).items()
+
+
+def _stamps(workdir):
+  return {path: path.stat().st_mtime_ns for path in workdir.glob("cells/*/trials/*/*.npz")}
+
+
+def test_an_error_of_the_engine_takes_no_finished_cell_with_it(tmp_path, monkeypatch):
+  """It ends the first run of the group after two trials; then each cell is run by itself."""
+  calls = []
+
+  def broken(tasks, **options):
+    calls.append([task.number for task in tasks])
+    trials = run(tasks, **options)
+    if calls == [[0, 1, 2]]:
+      yield from (next(trials) for _ in range(2))
+      raise RuntimeError("something of the engine")
+    if tasks[0].number == 2:
+      raise ValueError("only this one")
+    yield from trials
+
+  run = engine.run
+  monkeypatch.setattr(engine, "run", broken)
+  config = _study(grid=[("attack.tv_weight", (0.0, 1e-6, 1e-5))])
+  config.base.engine.lanes, config.base.engine.chunk = 1, 5
+  config.base.data.count = 1
+  cells = study.plan(config)
+  failures = study.run(config, tmp_path, say=_silent)
+  assert calls[0] == [0, 1, 2] and [2] in calls
+  assert failures.get(cells[2].name, "ValueError: only this one") == "ValueError: only this one"
+  assert {row["cell"] for row in _rows(tmp_path)} >= {cells[0].name, cells[1].name}
 
 
 def test_a_group_that_is_interrupted_again_and_again_ends_like_one_left_alone(
@@ -189,17 +219,28 @@ def test_a_group_that_is_interrupted_again_and_again_ends_like_one_left_alone(
 
   base = _base(name="ig,dia")
   base.engine.chunk, base.engine.checkpoint_seconds = 5, 0
-  config = _study(base=base, grid=RATES_AND_WEIGHTS)
-  study.run(config, tmp_path / "alone", say=_silent)
-  run, calls = engine.run, 0
+  config = _study(base=base, grid=[*RATES_AND_WEIGHTS, ("precision", ("float32", "half"))])
+  scoring = sys.modules["jaxdia.experiment.experiment"]
+  score = scoring.score
+
+  def fail(settings, model, name, *arguments):
+    if settings.model["dropout_rate"] == 0.6 and settings.attacks["dia"].mask_weight == 1e-2:
+      raise ValueError("this cell fails each time")
+    return score(settings, model, name, *arguments)
+
+  monkeypatch.setattr(scoring, "score", fail)
+  alone = study.run(config, tmp_path / "alone", say=_silent)
+  assert len(alone) == 7  # six that cannot be run, and the one above
+  run, calls, stamps = engine.run, 0, {}
   monkeypatch.setattr(engine, "run", interrupted)
   while True:
     calls += 1
     try:
-      study.run(config, tmp_path / "killed", say=_silent)
+      assert study.run(config, tmp_path / "killed", say=_silent) == alone
       break
     except KeyboardInterrupt:
       assert calls < 50
-  assert calls > 3
+      assert stamps.items() <= _stamps(tmp_path / "killed").items()  # no trial was run again
+      stamps = _stamps(tmp_path / "killed")
+  assert calls > 3 and len(stamps) > 5
   assert _rows(tmp_path / "killed") == _rows(tmp_path / "alone")
-  assert not list((tmp_path / "killed" / "checkpoint").glob("*"))

@@ -77,12 +77,13 @@ def test_a_study_killed_at_three_moments_ends_with_the_table_of_one_left_alone(t
   assert kills >= 2  # the last may have been quicker
   done = json.loads((killed / "study.json").read_text())["cells"]
   finished = [cell["name"] for cell in done if cell["status"] == "done"]
-  times = {name: (killed / "cells" / name / "summary.json").stat().st_mtime for name in finished}
+  files = [*killed.glob("cells/*/trials/*/*.npz")]
+  files += [killed / "cells" / name / "summary.json" for name in finished]
+  times = {path: path.stat().st_mtime_ns for path in files}
   result = _launch(config, f"--workdir={killed}")
   assert result.returncode == 0, result.stderr
   assert _rows(killed) == _rows(alone) and len(_rows(alone)) == 8
-  for name, stamp in times.items():  # nothing was repeated
-    assert (killed / "cells" / name / "summary.json").stat().st_mtime == stamp
+  assert times == {path: path.stat().st_mtime_ns for path in files}  # nothing was repeated
   tables = [pd.read_csv(workdir / "table.csv") for workdir in (alone, killed)]
   pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
 

@@ -194,18 +194,18 @@ def create_attack(model: DropoutModel, settings: AttackSettings) -> Attack:
       labels["recovered"] = recover_labels(model, observation)
     return start(candidate, Known(known_masks, labels[settings.labels], None, rates), numbers)
 
-  def start(candidate: Candidate, known: Known, numbers: AttackSettings = settings) -> State:
+  def start(candidate: Candidate, known: Known, settings: AttackSettings = settings) -> State:
     """Starts a trial from a given point."""
     dtype = candidate.images.dtype
     infinite = jnp.asarray(jnp.inf, dtype)
     zero = jnp.zeros((), jnp.int32)
-    numbers = numbers.as_arrays(dtype)
+    settings = settings.as_arrays(dtype)
     return State(
       candidate=candidate,
       known=known,
-      settings=numbers,
+      settings=settings,
       optimizer=optimizer.init(candidate),
-      plateau=create_plateau(numbers).init(candidate.images),
+      plateau=create_plateau(settings).init(candidate.images),
       best=Best(candidate, infinite, infinite, zero),
       iteration=zero,
       status=jnp.asarray(Status.RUNNING, jnp.int32),

@@ -82,7 +82,10 @@ def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
   def deviation(mask, rate):
     # Counted in entries, a mask of zeros and ones that meets the rate gives exactly 0; there
     # the derivative is 0, as it is in PyTorch, where jnp.abs would give 1.
-    excess = mask.size * (1 - rate) - jnp.sum(mask)
+    kept = mask.size * (1 - rate)
+    whole = jnp.round(kept)  # a rate that is an array is rounded, and so may be a whole number
+    close = jnp.abs(kept - whole) <= 2 * jnp.finfo(mask.dtype).eps * mask.size
+    excess = jnp.where(close, whole, kept) - jnp.sum(mask)
     return excess * jax.lax.stop_gradient(jnp.sign(excess)) / mask.size
 
   return sum(deviation(masks[site.name], site.rate) for site in model.sites)

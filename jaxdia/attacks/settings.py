@@ -118,8 +118,8 @@ class AttackSettings:
   @property
   def uses_features(self) -> bool:
     """Whether the objective has the distance from recovered features in it."""
-    weight = self.feature_weight  # traced only where it is used
-    return isinstance(weight, jax.Array) or weight > 0
+    # Anything but a number (an array, its shape) is there because it is used.
+    return not isinstance(self.feature_weight, (int, float)) or self.feature_weight > 0
 
   @property
   def rounds_masks(self) -> bool:

@@ -117,14 +117,20 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
 def _recover(key, model, observation) -> Recovery:
   size = observation.batch_size
   gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), observation.gradient)
-  found = _Found(model, observation)
+  found, chain = _Found(model, observation), find_chain(model)
+  if chain is not None and chain.pixels is None:
+    # Of every client, so that all results have the same form.
+    convolutions = find_convolutions(model, chain.layers[0]) if size == 1 else None
+    for layer in (*chain.layers, *(convolutions.layers if convolutions else ())):
+      found.declare_features(layer)
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)):
     return found.recovery("the gradient has NaN or infinite entries")
   reason = "the network has no dense layers up to the logits, and no patch embedding"
-  if (chain := find_chain(model)) is not None:
+  if chain is not None:
     reason = _use_chain(key, model, chain, observation, gradient, found)
-    if size == 1 and chain.pixels is None:
-      reason = _use_convolutions(model, chain, observation, gradient, found) or reason
+    if size == 1 and chain.pixels is None and convolutions is not None:
+      known = (model, chain, convolutions)
+      reason = _use_convolutions(*known, observation, gradient, found) or reason
   if chain is None or chain.pixels is None:
     patching = find_patching(model)
     if patching is not None and size == 1:
@@ -221,9 +227,6 @@ def _use_patches(patching, gradient, found) -> str:
 def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   """Notes what the dense layers tell; returns why there is not more."""
   size = observation.batch_size
-  if chain.pixels is None:  # of every client, so that all results have the same form
-    for layer in chain.layers:
-      found.declare_features(layer)
   rates = model.rates
   if len(chain.layers) == 1:
     return _use_classifier(chain, observation, gradient, rates, found)
@@ -294,14 +297,11 @@ def _use_classifier(chain, observation, gradient, rates, found) -> str:
   return "the classifier is fed with features, not with pixels"
 
 
-def _use_convolutions(model, chain: Chain, observation, gradient, found) -> str:
+def _use_convolutions(
+  model, chain: Chain, convolutions: Chain, observation, gradient, found
+) -> str:
   """Goes on from the inputs of the first dense layer; returns why there is not more, or nothing."""
   after = chain.layers[0]
-  convolutions = find_convolutions(model, after)
-  if convolutions is None:
-    return ""
-  for layer in convolutions.layers:
-    found.declare_features(layer)
   if not (found.parts.known_features[after.path][0] and found.residual[0] <= _EXACT):
     return ""
   rates = model.rates

@@ -68,6 +68,12 @@ def matrix_product_rate(size: int = 2048) -> float:
   return 2 * size**3 / min(times)
 
 
+def total_memory() -> float:
+  """Returns the bytes of the memory that gradients lie in: that of a device, or of the machine."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return min(stats.get("bytes_limit", np.inf), psutil.virtual_memory().total)
+
+
 def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
   """Returns about how much memory a lane takes."""
   masks = model.mask_shapes(observation.batch_size)

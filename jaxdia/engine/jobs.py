@@ -18,7 +18,7 @@ class Task(NamedTuple):
 
   Attributes:
     key: random key; a trial's own key is folded from it by victim and restart, so results do
-      not depend on lanes, devices or other tasks.
+      not depend on lanes, devices or other tasks, but for rounding.
     attack: what to run.
     observations: of one model and batch size.
     restarts: number of trials for each observation.
@@ -26,6 +26,7 @@ class Task(NamedTuple):
     parts: of `jaxdia.closed_form.recover` for each observation, if the attack starts
       from them.
     finished: (victim, restart) of the trials that are left out.
+    number: by which its jobs are known, in a checkpoint too; its place among the tasks if None.
   """
 
   key: Key
@@ -35,10 +36,11 @@ class Task(NamedTuple):
   masks: Sequence[Masks] | None = None
   parts: Sequence[Parts] | None = None
   finished: Collection[tuple[int, int]] = ()
+  number: int | None = None
 
 
 class Job(NamedTuple):
-  """One trial to be run: the index of an observation, of its restart, and of the task."""
+  """One trial to be run: the index of an observation and of its restart, and the task's number."""
 
   victim: int
   restart: int
@@ -85,7 +87,7 @@ class Progress(NamedTuple):
     mean_steps: mean over the trials that this call finished; NaN if none.
     compile_seconds: time spent compiling.
     run_seconds: time spent computing.
-    task_seconds: of these, those of each task: by its share of the running trials.
+    task_seconds: {number: of these, those of a task}, by its share of the running trials.
   """
 
   iteration: int
@@ -97,7 +99,7 @@ class Progress(NamedTuple):
   mean_steps: float
   compile_seconds: float
   run_seconds: float
-  task_seconds: tuple[float, ...]
+  task_seconds: dict[int, float]
 
 
 def recorded_iterations(max_iterations: int, count: int = RECORDED) -> tuple[int, ...]:

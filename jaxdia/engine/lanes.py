@@ -7,7 +7,6 @@ compiled program. What is replaced when a trial ends is the content of its lane,
 nothing is compiled again, whatever numbers and rates its attack has.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from jaxdia.attacks import Attack, Best, State, Status, Variant, project
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
-from jaxdia.typing import Gradient, Key, Labels, Masks
+from jaxdia.typing import Gradient, Key, Labels, Masks, Params
 
 
 class Slots(NamedTuple):
@@ -27,18 +26,21 @@ class Slots(NamedTuple):
   Attributes:
     gradient: of the client, as `jaxdia.matching.prepare` made it.
     labels: i[B] if the observation grants them.
+    mean: f[C] or f[1], statistics of the images.
+    std: f[C] or f[1].
   """
 
   gradient: Gradient
   labels: Labels | None
+  mean: jax.Array
+  std: jax.Array
 
 
 class Lanes(NamedTuple):
   """The trials of all lanes, and their victims.
 
   Attributes:
-    shared: weights and statistics of each device, without gradient and labels; leading axis
-      [device].
+    params: that all lanes of a device share; leading axis [device].
     slots: the victims.
     slot: i[device, lane], where the victim of the lane's trial is.
     state: of the trials; every array has leading axes [device, lane].
@@ -46,7 +48,7 @@ class Lanes(NamedTuple):
       recorded.
   """
 
-  shared: Observation
+  params: Params
   slots: Slots
   slot: jax.Array
   state: State
@@ -59,7 +61,7 @@ class Given(NamedTuple):
   Attributes:
     masks: the client's, for an attack that knows them.
     parts: recovered in closed form, for an attack that starts from them.
-    variant: of the attack on this victim, if attacks share the lanes.
+    variant: of the attack on this victim, if it is not the one that made the program.
   """
 
   masks: Masks | None = None
@@ -86,8 +88,8 @@ class LaneProgram(NamedTuple):
 
   Attributes:
     empty: `empty() -> Lanes`, with no trial in them.
-    share: `share(lanes, device, observation) -> Lanes`, gives a device on which no trial runs
-      the weights and statistics of an observation.
+    share: `share(lanes, device, params) -> Lanes`, gives a device on which no trial runs
+      other params.
     place: `place(lanes, device, slot, observation) -> Lanes`, puts a victim in a
       slot that no running trial needs.
     load: `load(lanes, device, lane, slot, key, given) -> Lanes`, starts a trial in
@@ -101,7 +103,7 @@ class LaneProgram(NamedTuple):
   """
 
   empty: Callable[[], Lanes]
-  share: Callable[[Lanes, int, Observation], Lanes]
+  share: Callable[[Lanes, int, Params], Lanes]
   place: Callable[[Lanes, int, int, Observation], Lanes]
   load: Callable[[Lanes, int, int, int, Key, Given], Lanes]
   advance: Callable[[Lanes, int], tuple[Lanes, Gauge]]
@@ -140,8 +142,7 @@ def create_program(
   iterations = jnp.asarray(recorded, jnp.int32)
   state_shape = jax.eval_shape(attack.init, jax.random.key(0), observation, *given)
 
-  slot_shape = _shapes(Slots(observation.gradient, observation.labels))
-  shared_shape = _shapes(_without_victim(observation))
+  slot_shape, params_shape = _shapes((_slot(observation), observation.params))
 
   def zeros(count, shapes):
     return jax.tree.map(lambda x: jnp.zeros((*count, *x.shape), x.dtype), shapes)
@@ -154,7 +155,7 @@ def create_program(
     images = state_shape.candidate.images
     recording = jnp.zeros((lanes_per_device, len(recorded), *images.shape), images.dtype)
     return Lanes(
-      shared=zeros((), shared_shape),
+      params=zeros((), params_shape),
       slots=zeros((num_slots,), slot_shape),
       slot=slot,
       state=state._replace(status=status),
@@ -164,7 +165,7 @@ def create_program(
   def observation_in(lanes, slot):
     # Of a single slot there is nothing to choose: then no lane has a target of its own.
     one = jax.tree.map(lambda x: x[slot if num_slots > 1 else 0], lanes.slots)
-    return dataclasses.replace(lanes.shared, gradient=one.gradient, labels=one.labels)
+    return Observation(params=lanes.params, batch_size=observation.batch_size, **one._asdict())
 
   def write(tree, index, new, here):
     return jax.tree.map(
@@ -172,8 +173,8 @@ def create_program(
     )
 
   def share_on_device(lanes, here, new):
-    shared = jax.tree.map(lambda old, new: jnp.where(here, new, old), lanes.shared, new)
-    return lanes._replace(shared=shared)
+    params = jax.tree.map(lambda old, new: jnp.where(here, new, old), lanes.params, new)
+    return lanes._replace(params=params)
 
   def place_on_device(lanes, here, slot, new):
     return lanes._replace(slots=write(lanes.slots, slot, new, here))
@@ -215,10 +216,11 @@ def create_program(
 
   def read_on_device(lanes, lane):
     best = jax.tree.map(lambda x: x[lane], lanes.state.best)
+    seen = observation_in(lanes, lanes.slot[lane])
 
     # The start, drawn N(0, 1), may be the best point; it alone is not yet projected.
     def valid(images):
-      return project(lanes.shared, best.candidate._replace(images=images))
+      return project(seen, best.candidate._replace(images=images))
 
     recording = jax.vmap(lambda images: valid(images).images)(lanes.recording[lane])
     return best._replace(candidate=valid(best.candidate.images)), recording
@@ -234,12 +236,11 @@ def create_program(
   p_read = pmap(read_on_device, (0, None))
   p_put = pmap(lambda x: x, 0)
 
-  def share(lanes, device, observation):
-    return p_share(lanes, device_numbers == device, _without_victim(observation))
+  def share(lanes, device, params):
+    return p_share(lanes, device_numbers == device, params)
 
   def place(lanes, device, slot, observation):
-    new = Slots(observation.gradient, observation.labels)
-    return p_place(lanes, device_numbers == device, np.int32(slot), new)
+    return p_place(lanes, device_numbers == device, np.int32(slot), _slot(observation))
 
   def load(lanes, device, lane, slot, key, given):
     here = device_numbers == device
@@ -267,8 +268,8 @@ def create_program(
   )
 
 
-def _without_victim(observation: Observation) -> Observation:
-  return dataclasses.replace(observation, gradient=None, labels=None)
+def _slot(observation: Observation) -> Slots:
+  return Slots(*(getattr(observation, name) for name in Slots._fields))
 
 
 def _shapes(tree):

@@ -3,7 +3,7 @@
 import collections
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -30,40 +30,51 @@ class Loop:
     started: whether there are lanes.
     compile_seconds: time spent compiling.
     run_seconds: time spent computing.
-    task_seconds: of these, those of each task.
+    task_seconds: {number: of these, those of a task}.
     resumed_steps: steps of resumed trials that were taken before.
   """
 
   def __init__(
     self,
-    tasks: Sequence[Task],
+    tasks: Mapping[int, Task],
     devices: Sequence[jax.Device],
     chunk: int | None,
     matching: Method,
     recorded: Sequence[int],
   ):
-    """Prepares what is attacked; see `jaxdia.engine.run`."""
+    """Prepares what is attacked; see `jaxdia.engine.run`. The tasks are by number."""
     start = time.monotonic()
     self._tasks = tasks
+    self._attack = next(iter(tasks.values())).attack
     self._devices = devices
     self._fixed_chunk = chunk
     self._recorded = recorded
     # Tasks may attack the same victims, which then share their slots.
-    distinct = {id(o.gradient): o for task in tasks for o in task.observations}
-    numbers = {gradient: number for number, gradient in enumerate(distinct)}
-    self._numbers = [[numbers[id(o.gradient)] for o in task.observations] for task in tasks]
-    attack = tasks[0].attack
-    method = suits(attack.settings.distance, matching)
-    self._victims = prepare_alike(attack.model, list(distinct.values()), method)
-    self._weights = _number_weights(self._victims)
+    distinct = {_identity(o): o for task in tasks.values() for o in task.observations}
+    numbers = {identity: number for number, identity in enumerate(distinct)}
+    self._victims_of = {
+      task_number: [numbers[_identity(o)] for o in task.observations]
+      for task_number, task in tasks.items()
+    }
+    method = suits(self._attack.settings.distance, matching)
+    self._victims = prepare_alike(self._attack.model, list(distinct.values()), method)
+    self._params = _number_params(self._victims)  # of each victim
     dtype = self._victims[0].dtype
-    self._variants = [task.attack.variant.as_arrays(dtype) for task in tasks]
+    self._variants = {n: task.attack.variant.as_arrays(dtype) for n, task in tasks.items()}
     self.jobs: dict[_Place, Job] = {}
     self.started = False
     self.compile_seconds = 0.0
     self.run_seconds = time.monotonic() - start
-    self.task_seconds = np.full(len(tasks), self.run_seconds / len(tasks))
+    self.task_seconds = dict.fromkeys(tasks, self.run_seconds / len(tasks))
     self.resumed_steps = 0
+
+  def most_on_a_device(self, jobs: Sequence[Job]) -> int:
+    """Returns how many of the jobs a device can run at once at the most: those on the same params.
+
+    Args:
+      jobs: all of them.
+    """
+    return max(collections.Counter(self._params_of(job) for job in jobs).values())
 
   def start(self, lanes: int, job: Job) -> None:
     """Makes lanes, with no job in them.
@@ -74,12 +85,12 @@ class Loop:
     """
     start = time.monotonic()
     slots = min(lanes, len(self._victims))
-    # What is where: the weights of a device, and the victim in each slot (device, slot).
-    self._shared: dict[int, int] = {}
+    # What is where: the params of a device, and the victim in each slot (device, slot).
+    self._held: dict[int, int] = {}
     self._slots: dict[tuple[int, int], int] = {}
     self._began: dict[_Place, float] = {}  # run_seconds when the job there began
     self._program = create_program(
-      self._tasks[0].attack,
+      self._attack,
       self._victims[self._number(job)],
       self._given(job),
       lanes,
@@ -94,7 +105,7 @@ class Loop:
     self._program.read(self._lanes, 0, 0)
     self._lanes = None
     self._lanes = self._program.empty()
-    for where in (self._shared, self._slots, self._began, self.jobs):
+    for where in (self._held, self._slots, self._began, self.jobs):
       where.clear()
     self.compile_seconds += time.monotonic() - start
     self._chunk = self._fixed_chunk or 1
@@ -109,7 +120,11 @@ class Loop:
 
   def _number(self, job: Job) -> int:
     """Returns the number of a job's victim among all that are distinct."""
-    return self._numbers[job.task][job.victim]
+    return self._victims_of[job.task][job.victim]
+
+  def _params_of(self, job: Job) -> int:
+    """Returns the number of the params that a job's victim was observed at."""
+    return self._params[self._number(job)]
 
   def _given(self, job: Job) -> Given:
     task = self._tasks[job.task]
@@ -130,33 +145,43 @@ class Loop:
 
   def _load(self, place: _Place, job: Job) -> None:
     device, victim = place[0], self._number(job)
-    if self._shared.get(device) != self._weights[victim]:
-      self._lanes = self._program.share(self._lanes, device, self._victims[victim])
-      self._shared[device] = self._weights[victim]
+    if self._held.get(device) != self._params[victim]:
+      self._lanes = self._program.share(self._lanes, device, self._victims[victim].params)
+      self._held[device] = self._params[victim]
     slot = self._slot(device, victim)
     key = trial_key(self._tasks[job.task].key, job)
     self._lanes = self._program.load(self._lanes, *place, slot, key, self._given(job))
     self.jobs[place] = job
     self._began[place] = self.run_seconds
 
-  def _can_take(self, device: int, job: Job) -> bool:
-    """Returns whether a device has the weights of a job, or is free to be given them."""
-    same = self._shared.get(device) == self._weights[self._number(job)]
-    return same or not any(d == device for d, _ in self.jobs)
-
-  def _next(self, device: int, queue: collections.deque[Job]) -> Job | None:
-    """Returns the first waiting job that a device can take, best one on the weights it has."""
-    able = [job for job in queue if self._can_take(device, job)]
-    has = self._shared.get(device)
-    return next((j for j in able if self._weights[self._number(j)] == has), next(iter(able), None))
+  def _can_take(self, device: int, params: int) -> bool:
+    """Returns whether a device holds some params, or is free to be given them."""
+    return self._held.get(device) == params or not any(d == device for d, _ in self.jobs)
 
   def fill(self, queue: collections.deque[Job]) -> None:
     """Puts waiting jobs into free lanes, device by device."""
     num_devices, num_lanes = self._program.shape
-    for place in [(d, lane) for lane in range(num_lanes) for d in range(num_devices)]:
-      if queue and place not in self.jobs and (job := self._next(place[0], queue)) is not None:
+    places = [(d, lane) for lane in range(num_lanes) for d in range(num_devices)]
+    places = [place for place in places if place not in self.jobs]
+    waiting: dict[int, collections.deque[Job]] = {}  # by params
+    for job in queue if places else ():
+      waiting.setdefault(self._params_of(job), collections.deque()).append(job)
+    for place in places:
+      params = self._choose(place[0], waiting)
+      if params is not None:
+        job = waiting[params].popleft()
         queue.remove(job)
         self._load(place, job)
+
+  def _choose(self, device: int, waiting: dict[int, collections.deque[Job]]) -> int | None:
+    """Returns the params on whose jobs a device goes on; None if it can take no waiting job.
+
+    Those that it holds; else, if it is free, such as no other device holds, with the most jobs.
+    """
+    able = [n for n, jobs in waiting.items() if jobs and self._can_take(device, n)]
+    held = self._held.get(device)
+    others = {params for d, params in self._held.items() if d != device}
+    return max(able, key=lambda n: (n == held, n not in others, len(waiting[n])), default=None)
 
   def advance(self) -> Gauge:
     """Runs one chunk, if not set then of a length that takes about `_CHUNK_SECONDS`."""
@@ -164,8 +189,8 @@ class Loop:
     self._lanes, gauge = self._program.advance(self._lanes, self._chunk)
     seconds = time.monotonic() - start
     self.run_seconds += seconds
-    running = np.bincount([job.task for job in self.jobs.values()], minlength=len(self._tasks))
-    self.task_seconds += seconds * running / running.sum()
+    for job in self.jobs.values():
+      self.task_seconds[job.task] += seconds / len(self.jobs)
     if self._fixed_chunk is None:
       wanted = self._chunk * _CHUNK_SECONDS / max(seconds, 1e-9)
       self._chunk = int(np.clip(wanted, 1, min(2 * self._chunk, _MAX_CHUNK)))
@@ -221,7 +246,8 @@ class Loop:
       if job not in waiting:
         continue
       # Where it was, if it can be.
-      fitting = [p for p in places if p not in self.jobs and self._can_take(p[0], job)]
+      params = self._params_of(job)
+      fitting = [p for p in places if p not in self.jobs and self._can_take(p[0], params)]
       if not fitting:
         continue
       place = source if source in fitting else fitting[0]
@@ -235,12 +261,17 @@ class Loop:
     return collections.deque(job for job in queue if job not in resumed)
 
 
-def _number_weights(victims: Sequence[Observation]) -> list[int]:
-  """Returns for each victim the number of its weights and statistics."""
+def _identity(observation: Observation) -> tuple[int, ...]:
+  """Returns what observations have in common that are made of the same arrays."""
+  return tuple(map(id, jax.tree.leaves(observation)))
+
+
+def _number_params(victims: Sequence[Observation]) -> list[int]:
+  """Returns for each victim a number that is the same for those with equal params."""
   kinds: list[list] = []
   numbers = []
   for victim in victims:
-    leaves = jax.tree.leaves((victim.params, victim.mean, victim.std))
+    leaves = jax.tree.leaves(victim.params)
     same = (
       number
       for number, kind in enumerate(kinds)

@@ -33,7 +33,8 @@ def run(
 
   One compiled program runs all tasks, and their trials fill the lanes together. So the attacks
   may differ in numbers and dropout rates alone (see `Attack.shares_program`), the observations in
-  all but shapes. Lanes of a device share the weights: trials on others wait until it is free.
+  all but shapes. Lanes of a device share the params: trials on others run on other devices, or
+  when it is free.
 
   Args:
     tasks: what to run.
@@ -59,23 +60,24 @@ def run(
       cannot be used, or not even one trial fits into the memory.
   """
   _check_tasks(tasks)
+  by_number = {i if task.number is None else task.number: task for i, task in enumerate(tasks)}
   jobs = [
     Job(victim, restart, number)
-    for number, task in enumerate(tasks)
+    for number, task in by_number.items()
     for victim in range(len(task.observations))
     for restart in range(task.restarts)
   ]
-  finished = {Job(*pair, number) for number, task in enumerate(tasks) for pair in task.finished}
+  finished = {Job(*pair, number) for number, task in by_number.items() for pair in task.finished}
   queue = collections.deque(job for job in jobs if job not in finished)
   if not queue:
     _remove(checkpoint_path)
     return
   # All of these from all jobs, not from those that are left, so that a resumed run finds its lanes.
   devices = list(devices or jax.local_devices())[: len(jobs)]
+  loop = Loop(by_number, devices, chunk, matching, sorted(record))
   if lanes is None:
     lanes = choose_lanes(tasks[0].attack.model, tasks[0].observations[0], len(jobs), devices)
-  lanes = min(lanes, -(-len(jobs) // len(devices)))
-  loop = Loop(tasks, devices, chunk, matching, sorted(record))
+  lanes = min(lanes, -(-len(jobs) // len(devices)), loop.most_on_a_device(jobs))
   done_steps = []
   saved = time.monotonic()
   while queue or loop.jobs:
@@ -112,7 +114,7 @@ def run(
         mean_steps=float(np.mean(done_steps)) if done_steps else float("nan"),
         compile_seconds=loop.compile_seconds,
         run_seconds=loop.run_seconds,
-        task_seconds=tuple(loop.task_seconds),
+        task_seconds=dict(loop.task_seconds),
       )
     )
     if checkpoint_path is not None and time.monotonic() - saved >= checkpoint_seconds:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -83,11 +84,15 @@ class Experiment:
     self._recoveries: dict[str, dict[int, tuple[Recovery, float]]] = {}
     self._times: dict[str, dict[str, float]] = {}
     self._times_before: dict[str, dict[str, float]] = {}  # what earlier calls took
+    self._begun = False
     self._originals = np.concatenate([self._victims.images] * settings.data.mask_seeds)
     self._trial_key = jax.random.fold_in(jax.random.key(settings.seed), 2)
 
   def _outcome_path(self, name: str, batch: int) -> pathlib.Path:
     return self._workdir / "trials" / name / f"{batch:05d}.npz"
+
+  def _recovery_path(self, name: str, batch: int) -> pathlib.Path:
+    return self._workdir / "checkpoint" / f"{name}_closed_form_{batch:05d}.npz"
 
   def _times_path(self, name: str) -> pathlib.Path:
     return self._workdir / "trials" / name / "times.json"
@@ -120,10 +125,14 @@ class Experiment:
         self._evaluate(name, batch)
       self._times[name] = _read_times(self._times_path(name))
       self._times_before[name] = dict(self._times[name])
+    self._begun = True
     self._write_results()
 
   def finished(self, name: str) -> set[tuple[int, int]]:
-    """Returns (gradient, restart) of the finished trials of an attack."""
+    """Returns (gradient, restart) of the finished trials of an attack; all if it is not begun."""
+    if not self._begun:
+      restarts = range(self._restarts(name))
+      return set(itertools.product(range(len(self.observations)), restarts))
     return {
       (batch, record.restart)
       for batch, outcome in self._done[name].items()
@@ -132,7 +141,7 @@ class Experiment:
 
   def is_finished(self, name: str) -> bool:
     """Returns whether all trials of an attack are finished."""
-    return all(self._has_all(name, batch) for batch in range(len(self.observations)))
+    return len(self.finished(name)) >= len(self.observations) * self._restarts(name)
 
   @property
   def complete(self) -> bool:
@@ -147,38 +156,49 @@ class Experiment:
   def recover(self, name: str, note: Callable[[str], None]) -> None:
     """Computes the closed forms of an attack that has some, where they are not finished.
 
-    If it searches nothing, they are its results, and are kept as soon as each is there.
+    If it searches nothing, they are its results; else they are kept until its trials are finished.
 
     Args:
       name: of the attack.
       note: called with a line after each.
     """
     closed_form = self.settings.attacks[name].closed_form
-    if closed_form == "none":
+    if closed_form == "none" or self.is_finished(name):
       return
     left = [i for i in range(len(self.observations)) if not self._has_all(name, i)]
-    self._recoveries[name] = {}
+    recoveries = self._recoveries.setdefault(name, {})
     for count, i in enumerate(left):
+      if found := recoveries.get(i) or outcomes.load_recovery(self._recovery_path(name, i)):
+        recoveries[i] = found
+        continue
       start = time.monotonic()
       observation = self._shown_to(name, self.observations[i])
       with _compilation() as durations:
         recovery = recover(jax.random.fold_in(self._trial_key, i), self.model, observation)
       compiling = sum(durations)
       seconds = time.monotonic() - start - compiling
-      self._recoveries[name][i] = recovery, seconds
+      recoveries[i] = recovery, seconds
       self._times_before[name]["run_seconds"] += seconds
       self._times_before[name]["compile_seconds"] += compiling
       self.note_times(name, 0.0, 0.0)
       if closed_form == "only":
         self.take(name, _without_search(recovery, i))
+        del recoveries[i]
+      else:
+        outcomes.save_recovery(self._recovery_path(name, i), recovery, seconds)
       note(f"closed form of batch {count + 1}/{len(left)}: {recovery.summary()}")
 
-  def task(self, name: str) -> engine.Task:
-    """Returns the search of an attack for the engine."""
+  def task(self, name: str, number: int) -> engine.Task:
+    """Returns the search of an attack for the engine.
+
+    Args:
+      name: of the attack.
+      number: by which the task is known.
+    """
     settings, attack = self.settings, self._attacks[name]
     parts = None
     if attack.settings.closed_form != "none":
-      found = self._recoveries[name]
+      found = self._recoveries.get(name, {})
       spare = next(iter(found.values()), None)  # of a finished batch it is not looked at
       pairs = [found.get(batch, spare) for batch in range(len(self.observations))]
       parts = [recovery.parts for recovery, _ in pairs] if found else None
@@ -191,6 +211,7 @@ class Experiment:
       masks=[s.masks for s in self._secrets] if attack.settings.masks == "known" else None,
       parts=parts,
       finished=self.finished(name),
+      number=number,
     )
 
   def take(self, name: str, trial: engine.Trial) -> None:
@@ -200,6 +221,8 @@ class Experiment:
     if recovered := self._recoveries.get(name, {}).get(batch):
       done[batch] = done[batch]._replace(origin=outcomes.origin(*recovered))
     outcomes.save(self._outcome_path(name, batch), done[batch])
+    if self._has_all(name, batch):
+      self._recovery_path(name, batch).unlink(missing_ok=True)
     self._evaluate(name, batch)
     self._write_results()
 
@@ -211,10 +234,12 @@ class Experiment:
       self._times[name] = times
       write_json(self._times_path(name), times)
 
+  def _restarts(self, name) -> int:
+    return 1 if self.settings.attacks[name].closed_form == "only" else self.settings.restarts
+
   def _has_all(self, name, batch) -> bool:
-    outcome, attack = self._done[name].get(batch), self.settings.attacks[name]
-    restarts = 1 if attack.closed_form == "only" else self.settings.restarts
-    return outcome is not None and len(outcome.records) >= restarts
+    outcome = self._done[name].get(batch)
+    return outcome is not None and len(outcome.records) >= self._restarts(name)
 
   def _shown_to(self, name: str, observation: Observation) -> Observation:
     """Returns an observation without the labels unless the attack is given them."""

@@ -1,8 +1,9 @@
 """Runs experiments: one alone, or one attack of several with their trials in the same lanes."""
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxdia import engine, reporting
 from jaxdia.config import validate
 from jaxdia.description import describe
 from jaxdia.experiment.experiment import Experiment
+from jaxdia.files import first_line
 
 
 def run(
@@ -57,7 +59,7 @@ def run(
       try:
         errors = search(
           name,
-          [experiment],
+          {0: experiment},
           lanes=lanes,
           checkpoint_path=workdir / "checkpoint" / f"{name}.npz",
           on_progress=progress.update,
@@ -73,7 +75,7 @@ def run(
 
 def search(
   name: str,
-  experiments: Sequence[Experiment],
+  experiments: Mapping[int, Experiment],
   *,
   lanes: int | None,
   checkpoint_path: pathlib.Path,
@@ -85,45 +87,44 @@ def search(
 
   Args:
     name: of the attack.
-    experiments: begun; their settings of the engine are the same, and their attacks share a
-      program.
+    experiments: by number; their settings of the engine are the same, and their attacks share a
+      program. Of one that is not begun nothing is run; it only tells how many trials there are.
     lanes: trials that a device runs at once; None chooses.
-    checkpoint_path: where running trials are saved; of these experiments alone.
+    checkpoint_path: where running trials are saved, known by the numbers.
     on_progress: called once a chunk.
     note: called with a line after each closed form.
     say: called with what a person should read.
 
   Returns:
-    {place in `experiments`: error} of those that failed; the others were run to their end.
+    {number: error} of those that failed. The others were run to their end: an error that is
+    of no one experiment makes each run by itself.
   """
   errors: dict[int, Exception] = {}
 
   def attempt(number: int, function: Callable[..., None], *arguments: Any) -> None:
-    # The others go on without an experiment that fails, whatever it is.
-    if number not in errors:
-      try:
-        function(*arguments)
-      except Exception as error:
-        errors[number] = error
+    try:
+      function(*arguments)
+    except Exception as error:  # the others go on without it, whatever it is
+      errors.setdefault(number, error)
 
-  for number, experiment in enumerate(experiments):
+  for number, experiment in experiments.items():
     attempt(number, experiment.recover, name, note)
-  settings = experiments[0].settings
-  if settings.attacks[name].closed_form == "only":
+  well = {number: one for number, one in experiments.items() if number not in errors}
+  left = [number for number, one in well.items() if not one.is_finished(name)]
+  if not left:
     return errors
-  well = [number for number in range(len(experiments)) if number not in errors]
-  left = [number for number in well if not experiments[number].is_finished(name)]
+  settings = well[left[0]].settings
 
   def report(progress: engine.Progress) -> None:
     on_progress(progress)
-    seconds = dict(zip(well, progress.task_seconds, strict=True))
     for number in left:
-      compiling = progress.compile_seconds / len(left)
-      attempt(number, experiments[number].note_times, name, seconds[number], compiling)
+      with contextlib.suppress(OSError):  # for times alone none need fail
+        seconds = progress.task_seconds[number], progress.compile_seconds / len(left)
+        well[number].note_times(name, *seconds)
 
   try:
     trials = engine.run(
-      [experiments[number].task(name) for number in well],
+      [one.task(name, number) for number, one in well.items()],
       lanes=lanes,
       chunk=settings.engine.chunk,
       matching=settings.engine.matching,
@@ -134,8 +135,18 @@ def search(
       say=say,
     )
     for trial in trials:
-      number = well[trial.job.task]
-      attempt(number, experiments[number].take, name, trial)
+      number = trial.job.task
+      attempt(number, well[number].take, name, trial)
+      if errors.keys() >= set(left):
+        break
   except Exception as error:
-    errors |= {number: error for number in left if number not in errors}
+    unfinished = [n for n in left if n not in errors and not well[n].is_finished(name)]
+    if len(well) == 1:
+      return errors | dict.fromkeys(unfinished, error)
+    say(f"{name}: {first_line(error)}; going on with each experiment by itself")
+    for number in unfinished:
+      path = checkpoint_path.with_stem(f"{checkpoint_path.stem}_{number}")
+      alone = {number: well[number]}
+      options = {"on_progress": on_progress, "note": note, "say": say}
+      errors |= search(name, alone, lanes=lanes, checkpoint_path=path, **options)
   return errors

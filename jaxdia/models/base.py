@@ -17,7 +17,7 @@ class Site(NamedTuple):
 
   Attributes:
     name: where it is, such as "block_0/hidden_dropout"; its key in the masks.
-    rate: the probability of an entry to be dropped, in (0, 1); f[] inside a program that
+    rate: the probability of an entry to be dropped, in [0, 1); f[] inside a program that
       serves several rates.
   """
 
@@ -148,7 +148,8 @@ def sample_masks(key: Key, model: DropoutModel, batch_size: int, dtype=jnp.float
     dtype: floating-point type of the masks.
 
   Returns:
-    {site name: f[shape]} of zeros and ones, the same ones for every type.
+    {site name: f[shape]} of zeros and ones, for every type the same ones, but for the rounding
+    of rates that are arrays.
   """
   shapes = model.mask_shapes(batch_size)
   return {
@@ -210,20 +211,20 @@ def once_a_network(function: Callable[..., Any]) -> Callable[..., Any]:
   Returns:
     The function, called with the network at some rates above 0.
   """
-  cached = functools.lru_cache(function)
+
+  @functools.lru_cache
+  def at_half(at_rates, sites, *arguments):
+    return function(at_rates(dict.fromkeys(sites, 0.5)), *arguments)
+
+  fixed = functools.lru_cache(function)
 
   @functools.wraps(function)
   def call(model, *arguments):
-    if model.at_rates is not None:
-      model = _at_half(model.at_rates, tuple(model.rates))
-    return cached(model, *arguments)
+    if model.at_rates is None:
+      return fixed(model, *arguments)
+    return at_half(model.at_rates, tuple(model.rates), *arguments)
 
   return call
-
-
-@functools.lru_cache
-def _at_half(at_rates, sites) -> DropoutModel:
-  return at_rates(dict.fromkeys(sites, 0.5))
 
 
 def batch_axes(model: DropoutModel) -> dict[str, int | None]:

@@ -89,8 +89,9 @@ class StudyProgress:
     self._stream = stream or sys.stderr
     self._began = self._last_line = time.monotonic()
     self._done = 0.0  # cost of the steps that have ended
-    self._skipped = 0.0  # of those, without taking time now
+    self._skipped = 0.0  # of that, and of the running step, without taking time now
     self._number = 0
+    self._fresh = True  # nothing was heard of the running step
     self._bar = None
     if self._stream.isatty():
       bar = "{percentage:3.0f}%|{bar:20}| {desc}"
@@ -98,7 +99,7 @@ class StudyProgress:
 
   def start(self, number: int) -> None:
     """Says which step is taken now."""
-    self._number, self._step_began = number, time.monotonic()
+    self._number, self._step_began, self._fresh = number, time.monotonic(), True
     self._show(0.0, "")
 
   def update(self, progress: Progress, max_iterations: int) -> None:
@@ -109,6 +110,9 @@ class StudyProgress:
       max_iterations: of one trial.
     """
     share, _ = _estimate(progress, max_iterations)
+    if self._fresh:  # what is done already at its start took no time now
+      self._skipped += share * self._costs[self._number]
+      self._fresh = False
     self._show(share, f", {progress.finished}/{progress.total} trials done")
 
   def note(self, text: str) -> None:
@@ -128,11 +132,16 @@ class StudyProgress:
     elif time.monotonic() - self._last_line >= _STUDY_LINE_SECONDS:
       self.say(f"{100 * done / sum(self._costs):.0f}% {text}")
 
-  def finish(self, number: int) -> None:
-    """Notes that a step has ended."""
+  def finish(self, number: int, worked: bool) -> None:
+    """Notes that a step has ended.
+
+    Args:
+      number: of the step.
+      worked: whether there was anything to do.
+    """
     seconds = time.monotonic() - self._step_began
     self._done += self._costs[number]
-    if seconds < 0.05:  # it was finished before
+    if not worked:
       self._skipped += self._costs[number]
     if self._bar is None:
       self.say(f"{self._name(number)} ended after {duration(seconds)}{self._left(self._done)}")

@@ -44,7 +44,8 @@ def estimate(cell: Cell, attack: str | None = None) -> float:
   searches = [a for a in attacks if a.closed_form != "only"]
   try:
     one = dataclasses.replace(d, count=1, mask_seeds=1)
-    each, rate = _cost(json.dumps(settings.model), one) if searches else (0.0, 1.0)
+    network = settings.model | {"dropout_rate": 0.5 if settings.model["dropout_rate"] else 0.0}
+    each, rate = _cost(json.dumps(network), one) if searches else (0.0, 1.0)
   except InputError:  # the cell will say so when it is run
     return 0.0
   return each * trials * sum(a.max_iterations for a in searches) / rate

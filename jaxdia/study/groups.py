@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import psutil
 
 from jaxdia.config import DataSettings, ExperimentSettings
+from jaxdia.engine import total_memory
 from jaxdia.errors import InputError
 from jaxdia.experiment import clients_key
 from jaxdia.study.plan import Cell
@@ -50,21 +50,24 @@ def group(cells: Sequence[Cell]) -> list[Group]:
   Args:
     cells: of the study; those that cannot be run are in no group.
   """
-  found: dict[str, list[list[int]]] = {}  # by program
-  names: dict[str, str] = {}
+  found: dict[str, list[Group]] = {}  # by program
+  sizes: dict[str, dict[str, int]] = {}  # by program, of the clients of its last group
+  most = _MEMORY_SHARE * total_memory()
   for number, cell in enumerate(cells):
-    for name in cell.settings.attacks if cell.settings else ():
+    if cell.settings is None:
+      continue
+    clients, size = clients_key(cell.settings), _gradient_bytes(cell.settings)
+    for name in cell.settings.attacks:
       program = _program(number, cell.settings, name)
-      names[program] = name
-      parts = found.setdefault(program, [[]])
-      if not _fit([cells[n] for n in (*parts[-1], number)]):
-        parts.append([])
-      parts[-1].append(number)
-  groups = [
-    Group(names[program], tuple(part)) for program, parts in found.items() for part in parts if part
-  ]
+      groups, inside = found.setdefault(program, []), sizes.setdefault(program, {})
+      if groups and (clients in inside or sum(inside.values()) + size <= most):
+        groups[-1] = groups[-1]._replace(cells=(*groups[-1].cells, number))
+      else:
+        groups.append(Group(name, (number,)))
+        inside.clear()
+      inside[clients] = size
   # Cell after cell, so that few need to be open at a time; the attacks of one in their order.
-  return sorted(groups, key=lambda g: g.cells[0])
+  return sorted((one for groups in found.values() for one in groups), key=lambda g: g.cells[0])
 
 
 def _program(number: int, settings: ExperimentSettings, name: str) -> str:
@@ -84,19 +87,12 @@ def _program(number: int, settings: ExperimentSettings, name: str) -> str:
 
 @functools.lru_cache
 def _form(data: DataSettings) -> tuple | None:
-  """Returns the shape of images and the number of classes; None if they cannot be loaded."""
+  """Returns what of images makes a program; None if they cannot be loaded."""
   try:
     victims = load_victims(data)
   except InputError:  # the cell will say so when it is run
     return None
-  return victims.images.shape[1:], victims.num_classes
-
-
-def _fit(cells: Sequence[Cell]) -> bool:
-  """Returns whether the gradients of cells fit into the memory together, or there is but one."""
-  sizes = {clients_key(cell.settings): _gradient_bytes(cell.settings) for cell in cells}
-  most = _MEMORY_SHARE * psutil.virtual_memory().total
-  return len(sizes) == 1 or sum(sizes.values()) <= most
+  return victims.images.shape[1:], victims.num_classes, len(victims.statistics.mean)
 
 
 def _gradient_bytes(settings: ExperimentSettings) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -63,10 +64,11 @@ def run(
         study.fail(number, InputError(cell.reason), progress.say)
     for number, one in enumerate(groups):
       progress.start(number)
-      study.run_group(one, progress)
-      progress.finish(number)
+      progress.finish(number, study.run_group(one, progress))
   finally:
     progress.close()
+  if not study.failures():
+    shutil.rmtree(workdir / "checkpoint", ignore_errors=True)
   table = study.write()
   shown = table[[name for name in _SHOWN if name in table]]
   say("\n" + shown.to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
@@ -146,54 +148,62 @@ class _Study:
     self._read[number] = found
     return True
 
-  def run_group(self, one: Group, progress: reporting.StudyProgress) -> None:
-    """Runs what is left of an attack in the cells that share its program."""
+  def run_group(self, one: Group, progress: reporting.StudyProgress) -> bool:
+    """Runs what is left of an attack in the cells that share its program.
+
+    Args:
+      one: the group.
+      progress: told how far it is.
+
+    Returns:
+      Whether anything was left.
+    """
     if all(number in self._failed or self._is_done(number) for number in one.cells):
-      return
+      return False
     settings = self._cells[one.cells[0]].settings
     with jax.enable_x64(settings.precision == "float64"):
-      # Those that are done too, so that the lanes are the same as before an interruption.
       for number in one.cells:
         if number not in self._failed:
-          self._attempt(number, self._begin, progress.say)
-      numbers = [number for number in one.cells if number in self._open]
-      if not numbers:
-        return
+          self._attempt(number, self._enter, progress.say)
+      experiments = {number: self._open[number] for number in one.cells if number in self._open}
+      if not experiments:
+        return False
+      # Of these cells alone, in which trials are known by the numbers of their cells.
+      names = [self._cells[number].name for number in one.cells]
+      file = hashlib.sha256("\n".join([one.attack, *names]).encode()).hexdigest()[:16]
       errors = experiment.search(
         one.attack,
-        [self._open[number] for number in numbers],
+        experiments,
         lanes=settings.engine.lanes,
-        checkpoint_path=self._checkpoint_path(one.attack, numbers),
+        checkpoint_path=self._workdir / "checkpoint" / f"{file}.npz",
         on_progress=lambda p: progress.update(p, settings.attacks[one.attack].max_iterations),
         note=progress.note,
         say=progress.say,
       )
-      for place, error in errors.items():
-        self.fail(numbers[place], error, progress.say)
-      for number in numbers:
+      for number, error in errors.items():
+        self.fail(number, error, progress.say)
+      for number in experiments:
         if number in self._open and self._open[number].complete:
           self._attempt(number, self._finish, progress.say)
-
-  def _checkpoint_path(self, attack, numbers) -> pathlib.Path:
-    """Returns a file of these cells alone; its trials are known by their place among them."""
-    names = [self._cells[number].name for number in numbers]
-    name = hashlib.sha256("\n".join([attack, *names]).encode()).hexdigest()[:16]
-    return self._workdir / "checkpoint" / f"{name}.npz"
+    return True
 
   def _attempt(self, number, function, say) -> None:
     try:
       function(number)
     except Exception as error:
-      self.fail(number, error, say)
+      if not self._is_done(number):  # else it was only to fill lanes
+        self.fail(number, error, say)
 
-  def _begin(self, number) -> None:
+  def _enter(self, number) -> None:
+    """Opens a cell; one that is done only so that the lanes are those before an interruption."""
     if number in self._open:
       return
     settings = self._cells[number].settings
     key = clients_key(settings)
     alike = (other for other in self._open.values() if clients_key(other.settings) == key)
     opened = Experiment(settings, self._folder(number), next(alike, None))
-    opened.begin()
+    if not self._is_done(number):
+      opened.begin()
     self._open[number] = opened
 
   def _finish(self, number) -> None:
@@ -214,7 +224,8 @@ class _Study:
     reason = kind + first_line(error)
     opened = self._open.pop(number, None)
     self._failed.add(number)
-    self._note(number, "failed", reason, opened.seconds if opened else 0.0)
+    before = self._json["cells"][number]["seconds"] or 0.0
+    self._note(number, "failed", reason, opened.seconds if opened else before)
     say(f"{self._cells[number].name} failed: {reason}")
 
   def _note(self, number, status, reason, seconds) -> None:

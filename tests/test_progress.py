@@ -1,0 +1,49 @@
+"""The time that is left, as a person reads it."""
+
+import io
+import time
+
+import pytest
+
+from jaxdia import reporting
+from jaxdia.engine import Progress
+
+
+def _progress(finished, total=100, steps=0):
+  return Progress(
+    iteration=0, objective=1.0, finished=finished, total=total, steps=steps, running_steps=0,
+    mean_steps=10.0, compile_seconds=0.0, run_seconds=1.0, task_seconds={},
+  )  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  return now
+
+
+def test_what_was_done_before_does_not_count_as_quick(clock):
+  """Of 100 trials 80 were done before; two more take two minutes: 18 need about 18."""
+  stream = io.StringIO()
+  progress = reporting.StudyProgress(["dia in 4 cells"], [999.0], stream)
+  progress.start(0)
+  progress.update(_progress(80), 10)
+  clock[0] = 120.0
+  progress.update(_progress(82), 10)
+  (line,) = stream.getvalue().splitlines()
+  assert line.startswith("82% 1/1 dia in 4 cells, 82/100 trials done, about ")
+  minutes = int(line.split("about ")[1].split(" min")[0])
+  assert 15 <= minutes <= 21, line
+
+
+def test_steps_without_work_do_not_count_either(clock):
+  stream = io.StringIO()
+  progress = reporting.StudyProgress(["a", "b", "c"], [99.0, 99.0, 99.0], stream)
+  progress.start(0)
+  clock[0] = 1.0
+  progress.finish(0, worked=False)
+  progress.start(1)
+  clock[0] = 61.0
+  progress.finish(1, worked=True)
+  assert "2/3 b ended after 1 min 00 s, about 1 min 0" in stream.getvalue()
