@@ -125,7 +125,13 @@ def _spoiled(observation, how):
 
 
 @pytest.mark.parametrize("how", ["noised", "pruned", "quantised", "nan"])
-@pytest.mark.parametrize(("name", "size"), [("mlp", 1), ("mlp", 4), ("vit", 1), ("lenet", 1)])
+@pytest.mark.parametrize(
+  ("name", "size"),
+  [
+    *(("mlp", 1), ("mlp", 4)),
+    *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("vit", "lenet")),
+  ],
+)
 def test_it_never_claims_more_than_the_gradient_supports(name, size, how):
   model = make_lenet() if name == "lenet" else make_model(name)
   observation, secret = observe_victims(model, size)
@@ -341,6 +347,7 @@ def test_the_launchers_results_say_which_part_came_from_where(tmp_path):
   assert again["hybrid"]["metrics"] == summary["hybrid"]["metrics"]
 
 
+@pytest.mark.slow
 def test_what_no_closed_form_gives_is_counted_and_searched(tmp_path):
   c = _config("lenet", 2, 1)
   c.data.image_size, c.model.channels = 16, 2  # too few equations

@@ -89,7 +89,9 @@ class Convolutions(nn.Module):
     return nn.Dense(10, name="last")(x.reshape(x.shape[0], -1))
 
 
-@pytest.mark.parametrize("kind", ["plain", "relu", "norm", "pooled"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("plain", marks=pytest.mark.slow), "relu", "norm", "pooled"]
+)
 def test_convolutions_of_other_networks(kind):
   model = models.from_flax(Convolutions(kind), (16, 16, 1))
   assert [layer.path for layer in model.convolutions] == [("one",), ("two",)]

@@ -158,6 +158,7 @@ def test_speed_settings_do_not_make_another_experiment(tmp_path):
   experiment.run(config, tmp_path, say=_silent)
 
 
+@pytest.mark.slow
 def test_double_precision_starts_from_the_same_point(tmp_path):
   results = {}
   for precision in ("float32", "float64"):

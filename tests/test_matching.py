@@ -69,7 +69,7 @@ MODELS = {
 
 # The ResNet takes long to compile.
 CASES = [
-  pytest.param(name, size, marks=[pytest.mark.slow] if name == "resnet18" else [])
+  pytest.param(name, size, marks=[pytest.mark.slow] if name in ("resnet18", "vit_b16") else [])
   for name in MODELS
   for size in (1, 4)
 ]

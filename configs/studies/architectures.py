@@ -23,10 +23,11 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
   base.attack.name = "ig,wiig,dia"
   base.attack.max_iterations = 3_000
   base.data.count = 8
-  less = (("data.count", 4), ("attack.max_iterations", 2_000))
-  narrow = (("model.width", 16), ("model.groups", 8))
+  vit = (("data.count", 2), ("attack.max_iterations", 1_500))
+  resnet = (("data.count", 2), ("attack.max_iterations", 500))
+  resnet += (("model.width", 16), ("model.groups", 8))
   if size == "full":
-    less = narrow = ()
+    vit = resnet = ()
   elif size != "small":
     raise unknown("size of the study:", size, ("small", "full"))
   return study_config(
@@ -36,8 +37,8 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
     variants=[
       (("model.name", "mlp"),),
       (("model.name", "lenet"),),
-      (("model.name", "resnet18"), *narrow, *less),
-      (("model.name", "vit"), *less),
+      (("model.name", "resnet18"), *resnet),
+      (("model.name", "vit"), *vit),
     ],
     grid=[("model.dropout_rate", (0.0, 0.5))],
   )
