@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import os
-import pathlib
 import shutil
 import tempfile
 
@@ -23,7 +22,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 import numpy as np
 import pytest
 
-from jaxdia import models
+from jaxdia import engine, models
 from jaxdia.client import observe
 
 IMAGE_SHAPE = (6, 6, 1)
@@ -31,11 +30,8 @@ IMAGE_SHAPE = (6, 6, 1)
 
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
-  """Each compiled program has maps of its own, of which Linux lets a process have 65,530."""
   yield
-  maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
-    jax.clear_caches()
+  engine.forget_programs()
 
 
 @pytest.fixture(scope="session")

@@ -371,6 +371,16 @@ def test_a_checkpoint_is_removed_at_the_end(model, victims, tmp_path):
   assert not path.exists()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
+def test_compiled_programs_are_dropped_when_they_are_too_many():
+  double = jax.jit(lambda x: 2 * x)
+  double(1.0)
+  engine.forget_programs()
+  assert double._cache_size() == 1
+  engine.forget_programs(most_maps=10)
+  assert double._cache_size() == 0 and double(1.5) == 3
+
+
 def test_lanes_are_chosen_from_jobs_and_memory(model, victims):
   observation = victims[1][0]
   eight = jax.local_devices()

@@ -1,5 +1,6 @@
 """How many lanes a device has room for."""
 
+import pathlib
 import time
 from collections.abc import Sequence
 
@@ -66,6 +67,20 @@ def matrix_product_rate(size: int = 2048) -> float:
     product(a).block_until_ready()
     times.append(time.perf_counter() - start)
   return 2 * size**3 / min(times)
+
+
+def forget_programs(most_maps: int = 30_000) -> None:
+  """Drops what was compiled if it may soon be too much for Linux, which ends the process then.
+
+  On a CPU each program takes memory maps of its own, a network with its closed forms some
+  thousands, and a process may have 65,530.
+
+  Args:
+    most_maps: of so many none are dropped.
+  """
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > most_maps:
+    jax.clear_caches()
 
 
 def total_memory() -> float:

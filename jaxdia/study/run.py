@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import pandas as pd
 
-from jaxdia import experiment, reporting
+from jaxdia import engine, experiment, reporting
 from jaxdia.errors import InputError
 from jaxdia.experiment import Experiment, clients_key
 from jaxdia.files import first_line, write_atomically, write_json, write_json_lines
@@ -65,6 +65,7 @@ def run(
     for number, one in enumerate(groups):
       progress.start(number)
       progress.finish(number, study.run_group(one, progress))
+      engine.forget_programs()
   finally:
     progress.close()
   if not study.failures():
