@@ -149,9 +149,11 @@ class AttackSettings:
     Args:
       dtype: of those that are no counts.
     """
-    (names, _), dtypes = self.tree_flatten_with_keys()[1], dict.fromkeys(_COUNTS, jnp.int32)
-    numbers = [jnp.asarray(getattr(self, name), dtypes.get(name, dtype)) for name in names]
-    return jax.tree.unflatten(jax.tree.structure(self), numbers)
+
+    def array(path, number):
+      return jnp.asarray(number, jnp.int32 if path[-1].name in _COUNTS else dtype)
+
+    return jax.tree_util.tree_map_with_path(array, self)
 
   def _check(self, name, is_valid, expected):
     value = getattr(self, name)

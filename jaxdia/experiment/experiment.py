@@ -324,7 +324,8 @@ class Experiment:
 
 def clients_key(settings: ExperimentSettings) -> str:
   """Returns what experiments on the same clients have in common."""
-  shared = {name: settings.to_json()[name] for name in ("seed", "precision", "data", "model")}
+  fields = settings.to_json()
+  shared = {name: fields[name] for name in ("seed", "precision", "data", "model")}
   return json.dumps(shared, sort_keys=True)
 
 
