@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 # Our names of models and data sets -> theirs.
 _MODELS = {"mlp": "MLP", "vit": "ViT"}

@@ -14,7 +14,7 @@ from absl import flags
 from jaxdia import attacks, closed_form, data, evaluation, models
 from jaxdia.client import observe
 from jaxdia.command_line import launch
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 from jaxdia.matching import prepare
 
 _VIT = [f"vit:{d}:1:{p}" for d in ("cifar10", "mnist") for p in (0.1, 0.25, 0.5, 0.75)]

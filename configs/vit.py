@@ -6,7 +6,7 @@ python launch/attack.py --config=configs/vit.py:cifar10
 import ml_collections
 
 from jaxdia.config import config_for
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 
 def get_config(dataset: str = "cifar10") -> ml_collections.ConfigDict:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
+from jaxdia.core.types import Gradient, Images, Key, Labels, Logits, Masks, Params, Statistics
 from jaxdia.models import DropoutModel, jit_for_all_rates, sample_masks
-from jaxdia.typing import Gradient, Images, Key, Labels, Logits, Masks, Params, Statistics
 
 # Images whose normalised values are the pixels themselves.
 _PIXELS = Statistics(mean=(0.0,), std=(1.0,))

@@ -9,7 +9,7 @@ import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 _MAX_CPU_DEVICES = 8
 

@@ -9,8 +9,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from jaxdia.attacks import PRESETS, AttackSettings
+from jaxdia.core.errors import InputError, unknown
 from jaxdia.data import STATISTICS
-from jaxdia.errors import InputError, unknown
 from jaxdia.matching import METHODS
 from jaxdia.models import MODELS
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.client import Observation, full_precision, loss_of_logits
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
+from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
 from jaxdia.models import DenseLayer, DropoutModel
-from jaxdia.typing import Gradient, Images, Labels, Masks, Params
 
 Method = Literal["auto", "formed", "factored"]
 METHODS = typing.get_args(Method)

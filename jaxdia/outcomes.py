@@ -7,10 +7,10 @@ import numpy as np
 
 from jaxdia.attacks import Candidate, Status
 from jaxdia.closed_form import Parts, Recovery, Verdict
+from jaxdia.core.errors import InputError
+from jaxdia.core.files import UnreadableFile, read_npz, write_npz
+from jaxdia.core.types import Masks
 from jaxdia.engine import Trial
-from jaxdia.errors import InputError
-from jaxdia.files import UnreadableFile, read_npz, write_npz
-from jaxdia.typing import Masks
 
 
 class Record(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxdia import data, models
 from jaxdia.client import Observation, Secret, observe
 from jaxdia.config import DataSettings, ExperimentSettings
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 from jaxdia.models import DropoutModel
 
 # Images among which a reconstruction is to be identified, if the source has so many, and the most

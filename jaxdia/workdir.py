@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxdia import data
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 
 def digest(victims: data.Victims) -> str:

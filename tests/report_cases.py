@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from jaxdia.files import write_json
+from jaxdia.core.files import write_json
 
 HOSTILE = "<script>alert(1)</script> & \"x\" 'y' $\\frac$"
 METRICS = ("mse_normalized", "ssim", "mask_accuracy", "label_accuracy", "iterations", "seconds")

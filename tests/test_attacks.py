@@ -11,7 +11,7 @@ from conftest import make_victims
 
 from jaxdia import attacks, models
 from jaxdia.attacks import PRESETS, AttackSettings, Status
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 STEPS = 60
 

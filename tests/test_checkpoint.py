@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdia.core.errors import InputError
 from jaxdia.engine import checkpoint
-from jaxdia.errors import InputError
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 from conftest import IMAGE_SHAPE
 
 from jaxdia.client import client_gradient, client_loss, observe
-from jaxdia.errors import InputError
-from jaxdia.typing import Statistics
+from jaxdia.core.errors import InputError
+from jaxdia.core.types import Statistics
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from jaxdia.closed_form.batch import solve
 from jaxdia.closed_form.patches import find_patching
 from jaxdia.closed_form.sparse import search, split_zeros
 from jaxdia.closed_form.structure import find_chain
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 
 @pytest.mark.parametrize("use_bias", [False, True])

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from jaxdia import data
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 
 def _png(path, value, size=(8, 8), mode="RGB"):

@@ -9,8 +9,8 @@ from conftest import compilations, make_victims
 
 from jaxdia import attacks, engine, models
 from jaxdia.attacks import Status
+from jaxdia.core.errors import InputError
 from jaxdia.engine import Job
-from jaxdia.errors import InputError
 
 ONE_DEVICE = jax.local_devices()[:1]
 

@@ -5,8 +5,8 @@ import pytest
 from jaxdia import data, evaluation
 from jaxdia.attacks import Candidate
 from jaxdia.client import Secret
+from jaxdia.core.types import Statistics
 from jaxdia.models import DropoutModel
-from jaxdia.typing import Statistics
 
 PIXELS = Statistics((0.0,), (1.0,))
 

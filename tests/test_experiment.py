@@ -15,7 +15,7 @@ from PIL import Image
 
 from jaxdia import data, experiment, reporting, victims
 from jaxdia.config import config_for, default_config, validate
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIELDS = [

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jaxdia import matching, models
 from jaxdia.client import client_gradient, observe
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 from jaxdia.matching import Factors
 
 SHAPE = (8, 8, 3)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxdia import models
 from jaxdia.client import client_gradient, client_loss
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 from jaxdia.models import networks
 
 SMALL_VIT = {"width": 16, "depth": 1, "num_heads": 4, "mlp_size": 24}

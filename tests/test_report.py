@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from report_cases import HOSTILE, METRICS, THRESHOLDS, write_experiment, write_study
 
-from jaxdia.errors import InputError
-from jaxdia.files import write_json
+from jaxdia.core.errors import InputError
+from jaxdia.core.files import write_json
 from jaxdia.reporting.report import write_report
 
 ROOT = pathlib.Path(__file__).parent.parent

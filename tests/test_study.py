@@ -16,7 +16,7 @@ import pytest
 
 from jaxdia import experiment, reporting, study
 from jaxdia.config import config_for
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = """

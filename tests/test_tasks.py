@@ -9,7 +9,7 @@ from conftest import compilations, make_victims
 
 from jaxdia import attacks, engine, models
 from jaxdia.client import observe
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 
 DEVICES = jax.local_devices()[:2]
 

@@ -9,7 +9,7 @@ python launch/evaluate.py --config=configs/studies/closed_forms.py --workdir=run
 import ml_collections
 
 from jaxdia.config import config_for
-from jaxdia.errors import unknown
+from jaxdia.core.errors import unknown
 from jaxdia.study import study_config
 
 

@@ -16,9 +16,9 @@ from jaxdia.attacks.optimizers import create_optimizer, create_plateau, create_s
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Verdict, recover_labels
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
+from jaxdia.core.types import Key, Masks
 from jaxdia.models import DropoutModel, sample_masks
-from jaxdia.typing import Key, Masks
 
 
 class Status(enum.IntEnum):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
+from jaxdia.core.types import Images, Labels, Masks
 from jaxdia.matching import DISTANCES, compare, prepare, suits
 from jaxdia.models import DropoutModel, expected_masks
-from jaxdia.typing import Images, Labels, Masks
 
 
 class Candidate(NamedTuple):

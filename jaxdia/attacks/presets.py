@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxdia.attacks.attack import Attack, create_attack
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.errors import unknown
+from jaxdia.core.errors import unknown
 from jaxdia.models import DropoutModel
 
 _LBFGS = {

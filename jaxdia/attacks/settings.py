@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdia.errors import InputError, unknown
+from jaxdia.core.errors import InputError, unknown
 
 CHOICES = {
   "masks": ("expected", "known", "free"),

@@ -13,8 +13,8 @@ import numpy as np
 from jaxdia.closed_form import chain as chains
 from jaxdia.closed_form import sparse
 from jaxdia.closed_form.structure import Chain
+from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
-from jaxdia.typing import Gradient, Key, Params
 
 # A sample whose residual is larger is not believed, and not taken out. Those with a small one are
 # taken out first: what is wrong with the others may show when less is in their way.

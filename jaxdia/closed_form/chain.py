@@ -17,9 +17,9 @@ import numpy as np
 
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, normal, split_zeros
 from jaxdia.closed_form.structure import activate
+from jaxdia.core.types import Params
 from jaxdia.matching import layer_gradient
 from jaxdia.models import DenseLayer, DropoutModel, jit_for_all_rates
-from jaxdia.typing import Params
 
 # Sizes (root mean square) that the kept activations are tried with, and steps from each.
 _SCALES = (0.05, 0.15, 0.4, 1.0, 2.5)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.closed_form.structure import activate
+from jaxdia.core.types import Gradient, Params
 from jaxdia.matching import layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, jit_for_all_rates
-from jaxdia.typing import Gradient, Params
 
 # Least squares by normal equations, of so many unknowns.
 MOST_INPUTS = 4096

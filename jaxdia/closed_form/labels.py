@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxdia.client import Observation
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
+from jaxdia.core.types import Labels
 from jaxdia.matching import layer_gradient
 from jaxdia.models import DropoutModel, expected_masks
-from jaxdia.typing import Labels
 
 _DUMMIES = 32
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.closed_form.structure import close, find_pixels, probing_params
+from jaxdia.core.types import Gradient
 from jaxdia.matching import flatten, unflatten
 from jaxdia.models import DropoutModel, once_a_network, sample_masks
-from jaxdia.typing import Gradient
 
 
 class Patching(NamedTuple):

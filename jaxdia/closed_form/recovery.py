@@ -21,9 +21,9 @@ from jaxdia.closed_form.labels import recover_labels
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
+from jaxdia.core.types import Images, Key, Labels, Masks
 from jaxdia.matching import Target, layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
-from jaxdia.typing import Images, Key, Labels, Masks
 
 # A sample that leaves no more than this of the gradient unexplained, relative, is exact.
 _EXACT = 1e-3

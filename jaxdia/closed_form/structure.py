@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.core.types import Masks, Params
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, once_a_network
-from jaxdia.typing import Masks, Params
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
 _TOLERANCE = 1e-9

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from jaxdia.core.errors import InputError, unknown
+from jaxdia.core.types import Statistics
 from jaxdia.data.sources import SOURCES
 from jaxdia.data.statistics import NEUTRAL, STATISTICS, statistics_of
-from jaxdia.errors import InputError, unknown
-from jaxdia.typing import Statistics
 
 __all__ = [
   "NEUTRAL",

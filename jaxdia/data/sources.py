@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from jaxdia.core.errors import InputError, first_line, unknown
+from jaxdia.core.files import UnreadableFile, read_npz
 from jaxdia.data.statistics import STATISTICS
-from jaxdia.errors import InputError, unknown
-from jaxdia.files import UnreadableFile, first_line, read_npz
 
 _SAMPLES = {  # our name -> the name in foolbox's file names, and the number of classes
   "mnist": ("mnist", 10),

@@ -1,7 +1,7 @@
 """Public statistics of the usual data sets."""
 
-from jaxdia.errors import unknown
-from jaxdia.typing import Statistics
+from jaxdia.core.errors import unknown
+from jaxdia.core.types import Statistics
 
 # MNIST, CIFAR-10 and ImageNet: as the paper's authors use them. The other two: of the training
 # sets, as commonly published.

@@ -10,8 +10,7 @@ import numpy as np
 import psutil
 
 from jaxdia.client import Observation
-from jaxdia.errors import InputError
-from jaxdia.files import first_line
+from jaxdia.core.errors import InputError, first_line
 from jaxdia.matching import choose_layers
 from jaxdia.models import DropoutModel
 

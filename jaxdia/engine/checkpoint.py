@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdia.errors import InputError
-from jaxdia.files import UnreadableFile, read_npz, write_npz
+from jaxdia.core.errors import InputError
+from jaxdia.core.files import UnreadableFile, read_npz, write_npz
 
 
 def save(path: pathlib.Path, tree: Any) -> None:

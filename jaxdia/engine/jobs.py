@@ -9,8 +9,8 @@ import numpy as np
 from jaxdia.attacks import Attack, Candidate, Status
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
+from jaxdia.core.types import Key, Masks
 from jaxdia.engine.capacity import RECORDED
-from jaxdia.typing import Key, Masks
 
 
 class Task(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 from jaxdia.attacks import Attack, Best, State, Status, Variant, project
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
-from jaxdia.typing import Gradient, Key, Labels, Masks, Params
+from jaxdia.core.types import Gradient, Key, Labels, Masks, Params
 
 
 class Slots(NamedTuple):

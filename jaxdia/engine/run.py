@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from jaxdia.client import Observation
+from jaxdia.core.errors import InputError
 from jaxdia.engine.capacity import choose_lanes, halve_lanes
 from jaxdia.engine.jobs import Job, Progress, Task, Trial
 from jaxdia.engine.loop import Loop
-from jaxdia.errors import InputError
 from jaxdia.matching import Method
 
 

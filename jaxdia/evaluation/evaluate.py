@@ -7,11 +7,11 @@ import numpy as np
 
 from jaxdia.attacks import Candidate
 from jaxdia.client import Secret
+from jaxdia.core.types import Masks, Statistics
 from jaxdia.data import denormalize, normalize
 from jaxdia.evaluation import metrics
 from jaxdia.evaluation.masks import mask_diagnostics
 from jaxdia.models import DropoutModel
-from jaxdia.typing import Masks, Statistics
 
 _SCALED = ("mse_scaled", "psnr_scaled", "ssim_scaled")
 _IMAGE_METRICS = ("mse_normalized", "mse", "psnr", "ssim", "lpips", *_SCALED, "identified")

@@ -3,8 +3,8 @@
 import numpy as np
 from scipy.stats import rankdata
 
+from jaxdia.core.types import Masks
 from jaxdia.models import DropoutModel, batch_axes
-from jaxdia.typing import Masks
 
 # Entries of a searched mask between these are undecided.
 UNDECIDED = (0.1, 0.9)

@@ -17,8 +17,8 @@ from jaxdia.attacks import AttackSettings, Candidate, Status, create_attack
 from jaxdia.client import Observation, Secret
 from jaxdia.closed_form import Recovery, recover, recover_labels
 from jaxdia.config import ExperimentSettings
-from jaxdia.errors import InputError
-from jaxdia.files import write_json, write_json_lines, write_npz
+from jaxdia.core.errors import InputError
+from jaxdia.core.files import write_json, write_json_lines, write_npz
 from jaxdia.manifest import manifest
 from jaxdia.models import DropoutModel
 from jaxdia.scoring import score

@@ -11,9 +11,9 @@ import ml_collections
 
 from jaxdia import engine, reporting
 from jaxdia.config import validate
+from jaxdia.core.errors import first_line
 from jaxdia.description import describe
 from jaxdia.experiment.experiment import Experiment
-from jaxdia.files import first_line
 
 
 def run(

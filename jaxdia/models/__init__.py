@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from jaxdia.errors import InputError, unknown
+from jaxdia.core.errors import InputError, unknown
 from jaxdia.models import networks
 from jaxdia.models.base import (
   Convolution,

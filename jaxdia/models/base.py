@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdia.errors import InputError
-from jaxdia.typing import Images, Key, Logits, Masks, Params
+from jaxdia.core.errors import InputError
+from jaxdia.core.types import Images, Key, Logits, Masks, Params
 
 
 class Site(NamedTuple):

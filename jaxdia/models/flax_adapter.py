@@ -18,7 +18,8 @@ from flax import errors as flax_errors
 from flax import linen as nn
 from jax.extend import core as jex_core
 
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
+from jaxdia.core.types import Images, Key, Logits, Masks, Params
 from jaxdia.models.base import (
   Convolution,
   DenseLayer,
@@ -30,7 +31,6 @@ from jaxdia.models.base import (
   drop,
 )
 from jaxdia.models.flax_interception import ignore_sites, interceptor
-from jaxdia.typing import Images, Key, Logits, Masks, Params
 
 # How modules name the argument of __call__ that turns dropout on.
 _TRAINING_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import tracers
 
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 from jaxdia.models.base import check_rate
 
 # on_site(name, rate, mask shape, activations) -> activations after dropout

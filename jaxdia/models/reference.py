@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.typing import Params
+from jaxdia.core.types import Params
 
 
 def params_of_reference(

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxdia.files import write_atomically
+from jaxdia.core.files import write_atomically
 
 _MAX_COLUMNS = 16
 

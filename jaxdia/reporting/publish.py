@@ -5,8 +5,8 @@ import shlex
 
 import pandas as pd
 
-from jaxdia.errors import InputError
-from jaxdia.files import write_atomically
+from jaxdia.core.errors import InputError
+from jaxdia.core.files import write_atomically
 from jaxdia.reporting import figures
 from jaxdia.reporting.results import Study, read_study
 from jaxdia.reporting.sweeps import find_sweeps

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.files import write_atomically
 from jaxdia.evaluation import RECOGNISABLE_SSIM
-from jaxdia.files import first_line, write_atomically
 from jaxdia.reporting import figures, wording
 from jaxdia.reporting.progress import duration
 from jaxdia.reporting.results import Cell, Study, read_study

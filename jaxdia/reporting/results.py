@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxdia.errors import InputError
-from jaxdia.files import UnreadableFile, first_line, read_npz
+from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.files import UnreadableFile, read_npz
 
 COUNTS = ("attempted", "finished", "failed", "not_applicable")
 _QUESTION = (

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError
 from jaxdia.evaluation import ssim
 from jaxdia.reporting.results import Cell, read_study
 

@@ -13,8 +13,8 @@ from jaxdia import reporting
 from jaxdia.attacks import PRESETS, create_attack
 from jaxdia.client import Observation
 from jaxdia.config import DataSettings
+from jaxdia.core.errors import InputError
 from jaxdia.engine import matrix_product_rate
-from jaxdia.errors import InputError
 from jaxdia.study.groups import group
 from jaxdia.study.plan import Cell, plan
 from jaxdia.victims import create_model, load_victims

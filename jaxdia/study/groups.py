@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 
 from jaxdia.config import DataSettings, ExperimentSettings
+from jaxdia.core.errors import InputError
 from jaxdia.engine import total_memory
-from jaxdia.errors import InputError
 from jaxdia.experiment import clients_key
 from jaxdia.study.plan import Cell
 from jaxdia.victims import create_model, load_victims

@@ -10,8 +10,7 @@ import ml_collections
 import numpy as np
 
 from jaxdia.config import ExperimentSettings, validate
-from jaxdia.errors import InputError
-from jaxdia.files import first_line
+from jaxdia.core.errors import InputError, first_line
 
 # ((field, value), ...): fields of the config that a cell sets, such as ("model.dropout_rate", 0.5)
 Overrides = tuple[tuple[str, Any], ...]

@@ -12,9 +12,9 @@ import ml_collections
 import pandas as pd
 
 from jaxdia import engine, experiment, reporting
-from jaxdia.errors import InputError
+from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.files import write_atomically, write_json, write_json_lines
 from jaxdia.experiment import Experiment, clients_key
-from jaxdia.files import first_line, write_atomically, write_json, write_json_lines
 from jaxdia.manifest import manifest
 from jaxdia.study.cost import estimate
 from jaxdia.study.groups import Group, group

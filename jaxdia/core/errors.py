@@ -23,3 +23,9 @@ def unknown(what: str, value: object, known: Iterable[str]) -> InputError:
   near = difflib.get_close_matches(str(value), known, n=1)
   hint = f" Did you mean {near[0]!r}?" if near else ""
   return InputError(f"Unknown {what} {value!r}.{hint} Choose one of: {', '.join(known)}.")
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of an error's message, or its type if it has none."""
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else type(error).__name__

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxdia.core.errors import first_line
+
 
 class UnreadableFile(Exception):
   """An npz file that is damaged or none."""
@@ -77,9 +79,3 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     zlib.error,
   ) as error:
     raise UnreadableFile(first_line(error)) from error
-
-
-def first_line(error: BaseException) -> str:
-  """Returns the first line of an error's message, or its type if it has none."""
-  lines = str(error).strip().splitlines()
-  return lines[0] if lines else type(error).__name__
