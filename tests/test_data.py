@@ -2,6 +2,7 @@ import importlib.util
 import io
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +114,16 @@ def test_tfds(tmp_path, monkeypatch):
     data.load("tfds:small_squares/test", 4)
 
 
+def test_a_tfds_data_set_whose_labels_are_no_classes_is_refused(monkeypatch):
+  import tensorflow_datasets as tfds
+
+  features = {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.float32)}
+  builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
+  monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
+  with pytest.raises(InputError, match="labels of kind Scalar; expected a ClassLabel"):
+    data.load("tfds:regression/train", 1)
+
+
 @pytest.mark.parametrize(
   "source, options, message",
   [
@@ -155,7 +166,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     data.load(f"folder:{tmp_path}", 2)
   assert data.load(f"folder:{tmp_path}", 2, image_size=8).images.shape == (2, 8, 8, 3)
   (tmp_path / "a" / "3.png").write_bytes(b"broken")
-  with pytest.raises(InputError, match="3.png cannot be read as an image"):
+  with pytest.raises(InputError, match="3.png is no image in PNG, JPEG.*or damaged"):
     data.load(f"folder:{tmp_path}", 3, image_size=8)
 
 

@@ -1,6 +1,7 @@
 """Arrays from an npz: layouts, types and labels are right, or refused with what mends them."""
 
 import io
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -180,3 +181,28 @@ def test_a_damaged_npz_is_refused_or_valid(tmp_path, save):
       assert victims.images.min() >= 0 and victims.images.max() <= 1
       assert ((0 <= victims.labels) & (victims.labels < victims.num_classes)).all()
   assert 50 < refused < 300
+
+
+def test_an_npz_with_damaged_headers_is_refused_or_valid(tmp_path):
+  """A zip file whose sums are right: only numpy can notice."""
+  path = tmp_path / "victims.npz"
+  np.savez(path, images=RNG.uniform(size=(2, 4, 4, 1)), labels=[0, 1], class_names=["a", "b"])
+  with zipfile.ZipFile(path) as file:
+    members = {name: file.read(name) for name in file.namelist()}
+  rng = np.random.default_rng(2)
+  refused = 0
+  for _ in range(400):
+    with zipfile.ZipFile(path, "w") as file:
+      for name, whole in members.items():
+        content = bytearray(whole)
+        if rng.random() < 0.5:
+          content[rng.integers(0, 120)] = rng.integers(0, 256)
+        file.writestr(name, bytes(content))
+    try:
+      images = data.load(f"npz:{path}", 2).images
+    except InputError as error:
+      refused += 1
+      assert "\n" not in str(error)
+    else:
+      assert images.dtype == np.float32 and images.ndim == 4
+  assert 50 < refused < 400

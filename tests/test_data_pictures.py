@@ -175,16 +175,17 @@ def test_the_depth_that_a_tiff_tells_is_obeyed(folder):
   # A largest value that is no range is what the image happens to hold, and one that it exceeds
   # says nothing.
   bright = values * 16
-  for tag in (int(bright.max()), 4095):
+  for tag in (int(bright.max()), 4095, 0):
     content = _tiff(bright.astype("<u2"), 8, 16, 1, (281, tag))
     np.testing.assert_allclose(_pixels(folder(content))[0, ..., 0], bright / 65535, atol=1e-6)
+  assert not _pixels(folder(_tiff(np.zeros((6, 8), "<u2"), 8, 16, 1, (281, 0)))).any()
 
 
 def test_white_as_zero_is_obeyed_or_refused(folder):
   values = np.arange(48, dtype=np.uint8).reshape(6, 8)
   found = _pixels(folder(_tiff(values, 8, 8, 0)))
   np.testing.assert_allclose(found[0, ..., 0] * 255, 255 - values, atol=1e-3)
-  with pytest.raises(InputError, match="16-bit values whose 0 is white; save it with 0 as black"):
+  with pytest.raises(InputError, match="16-bit values whose 0 is white; save it with 0 black"):
     _pixels(folder(_tiff(values.astype("<u2") * 1000, 8, 16, 0)))
 
 

@@ -7,7 +7,7 @@ are not applied, as is usual where networks are trained.
 import io
 import pathlib
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,15 @@ def import_pillow(purpose: str) -> types.ModuleType:
   return PIL
 
 
+class _Told(NamedTuple):
+  """What a file says about its values, and Pillow's image no longer does."""
+
+  format: str
+  depth: int  # bits of each value
+  full: int  # the value of white, or of black if negative
+  negative: bool
+
+
 def read_picture(path: pathlib.Path) -> np.ndarray:
   """Returns the pixels of a file, upright: grey [H, W] or colours [H, W, 3].
 
@@ -58,8 +67,10 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
     with pil.Image.open(io.BytesIO(content), formats=_FORMATS) as image:
       # A camera's JPEG may hold previews behind the picture itself (format MPO).
       frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-      kind, tags = image.format, dict(getattr(image, "tag_v2", {}))
       upright = pil.ImageOps.exif_transpose(image)
+      told = _told(image, content)
+  except pil.UnidentifiedImageError as error:
+    raise InputError(f"{path} is no image in {', '.join(_FORMATS)}, or damaged.") from error
   except Exception as error:  # what a decoder raises depends on the byte that is wrong
     raise InputError(f"{path} cannot be read as an image ({first_line(error)}).") from error
   if frames > 1:
@@ -67,48 +78,48 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
       f"{path} has {frames} frames (or pages); expected one. Save the one that is meant as a file"
       " of its own."
     )
-  # Pillow does not tell a PNG's depth, but it stands at a fixed place.
-  depth = content[24] if kind == "PNG" else max(tags.get(_BITS_PER_SAMPLE, [8]))
-  return _to_array(upright, path, kind, depth, tags)
+  return _to_array(upright, told, path)
 
 
-def _to_array(
-  image: Any, path: pathlib.Path, kind: str, depth: int, tags: dict[int, Any]
-) -> np.ndarray:
+def _told(image: Any, content: bytes) -> _Told:
+  tags = getattr(image, "tag_v2", {})  # a TIFF's
+  # Pillow does not tell the depth of a PNG, but it stands at a fixed place.
+  depth = content[24] if image.format == "PNG" else int(max(tags.get(_BITS_PER_SAMPLE, [8])))
+  full = int(np.max(tags.get(_MAX_SAMPLE_VALUE, 2**depth - 1)))
+  if full < 1 or full & (full + 1):  # no range, but the largest value that happens to occur
+    full = 2**depth - 1
+  return _Told(image.format, depth, full, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
+
+
+def _to_array(image: Any, told: _Told, path: pathlib.Path) -> np.ndarray:
   """Returns the pixels of an image that Pillow has read, if none of them has been cut."""
   mode = image.mode
-  if depth > 8 and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-    raise InputError(f"{path} has {depth}-bit values whose 0 is white; save it with 0 as black.")
-  if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillows say I
-    return _grey_of_16_bits(image, path, depth, tags)
+  if told.negative and told.depth > 8:  # else Pillow has turned it
+    raise InputError(f"{path} has {told.depth}-bit values whose 0 is white; save it with 0 black.")
+  if mode.startswith("I;16") or (mode == "I" and told.format == "PNG"):  # older Pillows say I
+    return _grey_of_16_bits(image, told, path)
   if mode == "F":
     return np.asarray(image)
   if mode not in _TO_GREY + _TO_COLOUR:
     raise InputError(f"{path} has pixels of mode {mode!r}; save it as 8-bit grey or RGB.")
-  if depth > 8:
+  if told.depth > 8:
     raise InputError(
-      f"{path} has colours (or alpha) of {depth} bits, of which Pillow keeps 8. Save it as 8-bit,"
-      " or as floats in [0, 1] in an npz."
+      f"{path} has colours (or alpha) of {told.depth} bits, of which Pillow keeps 8. Save it as"
+      " 8-bit, or as floats in [0, 1] in an npz."
     )
-  if mode == "CMYK" and kind == "JPEG" and "adobe" not in image.info:
+  if mode == "CMYK" and told.format == "JPEG" and "adobe" not in image.info:
     raise InputError(f"{path} does not say whether 0 or 255 is full ink; save it as RGB.")
   if image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255):
     raise _transparent(path)
   return np.asarray(image.convert("L" if mode in _TO_GREY else "RGB"))
 
 
-def _grey_of_16_bits(
-  image: Any, path: pathlib.Path, depth: int, tags: dict[int, Any]
-) -> np.ndarray:
+def _grey_of_16_bits(image: Any, told: _Told, path: pathlib.Path) -> np.ndarray:
   """Returns uint16, or float32 if the file says that its full range is another."""
   pixels = np.asarray(image).astype(np.uint16)
   if np.any(pixels == image.info.get("transparency", -1)):
     raise _transparent(path)
-  full = 2**depth - 1
-  # The tag may also be the largest value that happens to occur.
-  said = max(np.atleast_1d(tags.get(_MAX_SAMPLE_VALUE, full)))
-  if said < full and (said + 1) & said == 0 and pixels.max() <= said:
-    full = said
+  full = told.full if pixels.max() <= told.full else 2**told.depth - 1
   return pixels if full == 2**16 - 1 else pixels.astype(np.float32) / np.float32(full)
 
 

@@ -125,7 +125,7 @@ def _npz(name: str, wanted: slice) -> Raw:
     raise InputError(f"{path} lacks {missing}; expected an npz with images and labels.")
   images, labels = arrays["images"], arrays["labels"]
   _check_images(images, labels, path)
-  labels = _check_labels(labels, len(images), path)
+  _check_labels(labels, len(images), path)
   # From all labels, so that the network does not depend on which images are attacked.
   num_classes = max(2, int(labels.max()) + 1)
   names = _names(arrays["class_names"], num_classes, path) if "class_names" in arrays else None
@@ -174,10 +174,10 @@ def _has_channels_first(shape: tuple[int, ...]) -> bool:
   return first in (1, 3) or first <= 4 < last or first < second == last
 
 
-def _check_labels(labels: np.ndarray, count: int, path: pathlib.Path) -> np.ndarray:
-  """Returns i[N] or b[N], or refuses labels with what makes them so."""
+def _check_labels(labels: np.ndarray, count: int, path: pathlib.Path) -> None:
+  """Refuses labels that are not i[N] (or b[N]), with what makes them so."""
   if labels.shape == (count,) and labels.dtype.kind in "biu":
-    return labels
+    return
   if labels.shape == (count,) and labels.dtype.kind == "f":
     mend = " Use labels.astype(int) if they are whole numbers."
   elif labels.shape == (count,) and labels.dtype.kind in "US":
@@ -201,7 +201,10 @@ def _names(names: np.ndarray, num_classes: int, path: pathlib.Path) -> tuple[str
       f"class_names in {path} are {names.dtype} of shape {names.shape}; expected one string for"
       f" each of the {num_classes} classes. Use numpy.array([...], str), or leave them out."
     )
-  return tuple(names.tolist())
+  try:
+    return tuple(names.tolist())
+  except (SystemError, ValueError) as error:  # numpy's, for numbers that are no characters
+    raise InputError(f"class_names in {path} are no text; write the file again.") from error
 
 
 def _folder(name: str, wanted: slice) -> Raw:

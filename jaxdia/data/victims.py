@@ -77,7 +77,7 @@ def load(
     image_size: side in pixels; larger or smaller images are scaled to it by the
       shorter side and cropped in the middle. None leaves them as they are.
     num_classes: None takes it from the source, for an npz the largest of all its
-      labels plus one.
+      labels plus one, or as many as it has `class_names`.
     statistics: name of the data set whose statistics to use, or "neutral". None
       takes those of the source.
 
