@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdia import data, experiment, reporting, victims
-from jaxdia.config import config_for, default_config, validate
+from jaxdia import data, experiment, reporting
 from jaxdia.core.errors import InputError
+from jaxdia.experiment import clients
+from jaxdia.experiment.config import config_for, default_config, validate
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIELDS = [
@@ -48,7 +49,9 @@ def _rows(workdir):
 
 
 def _timeless(rows):
-  return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+  """Rows without what an interruption may change: times, and which session made them."""
+  dropped = ("seconds", "session")
+  return [{k: v for k, v in row.items() if not k.startswith(dropped)} for row in rows]
 
 
 def _silent(text):
@@ -258,7 +261,7 @@ def test_recovered_labels_are_right(tmp_path):
 
 
 def test_failed_images_are_counted_and_have_no_metrics(tmp_path, monkeypatch):
-  observe = victims.observe
+  observe = clients.observe
 
   def observe_sick(key, *args, **kwargs):
     import dataclasses
@@ -271,7 +274,7 @@ def test_failed_images_are_counted_and_have_no_metrics(tmp_path, monkeypatch):
       observation = dataclasses.replace(observation, gradient=sick)
     return observation, secret
 
-  monkeypatch.setattr(victims, "observe", observe_sick)
+  monkeypatch.setattr(clients, "observe", observe_sick)
   summary = experiment.run(_small(), tmp_path, say=_silent)["dia"]
   assert (summary["attempted"], summary["finished"], summary["failed"]) == (3, 2, 1)
   assert summary["metrics"]["mse_normalized"]["count"] == 2

@@ -8,7 +8,7 @@ import pytest
 from conftest import compilations
 
 from jaxdia import engine, experiment, study
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 from jaxdia.study import Group, group
 
 RATES_AND_WEIGHTS = [
@@ -35,7 +35,9 @@ def _silent(text):
 
 def _rows(workdir):
   rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+  return [
+    {k: v for k, v in row.items() if not k.startswith(("seconds", "session"))} for row in rows
+  ]
 
 
 def _groups(config):
@@ -150,7 +152,7 @@ def test_a_cell_that_fails_does_not_take_those_with_it_that_share_its_lanes(tmp_
   folder = tmp_path / "cells" / cells[1].name
   folder.mkdir(parents=True)
   (folder / "config.json").write_text('{"seed": 77}')
-  scoring = sys.modules["jaxdia.experiment.experiment"]
+  scoring = sys.modules["jaxdia.experiment.attack_run"]
   score = scoring.score
 
   def fail(settings, *arguments):
@@ -220,11 +222,11 @@ def test_a_group_that_is_interrupted_again_and_again_ends_like_one_left_alone(
   base = _base(name="ig,dia")
   base.engine.chunk, base.engine.checkpoint_seconds = 5, 0
   config = _study(base=base, grid=[*RATES_AND_WEIGHTS, ("precision", ("float32", "half"))])
-  scoring = sys.modules["jaxdia.experiment.experiment"]
+  scoring = sys.modules["jaxdia.experiment.attack_run"]
   score = scoring.score
 
   def fail(settings, model, name, *arguments):
-    if settings.model["dropout_rate"] == 0.6 and settings.attacks["dia"].mask_weight == 1e-2:
+    if settings.model.dropout_rate == 0.6 and settings.attacks["dia"].mask_weight == 1e-2:
       raise ValueError("this cell fails each time")
     return score(settings, model, name, *arguments)
 

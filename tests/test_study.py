@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 
 from jaxdia import experiment, reporting, study
-from jaxdia.config import config_for
 from jaxdia.core.errors import InputError
+from jaxdia.experiment.config import config_for
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = """
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 from jaxdia.study import study_config
 
 
@@ -51,7 +51,9 @@ def _launch(config, *arguments, popen=False):
 
 def _rows(workdir):
   rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+  return [
+    {k: v for k, v in row.items() if not k.startswith(("seconds", "session"))} for row in rows
+  ]
 
 
 def test_a_study_killed_at_three_moments_ends_with_the_table_of_one_left_alone(tmp_path):
@@ -201,7 +203,7 @@ def test_cells_are_variants_times_grid():
     {"attack.name": "dia", "seed": 3, "model.dropout_rate": 0.1},
     {"attack.name": "dia", "seed": 3, "model.dropout_rate": 0.2},
   ]
-  assert cells[2].settings.seed == 3 and cells[1].settings.model["dropout_rate"] == 0.2
+  assert cells[2].settings.seed == 3 and cells[1].settings.model.dropout_rate == 0.2
 
 
 def test_an_estimate_grows_with_the_work():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,13 @@ import pandas as pd
 from jaxdia import reporting
 from jaxdia.attacks import PRESETS, create_attack
 from jaxdia.client import Observation
-from jaxdia.config import DataSettings
 from jaxdia.core.errors import InputError
 from jaxdia.engine import matrix_product_rate
+from jaxdia.experiment.clients import load_images
+from jaxdia.experiment.config import DataSettings, ModelSettings
+from jaxdia.experiment.network import create_model
 from jaxdia.study.groups import group
 from jaxdia.study.plan import Cell, plan
-from jaxdia.victims import create_model, load_victims
 
 # Of the rate of a large matrix product, what an iteration of an attack reaches, with convolutions
 # and without (README, "How fast it is").
@@ -39,22 +39,25 @@ def estimate(cell: Cell, attack: str | None = None) -> float:
   if settings is None:
     return 0.0
   d = settings.data
-  trials = d.count // d.batch_size * d.mask_seeds * settings.restarts
+  trials = d.gradients * settings.restarts
   attacks = settings.attacks.values() if attack is None else [settings.attacks[attack]]
   searches = [a for a in attacks if a.closed_form != "only"]
   try:
-    one = dataclasses.replace(d, count=1, mask_seeds=1)
-    network = settings.model | {"dropout_rate": 0.5 if settings.model["dropout_rate"] else 0.0}
-    each, rate = _cost(json.dumps(network), one) if searches else (0.0, 1.0)
+    one = dataclasses.replace(d, count=d.batch_size, mask_seeds=1)
+    network = dataclasses.replace(
+      settings.model, dropout_rate=0.5 if settings.model.dropout_rate else 0.0
+    )
+    each, rate = _cost(network, one) if searches else (0.0, 1.0)
   except InputError:  # the cell will say so when it is run
     return 0.0
   return each * trials * sum(a.max_iterations for a in searches) / rate
 
 
 @functools.lru_cache
-def _cost(model_json: str, data: DataSettings) -> tuple[float, float]:
+def _cost(network: ModelSettings, data: DataSettings) -> tuple[float, float]:
   """Returns operations of an iteration of DIA, counted without compiling, and those a second."""
-  model = create_model(json.loads(model_json), load_victims(data))
+  images = load_images(data)
+  model = create_model(network, images.images.shape[1:], images.num_classes)
   params = jax.eval_shape(model.init, jax.random.key(0))
   size, channels = data.batch_size, model.image_shape[-1]
   statistics = jax.ShapeDtypeStruct((channels,), jnp.float32)
@@ -90,7 +93,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
         "cell": cell.name,
         "attacks": ",".join(cell.settings.attacks),
         "images": d.count * d.mask_seeds,
-        "trials": d.count // d.batch_size * d.mask_seeds * cell.settings.restarts,
+        "trials": d.gradients * cell.settings.restarts,
         "about": reporting.duration(seconds),
       }
     )

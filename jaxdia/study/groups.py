@@ -2,18 +2,22 @@
 
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
-from jaxdia.config import DataSettings, ExperimentSettings
 from jaxdia.core.errors import InputError
 from jaxdia.engine import total_memory
-from jaxdia.experiment import clients_key
+from jaxdia.experiment.clients import load_images
+from jaxdia.experiment.config import (
+  ClientsSettings,
+  DataSettings,
+  ExperimentSettings,
+  ModelSettings,
+)
+from jaxdia.experiment.network import create_model
 from jaxdia.study.plan import Cell
-from jaxdia.victims import create_model, load_victims
 
 # Of the memory, the share that the gradients of all clients of a group may take.
 _MEMORY_SHARE = 0.25
@@ -50,13 +54,14 @@ def group(cells: Sequence[Cell]) -> list[Group]:
   Args:
     cells: of the study; those that cannot be run are in no group.
   """
-  found: dict[str, list[Group]] = {}  # by program
-  sizes: dict[str, dict[str, int]] = {}  # by program, of the clients of its last group
+  found: dict[Hashable, list[Group]] = {}  # by program
+  # By program, of the clients of its last group.
+  sizes: dict[Hashable, dict[ClientsSettings, int]] = {}
   most = _MEMORY_SHARE * total_memory()
   for number, cell in enumerate(cells):
     if cell.settings is None:
       continue
-    clients, size = clients_key(cell.settings), _gradient_bytes(cell.settings)
+    clients, size = cell.settings.clients, _gradient_bytes(cell.settings)
     for name in cell.settings.attacks:
       program = _program(number, cell.settings, name)
       groups, inside = found.setdefault(program, []), sizes.setdefault(program, {})
@@ -70,44 +75,42 @@ def group(cells: Sequence[Cell]) -> list[Group]:
   return sorted((one for groups in found.values() for one in groups), key=lambda g: g.cells[0])
 
 
-def _program(number: int, settings: ExperimentSettings, name: str) -> str:
+def _program(number: int, settings: ExperimentSettings, name: str) -> Hashable:
   """Returns what attacks of one program have in common."""
-  attack, model = settings.attacks[name], dict(settings.model)
-  rate = model.pop("dropout_rate")
+  attack, model = settings.attacks[name], settings.model
   form = _form(settings.data)
-  alone = form is None or attack.closed_form == "only"  # nothing that runs in lanes
-  return repr(
-    (
-      *(name, jax.tree.structure(attack), number if alone else form),
-      *(json.dumps(model, sort_keys=True), rate == 0),
-      *(settings.data.batch_size, settings.precision, dataclasses.astuple(settings.engine)),
-    )
+  # Nothing that runs in lanes, or a network whose rates may be its own.
+  alone = form is None or attack.closed_form == "only" or ":" in model.name
+  return (
+    *(name, jax.tree.structure(attack), number if alone else form),
+    *(model.name, model.options, model.dropout_rate == 0),
+    *(settings.data.batch_size, settings.precision, settings.engine),
   )
 
 
 @functools.lru_cache
-def _form(data: DataSettings) -> tuple | None:
+def _form(data: DataSettings) -> tuple[Any, ...] | None:
   """Returns what of images makes a program; None if they cannot be loaded."""
   try:
-    victims = load_victims(data)
+    loaded = load_images(data)
   except InputError:  # the cell will say so when it is run
     return None
-  return victims.images.shape[1:], victims.num_classes, len(victims.statistics.mean)
+  return loaded.images.shape[1:], loaded.num_classes, len(loaded.statistics.mean)
 
 
 def _gradient_bytes(settings: ExperimentSettings) -> int:
   d = settings.data
   one = dataclasses.replace(d, count=d.batch_size, mask_seeds=1)
-  count = d.count // d.batch_size * d.mask_seeds
   width = 8 if settings.precision == "float64" else 4
-  return width * count * _entries(json.dumps(settings.model, sort_keys=True), one)
+  return width * d.gradients * _entries(settings.model, one)
 
 
 @functools.lru_cache
-def _entries(model_json: str, data: DataSettings) -> int:
+def _entries(network: ModelSettings, data: DataSettings) -> int:
   """Returns the number of entries of a gradient; 0 if there is none."""
   try:
-    model = create_model(json.loads(model_json), load_victims(data))
+    loaded = load_images(data)
+    model = create_model(network, loaded.images.shape[1:], loaded.num_classes)
   except InputError:
     return 0
   params = jax.eval_shape(model.init, jax.random.key(0))

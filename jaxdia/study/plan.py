@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from jaxdia.config import ExperimentSettings, validate
 from jaxdia.core.errors import InputError, first_line
+from jaxdia.experiment.config import ExperimentSettings, validate
 
 # ((field, value), ...): fields of the config that a cell sets, such as ("model.dropout_rate", 0.5)
 Overrides = tuple[tuple[str, Any], ...]

@@ -14,7 +14,7 @@ from jaxdia.engine import Trial
 
 
 class Record(NamedTuple):
-  """How one trial went; see `jaxdia.engine.Trial`."""
+  """How one trial went, and in which session; see `jaxdia.engine.Trial`."""
 
   restart: int
   objective: float
@@ -23,6 +23,7 @@ class Record(NamedTuple):
   best_iteration: int
   status: Status
   seconds: float
+  session: int = 0
 
 
 class Origin(NamedTuple):
@@ -98,12 +99,13 @@ def origin(recovery: Recovery, seconds: float) -> Origin:
   )
 
 
-def merge(outcome: Outcome | None, trial: Trial) -> Outcome:
+def merge(outcome: Outcome | None, trial: Trial, session: int = 0) -> Outcome:
   """Returns an outcome with one more trial.
 
   Args:
     outcome: of the trials before; None if there were none.
     trial: of the same observation.
+    session: that ran it.
   """
   record = Record(
     trial.job.restart,
@@ -113,6 +115,7 @@ def merge(outcome: Outcome | None, trial: Trial) -> Outcome:
     trial.best_iteration,
     trial.status,
     trial.seconds,
+    session,
   )
   images = {record.restart: np.asarray(trial.candidate.images)}
   if outcome is None:
@@ -219,7 +222,7 @@ def load(path: pathlib.Path) -> Outcome | None:
     return None
   masks = {k.removeprefix("masks/"): v for k, v in arrays.items() if k.startswith("masks/")}
   records = tuple(
-    Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6])
+    Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6], int(r[7]))
     for r in arrays["records"].tolist()
   )
   candidate = Candidate(arrays["images"], masks or None, arrays.get("labels"))

@@ -4,9 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdia import data, evaluation, outcomes
+from jaxdia import data, evaluation
 from jaxdia.client import Secret
-from jaxdia.config import ExperimentSettings
+from jaxdia.experiment import outcomes
+from jaxdia.experiment.config import ExperimentSettings
+from jaxdia.experiment.network import common_rate
 from jaxdia.models import DropoutModel
 
 
@@ -77,8 +79,8 @@ def score(
       "mask_seed": mask_seed,
       "label": int(secret.labels[i]),
       "attack": name,
-      "model": settings.model["name"],
-      "dropout_rate": settings.model["dropout_rate"],
+      "model": settings.model.name,
+      "dropout_rate": common_rate(model),
       "batch_size": size,
     }
     row |= {key: None if outcome.failed else value for key, value in scores.items()}

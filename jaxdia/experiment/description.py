@@ -3,38 +3,31 @@
 import jax
 import numpy as np
 
-from jaxdia.client import Observation
-from jaxdia.config import ExperimentSettings
-from jaxdia.models import DropoutModel
+from jaxdia.experiment.clients import Clients
+from jaxdia.experiment.config import ExperimentSettings
+from jaxdia.experiment.network import common_rate
 
 
-def describe(
-  settings: ExperimentSettings,
-  model: DropoutModel,
-  observation: Observation,
-  lanes: int,
-  devices: int,
-) -> str:
+def describe(settings: ExperimentSettings, clients: Clients, lanes: int, devices: int) -> str:
   """Returns what is about to be attempted, for a person to read.
 
   Args:
     settings: of the experiment.
-    model: the client's network.
-    observation: one of those that are attacked.
-    lanes: trials that a device runs at once.
+    clients: that are attacked.
+    lanes: trials of a search that a device runs at once.
     devices: number of devices that share the trials.
   """
-  d, size = settings.data, settings.data.batch_size
-  batches = d.count // size
-  gradient = sum(leaf.size for leaf in jax.tree.leaves(observation.gradient))
+  d, model = settings.data, clients.model
+  size = d.batch_size
+  gradient = sum(leaf.size for leaf in jax.tree.leaves(clients.params))
   masks = sum(int(np.prod(shape)) for shape in model.mask_shapes(size).values())
   pixels = size * int(np.prod(model.image_shape))
   shape = "x".join(str(n) for n in model.image_shape)
   device = jax.local_devices()[0]
   lines = [
-    f"jaxdia: {d.count} images of {d.source} ({shape}) in {batches} batches of {size}",
-    f"  model    {settings.model['name']}, dropout rate {settings.model['dropout_rate']} at"
-    f" {len(model.sites)} sites, random weights",
+    f"jaxdia: {d.count} images of {d.source} ({shape}) in {d.batches} batches of {size}",
+    f"  model    {settings.model.name}, dropout rate {common_rate(model):g} at {len(model.sites)}"
+    " sites, random weights",
     "  threat   an honest-but-curious server knows the weights, the dropout rates and one"
     " client gradient",
     f"  known    {gradient:,} gradient entries a batch",
@@ -58,8 +51,12 @@ def describe(
       "only": "linear algebra alone, nothing searched",
     }[attack.closed_form]
     lines.append(f"  {name:11} unknown: {' + '.join(unknowns)} ({assumed})")
+  searches = any(attack.closed_form != "only" for attack in settings.attacks.values())
+  gradients = f"{d.gradients} gradient{'s' * (d.gradients > 1)}"
   lines.append(
-    f"  run      {batches} x {settings.restarts} trials, {lanes} lanes on each of"
+    f"  run      {gradients} x {settings.restarts} trials, {lanes} lanes on each of"
     f" {devices} {device.platform} device(s) ({device.device_kind})"
+    if searches
+    else f"  run      {gradients}, each once"
   )
   return "\n".join(lines)
