@@ -22,8 +22,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 import numpy as np
 import pytest
 
-from jaxdia import engine, models
+from jaxdia import models
 from jaxdia.client import observe
+from jaxdia.core.machine import forget_programs
 
 IMAGE_SHAPE = (6, 6, 1)
 
@@ -31,7 +32,7 @@ IMAGE_SHAPE = (6, 6, 1)
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
   yield
-  engine.forget_programs()
+  forget_programs()
 
 
 @pytest.fixture(scope="session")

@@ -306,7 +306,8 @@ def test_a_search_that_matches_features_is_interrupted_and_resumed(tmp_path):
 def test_closed_forms_outlive_an_interruption_of_the_search(tmp_path, monkeypatch):
   c = _config("mlp", 2, 1, name="hybrid", feature_weight=0.0)
 
-  def interrupted(*arguments, **options):
+  def interrupted(tasks, **options):
+    assert all(tasks[0].parts)
     raise KeyboardInterrupt
 
   run = engine.run
@@ -315,7 +316,7 @@ def test_closed_forms_outlive_an_interruption_of_the_search(tmp_path, monkeypatc
     experiment.run(c, tmp_path, say=print)
   assert len(list((tmp_path / "checkpoint").glob("hybrid_closed_form_*.npz"))) == 2
   monkeypatch.setattr(engine, "run", run)
-  monkeypatch.setattr(sys.modules["jaxdia.experiment.attack_run"], "recover", None)
+  monkeypatch.setattr("jaxdia.closed_form.recover", None)
   summary = experiment.run(c, tmp_path, say=print)
   assert summary["hybrid"]["finished"] == 2
   assert summary["hybrid"]["metrics"]["mse_normalized"]["max"] < 1e-8

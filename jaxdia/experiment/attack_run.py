@@ -1,6 +1,7 @@
 """One attack on all gradients of an experiment: its trials, and what they found."""
 
 import contextlib
+import itertools
 import json
 import pathlib
 import time
@@ -11,9 +12,9 @@ import jax
 import numpy as np
 
 from jaxdia import engine
-from jaxdia.attacks import Attack, AttackSettings, Candidate, Status, create_attack
+from jaxdia.attacks import CATALOGUE, RECOVERY, Attack
 from jaxdia.client import Observation
-from jaxdia.closed_form import Parts, Recovery, recover, recover_labels
+from jaxdia.closed_form import Recovery, recover_labels
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json
 from jaxdia.experiment import outcomes
@@ -21,12 +22,12 @@ from jaxdia.experiment.clients import Clients, Lazy
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.rows import score
 from jaxdia.experiment.store import Store
-from jaxdia.models import DropoutModel
 
 # Of so many images it is kept how they formed.
 SHOWN = 4
 # What JAX measures of a compilation.
 COMPILING = ("jaxpr_to_mlir_module", "backend_compile")
+_TIMES = ("run_seconds", "compile_seconds")
 
 
 class AttackRun:
@@ -58,13 +59,12 @@ class AttackRun:
       InputError: the attack cannot be run on this network.
     """
     self.name = name
-    self.attack: Attack = create_attack(clients.model, settings.attacks[name])
-    _check_labels(self.attack.settings, clients.model, settings.data.batch_size)
-    self._searches = self.attack.settings.closed_form != "only"
-    self.restarts = settings.restarts if self._searches else 1
+    self.attack: Attack = CATALOGUE[name].build(clients.model, settings.attacks[name])
+    _check_labels(self.attack, settings.data.batch_size)
+    self.restarts = settings.restarts if self.attack.max_iterations else 1  # or all were the same
     self.images: np.ndarray | None = None
     self.recordings: dict[int, dict[int, np.ndarray]] = {}
-    self.times = {"run_seconds": 0.0, "compile_seconds": 0.0}
+    self.times = self._times_before = dict.fromkeys(_TIMES, 0.0)
     self._settings = settings
     self._clients = clients
     self._store = store
@@ -116,56 +116,32 @@ class AttackRun:
   def observations(self) -> Sequence[Observation]:
     """What the attack is shown: with labels only if it is given them."""
     c = self._clients
-    return c.observations if self.attack.settings.labels == "given" else c.unlabelled
+    return c.observations if self.attack.labels == "given" else c.unlabelled
 
-  def recover(self, note: Callable[[str], None]) -> None:
-    """Computes closed forms, if the attack has some, of gradients that are not finished.
-
-    If it searches nothing, they are its results; else they are kept until its trials are finished.
-
-    Args:
-      note: called with a line after each.
-    """
-    if self.attack.settings.closed_form == "none" or self.is_finished:
-      return
-    left = [i for i in range(len(self._clients.secrets)) if i not in self._rows]
-    key = jax.random.fold_in(self._key, 3)  # no trial's
-    for count, number in enumerate(left):
-      if self._searches and self._recovery_path(number).exists():
-        continue
-      start = time.monotonic()
-      with compilation() as durations:
-        found = recover(
-          jax.random.fold_in(key, number), self._clients.model, self.observations[number]
-        )
-      compiling = sum(durations)
-      seconds = time.monotonic() - start - compiling
-      self.note_times(seconds, compiling)
-      self._times_before = self.times
-      if self._searches:
-        outcomes.save_recovery(self._recovery_path(number), found, seconds)
-      else:
-        self._take(_without_search(found, number), outcomes.origin(found, seconds))
-      note(f"closed form of batch {count + 1}/{len(left)}: {found.summary()}")
-
-  def task(self, number: int) -> engine.Task:
-    """Returns the search for the engine.
+  def task(self, number: int, note: Callable[[str], None]) -> engine.Task:
+    """Returns the attack for the engine.
 
     Args:
       number: by which the task is known.
+      note: called with a line after each closed form.
     """
-    told = self.attack.settings
     return engine.Task(
       jax.random.fold_in(self._key, 2),
       self.attack,
       self.observations,
-      self._settings.restarts,
+      self.restarts,
       # The one place where an attack is handed something of the secret: WIIG is defined by it.
-      masks=self._clients.masks if told.masks == "known" else None,
-      parts=None if told.closed_form == "none" else Lazy(len(self.observations), self._parts),
+      masks=self._clients.masks if self.attack.masks == "known" else None,
+      parts=Lazy(len(self.observations), lambda i: self._recover(i, note)),
       finished=self.finished,
       number=number,
     )
+
+  def plan(self) -> engine.Task:
+    """Returns the attack for the engine to plan, without what it is told of single gradients."""
+    pairs = itertools.product(range(len(self.observations)), range(self.restarts))
+    key = jax.random.fold_in(self._key, 2)
+    return engine.Task(key, self.attack, self.observations, self.restarts, finished=list(pairs))
 
   def take(self, trial: engine.Trial) -> None:
     """Keeps a finished trial, and scores its gradient if it was the last.
@@ -173,11 +149,14 @@ class AttackRun:
     Args:
       trial: of the engine.
     """
-    found = None
-    if self.attack.settings.closed_form != "none":
-      recovery = outcomes.load_recovery(self._recovery_path(trial.job.victim))
-      found = outcomes.origin(*recovery) if recovery else None
-    self._take(trial, found)
+    number = trial.job.observation
+    outcome = outcomes.merge(self._unfinished.get(number), trial, self._store.session)
+    if recovery := outcomes.load_recovery(self._recovery_path(number)):
+      outcome = outcome._replace(origin=outcomes.origin(*recovery))
+    outcomes.save(self._outcome_path(number), outcome)
+    if self._keep(number, outcome):
+      self._store.append_results(self._rows[number])
+      self._recovery_path(number).unlink(missing_ok=True)
 
   def note_times(self, run_seconds: float, compile_seconds: float) -> None:
     """Keeps what the search took in this call.
@@ -186,21 +165,34 @@ class AttackRun:
       run_seconds: since it began.
       compile_seconds: likewise.
     """
-    before, here = self._times_before, (run_seconds, compile_seconds)
-    times = {k: v + t for (k, v), t in zip(before.items(), here, strict=True)}
+    times = _add(self._times_before, run_seconds, compile_seconds)
     if times != self.times:
       self.times = times
       write_json(self._times_path, times, durable=False)
 
-  def _take(self, trial: engine.Trial, origin: outcomes.Origin | None) -> None:
-    number = trial.job.victim
-    outcome = outcomes.merge(self._unfinished.get(number), trial, self._store.session)
-    if origin is not None:
-      outcome = outcome._replace(origin=origin)
-    outcomes.save(self._outcome_path(number), outcome)
-    if self._keep(number, outcome):
-      self._store.append_results(self._rows[number])
-      self._recovery_path(number).unlink(missing_ok=True)
+  def _recover(self, number: int, note: Callable[[str], None]) -> Recovery | None:
+    """Returns what an attack starts from; kept on disk until the gradient's trials are finished."""
+    if number in self._rows:  # one of the same form: it is not looked at
+      number = next(i for i in range(len(self.observations)) if i not in self._rows)
+    found = outcomes.load_recovery(self._recovery_path(number))
+    if found is not None:
+      return found[0]
+    # No trial has this key.
+    key = jax.random.fold_in(jax.random.fold_in(self._key, RECOVERY), number)
+    start = time.monotonic()
+    with compilation() as durations:
+      recovery = self.attack.recover(key, self.observations[number])
+    if recovery is None:
+      return None
+    compiling = sum(durations)
+    seconds = time.monotonic() - start - compiling
+    outcomes.save_recovery(self._recovery_path(number), recovery, seconds)
+    self._times_before = _add(self._times_before, seconds, compiling)
+    self.times = _add(self.times, seconds, compiling)
+    write_json(self._times_path, self.times, durable=False)
+    left = len(self.observations) - len(self._rows)
+    note(f"closed form of gradient {number} ({left} to go): {recovery.summary()}")
+    return recovery
 
   def _keep(self, number: int, outcome: outcomes.Outcome) -> bool:
     """Scores a gradient if all of its trials are finished; returns whether they are."""
@@ -208,7 +200,7 @@ class AttackRun:
     if len(outcome.records) < self.restarts:
       return False
     clients, settings, recovered = self._clients, self._settings, None
-    if self.attack.settings.labels == "recovered":
+    if self.attack.labels == "recovered":
       origin = outcome.origin
       seen = self.observations
       recovered = recover_labels(clients.model, seen[number]) if origin is None else origin.labels
@@ -231,15 +223,6 @@ class AttackRun:
     del self._unfinished[number]
     return True
 
-  def _parts(self, number: int) -> Parts:
-    """Returns what was recovered of a gradient that is not finished."""
-    found = outcomes.load_recovery(self._recovery_path(number))
-    if found is None:
-      raise InputError(
-        f"the closed form {self._recovery_path(number)} is missing. Run the same command again."
-      )
-    return found[0].parts
-
   def _outcome_path(self, number: int) -> pathlib.Path:
     return self._store.path("trials", self.name, f"{number:05d}.npz")
 
@@ -251,13 +234,13 @@ class AttackRun:
     return self._store.path("trials", self.name, "times.json")
 
 
-def _check_labels(settings: AttackSettings, model: DropoutModel, batch_size: int) -> None:
+def _check_labels(attack: Attack, batch_size: int) -> None:
   """Lets an attack that cannot read its labels say so before anything is written."""
-  if settings.labels == "recovered":
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    zeros = jax.ShapeDtypeStruct((1,), np.float32)
-    observation = Observation(shapes, shapes, None, zeros, zeros, batch_size)
-    jax.eval_shape(lambda o: recover_labels(model, o), observation)
+  if attack.labels == "recovered":
+    shapes = jax.eval_shape(attack.model.init, jax.random.key(0))
+    numbers = jax.ShapeDtypeStruct((1,), np.float32)
+    observation = Observation(shapes, shapes, None, numbers, numbers, batch_size)
+    jax.eval_shape(lambda o: recover_labels(attack.model, o), observation)
 
 
 @contextlib.contextmanager
@@ -280,24 +263,14 @@ def compilation() -> Iterator[list[float]]:
 def _read_times(path: pathlib.Path) -> dict[str, float]:
   """Returns the seconds that earlier calls took."""
   if not path.exists():
-    return {"run_seconds": 0.0, "compile_seconds": 0.0}
+    return dict.fromkeys(_TIMES, 0.0)
   try:
     times = json.loads(path.read_text())
-    return {kind: float(times[kind]) for kind in ("run_seconds", "compile_seconds")}
+    return {kind: float(times[kind]) for kind in _TIMES}
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise InputError(f"{path} is damaged ({error}). Delete it; it only holds times.") from error
 
 
-def _without_search(recovery: Recovery, number: int) -> engine.Trial:
-  """Returns what was recovered as a trial of no iteration."""
-  residual = recovery.residual[np.isfinite(recovery.residual)]
-  return engine.Trial(
-    job=engine.Job(number, 0),
-    candidate=Candidate(recovery.parts.images, recovery.parts.masks, None),
-    objective=float(residual.max(initial=0.0)),
-    distance=0.0,
-    iterations=0,
-    best_iteration=0,
-    status=Status.NO_SEARCH,
-    seconds=0.0,
-  )
+def _add(times: dict[str, float], run: float, compiling: float) -> dict[str, float]:
+  """Returns times with more seconds of running and of compiling."""
+  return {kind: times[kind] + more for kind, more in zip(_TIMES, (run, compiling), strict=True)}

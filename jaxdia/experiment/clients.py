@@ -21,8 +21,9 @@ from jaxdia.models import DropoutModel
 # pixels that they may have in all.
 _POOL = 1_000
 _POOL_PIXELS = 2**24
-# Of the gradients that were computed last, so many bytes are kept.
-_KEPT_BYTES = 2**28
+# Of the gradients that were asked for last, so many are kept: what is computed for one trial is
+# asked for several times.
+KEPT = 2
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ class Clients:
 
   A client has one batch of images. Gradient number i is that of client i modulo the number of
   clients: all clients with the first masks, then all with the second, and so on. Gradients and
-  masks are drawn from keys, and computed when they are asked for; some are kept.
+  masks are drawn from keys, and computed when they are asked for; few are kept.
 
   Attributes:
     settings: all that they depend on.
@@ -89,9 +90,8 @@ class Clients:
     params = jax.jit(self.model.init)(jax.random.fold_in(key, 0))
     self.params: Params = jax.tree.map(lambda x: x.astype(settings.precision), params)
     self._client_key = jax.random.fold_in(key, 1)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
     count = settings.data.gradients
-    pairs = Lazy(count, self._observe, kept=max(1, min(count, _KEPT_BYTES // max(size, 1))))
+    pairs = Lazy(count, self._observe, KEPT)
     self.observations: Sequence[Observation] = Lazy(count, lambda i: pairs[i][0])
     self.unlabelled: Sequence[Observation] = Lazy(
       count, lambda i: dataclasses.replace(pairs[i][0], labels=None)

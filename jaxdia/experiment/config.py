@@ -10,19 +10,14 @@ import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
-from jaxdia.attacks import PRESETS, AttackSettings
-from jaxdia.core.errors import InputError, unknown
+from jaxdia.attacks import CATALOGUE, AttackSettings
+from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.data import STATISTICS
-from jaxdia.matching import METHODS
+from jaxdia.gradients import METHODS
 from jaxdia.models import MODELS, check_rate
 
 # Products of fewer bits are not among them: see ARCHITECTURE.md.
 PRECISIONS = ("float32", "float64")
-
-
-def _check_integer(name: str, value: Any, least: int = 1) -> None:
-  if type(value) is not int or value < least:
-    raise InputError(f"config.{name} is {value!r}; expected an integer of at least {least}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +46,7 @@ class DataSettings:
 
   def __post_init__(self):
     for name in ("count", "batch_size", "mask_seeds"):
-      _check_integer(f"data.{name}", getattr(self, name))
+      check_count(f"config.data.{name}", getattr(self, name), 1)
     if self.count % self.batch_size:
       raise InputError(
         f"config.data.count={self.count} images cannot be cut into batches of"
@@ -126,15 +121,15 @@ class EngineSettings:
   def __post_init__(self):
     for name in ("lanes", "chunk"):
       if getattr(self, name) is not None:
-        _check_integer(f"engine.{name}", getattr(self, name))
+        check_count(f"config.engine.{name}", getattr(self, name), 1)
     if self.matching not in METHODS:
       raise unknown("value of config.engine.matching:", self.matching, METHODS)
-    seconds = self.checkpoint_seconds
-    if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
-      raise InputError(
-        f"config.engine.checkpoint_seconds is {seconds!r}; expected a number of"
-        " seconds of at least 0."
-      )
+    check_number(
+      "config.engine.checkpoint_seconds",
+      self.checkpoint_seconds,
+      lambda value: value >= 0,
+      "a number of seconds of at least 0",
+    )
 
 
 class ClientsSettings(typing.NamedTuple):
@@ -169,11 +164,10 @@ class ExperimentSettings:
   engine: EngineSettings = EngineSettings()
 
   def __post_init__(self):
-    if type(self.seed) is not int or not 0 <= self.seed < 2**32:
-      raise InputError(f"config.seed is {self.seed!r}; expected an integer in [0, 2**32).")
+    check_count("config.seed", self.seed, 0, 2**32 - 1)
     if self.precision not in PRECISIONS:
       raise unknown("value of config.precision:", self.precision, PRECISIONS)
-    _check_integer("attack.restarts", self.restarts)
+    check_count("config.attack.restarts", self.restarts, 1)
 
   @property
   def clients(self) -> ClientsSettings:
@@ -285,11 +279,11 @@ def _attacks(names: str, fields: dict[str, Any]) -> dict[str, AttackSettings]:
   known = ["name", "restarts"] + [f.name for f in dataclasses.fields(AttackSettings)]
   _check_names("field of config.attack:", fields, known)
   given = [name.strip() for name in names.split(",")]
-  _check_names("attack", given, PRESETS)
+  _check_names("attack", given, CATALOGUE)
   if len(set(given)) < len(given):
     raise InputError(f"config.attack.name is {','.join(given)!r}; expected each attack once.")
   overrides = {name: value for name, value in fields.items() if value is not None}
-  return {name: PRESETS[name].override(**overrides) for name in given}
+  return {name: CATALOGUE[name].settings.override(**overrides) for name in given}
 
 
 def config_for(model: str, dataset: str, **options: Any) -> ml_collections.ConfigDict:

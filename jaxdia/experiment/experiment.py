@@ -48,22 +48,17 @@ class Experiment:
       name: AttackRun(name, settings, self.clients, self.store) for name in settings.attacks
     }
 
-  def begin(self, say: Callable[[str], None]) -> None:
+  def begin(self) -> None:
     """Takes the work directory for this process, and takes up what was finished before.
 
-    Args:
-      say: called with what a person should read.
-
     Raises:
-      InputError: another process has the directory, it cannot be written, what is there is
-        damaged, or it was begun with settings of the engine that give other numbers.
+      InputError: another process has the directory, it cannot be written, or what is there is
+        damaged.
     """
     self.store.open()
     try:
       for run in self.runs.values():
         run.load()
-      if not self.complete:
-        self.store.begin_session(say)
       self.store.write_results(self.rows)
     except BaseException:
       self.close()

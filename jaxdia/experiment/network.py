@@ -1,6 +1,5 @@
 """The network of an experiment: a built-in one, or the user's own by its import path."""
 
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -20,6 +19,7 @@ from jaxdia.models import DropoutModel
 _TOLD = ("num_classes", "dropout_rate")
 
 
+@functools.lru_cache(maxsize=32)
 def create_model(
   settings: ModelSettings, image_shape: tuple[int, int, int], num_classes: int
 ) -> DropoutModel:
@@ -28,7 +28,7 @@ def create_model(
   A name with a colon, "package.module:attribute", is the import path of a Flax Linen module
   class, of a module, of a `DropoutModel`, or of a function that returns one of both. What is
   called is given the options, and `num_classes` and `dropout_rate` if it takes them; if it takes
-  no rate, the rates are its own. Networks that differ in rates alone share a program.
+  no rate, the rates are its own.
 
   Args:
     settings: name, rate and options.
@@ -39,29 +39,12 @@ def create_model(
     InputError: see `jaxdia.models.create` and `jaxdia.models.from_flax`; or there is nothing
       at the import path, it does not take the options, or it gives no network.
   """
-  if ":" in settings.name:
-    return _own(settings, tuple(image_shape), num_classes)
-  rate = models.check_rate(settings.dropout_rate)
-  with_dropout = dataclasses.replace(settings, dropout_rate=0.5 if rate else 0.0)
-  network = _built_in(with_dropout, tuple(image_shape), num_classes)
-  return network.at_rates(dict.fromkeys(network.rates, rate))
-
-
-@functools.lru_cache(maxsize=32)  # networks that share a program must be one
-def _built_in(
-  settings: ModelSettings, image_shape: tuple[int, int, int], num_classes: int
-) -> DropoutModel:
-  options = dict(settings.options)
-  return models.create(settings.name, image_shape, num_classes, settings.dropout_rate, **options)
-
-
-@functools.lru_cache(maxsize=32)
-def _own(
-  settings: ModelSettings, image_shape: tuple[int, int, int], num_classes: int
-) -> DropoutModel:
-  found, options = _find(settings.name), dict(settings.options)
+  options, rate = dict(settings.options), settings.dropout_rate
+  if ":" not in settings.name:
+    return models.create(settings.name, image_shape, num_classes, rate, **options)
+  found = _find(settings.name)
   if not isinstance(found, (nn.Module, DropoutModel)):
-    told = {"num_classes": num_classes, "dropout_rate": models.check_rate(settings.dropout_rate)}
+    told = {"num_classes": num_classes, "dropout_rate": rate}
     found = _call(settings.name, found, options, told)
   elif options:
     raise InputError(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdia import data, evaluation
+from jaxdia.attacks import Status
 from jaxdia.client import Secret
 from jaxdia.experiment import outcomes
 from jaxdia.experiment.config import ExperimentSettings
@@ -56,7 +57,7 @@ def score(
   size = settings.data.batch_size
   mask_seed, batch = divmod(number, settings.data.count // size)
   record, origin = outcome.best, outcome.origin
-  alone = settings.attacks[name].closed_form == "only"
+  alone = record.status == Status.NO_SEARCH
   result = evaluation.evaluate(
     model,
     secret,

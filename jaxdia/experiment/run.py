@@ -46,20 +46,20 @@ def run(
   settings, workdir = validate(config), pathlib.Path(workdir)
   with jax.enable_x64(settings.precision == "float64"):
     experiment = Experiment(settings, workdir)
-    experiment.begin(say)
+    experiment.begin()
     with contextlib.closing(experiment):
-      lanes = _lanes(next(iter(settings.attacks)), {0: experiment})
-      trials = max(one.trials for one in experiment.runs.values())
-      devices = len(experiment.store.devices[:trials])
-      say(describe(settings, experiment.clients, min(lanes, -(-trials // devices)), devices))
+      alone = {0: experiment}
+      plans = {name: _plan(name, alone, _lanes(name, alone)[0] or None) for name in experiment.runs}
+      attacks = {name: one.attack for name, one in experiment.runs.items()}
+      say(describe(settings, experiment.clients, attacks, plans))
       for name, one in experiment.runs.items():
         if finished := len(one.finished):
           say(f"{name}: {finished} of {one.trials} trials were finished before")
-        progress = reporting.ProgressReport(name, settings.attacks[name].max_iterations)
+        progress = reporting.ProgressReport(name, one.attack.max_iterations)
         try:
           errors = run_attack(
             name,
-            {0: experiment},
+            alone,
             checkpoint_path=workdir / "checkpoint" / f"{name}.npz",
             on_progress=progress.update,
             note=progress.note,
@@ -72,17 +72,20 @@ def run(
       return experiment.finish(say)
 
 
-def _lanes(name: str, experiments: Mapping[int, Experiment]) -> int:
-  """Returns in how many lanes a device an attack is run, or was begun before."""
+def _plan(name: str, experiments: Mapping[int, Experiment], lanes: int | None) -> engine.Plan:
+  """Returns how the engine shares out an attack, whatever of it is finished."""
+  tasks = [one.runs[name].plan() for one in experiments.values()]
+  devices = next(iter(experiments.values())).store.devices
+  return engine.plan(tasks, lanes=lanes, devices=devices)
+
+
+def _lanes(name: str, experiments: Mapping[int, Experiment]) -> tuple[int, int]:
+  """Returns in how many lanes a device an attack goes on, and in how many it would begin."""
+  asked = next(iter(experiments.values())).settings.engine.lanes
   before = (one.store.lanes(name) for one in experiments.values())
-  if found := next((lanes for lanes in before if lanes is not None), None):
-    return found
-  first = next(iter(experiments.values()))
-  if first.settings.engine.lanes is not None:
-    return first.settings.engine.lanes
-  trials = sum(one.runs[name].trials for one in experiments.values())
-  model, observation = first.clients.model, first.clients.observations[0]
-  return engine.choose_lanes(model, observation, trials, first.store.devices[:trials])
+  lanes = next((lanes for lanes in before if lanes is not None), None)
+  fresh = _plan(name, experiments, lanes if asked is None else asked).lanes
+  return fresh if lanes is None else lanes, fresh
 
 
 def run_attack(
@@ -120,17 +123,17 @@ def run_attack(
     except Exception as error:  # the others go on without it, whatever it is
       errors.setdefault(number, error)
 
-  for number, experiment in experiments.items():
-    attempt(number, experiment.runs[name].recover, note)
-  well = {number: one for number, one in experiments.items() if number not in errors}
-  runs = {number: one.runs[name] for number, one in well.items()}
-  left = [number for number, one in runs.items() if not one.is_finished]
+  left = [number for number, one in experiments.items() if not one.runs[name].is_finished]
   if not left:
     return errors
-  lanes = _lanes(name, well)
+  lanes, fresh = _lanes(name, experiments)
   for number in left:
-    well[number].store.fix_lanes(name, lanes)
-  settings, store = well[left[0]].settings, well[left[0]].store
+    attempt(number, experiments[number].store.start, name, lanes, fresh, say)
+  runs = {number: one.runs[name] for number, one in experiments.items() if number not in errors}
+  left = [number for number in left if number in runs]
+  if not left:
+    return errors
+  settings, store = experiments[left[0]].settings, experiments[left[0]].store
 
   def report(progress: engine.Progress) -> None:
     on_progress(progress)
@@ -141,12 +144,12 @@ def run_attack(
 
   try:
     trials = engine.run(
-      [one.task(number) for number, one in runs.items()],
-      lanes=lanes,
+      [one.task(number, note) for number, one in runs.items()],
+      lanes=lanes or None,  # an attack that takes no step has none
       chunk=settings.engine.chunk,
       devices=store.devices,
       matching=settings.engine.matching,
-      record=engine.recorded_iterations(settings.attacks[name].max_iterations),
+      record=engine.recorded_iterations(runs[left[0]].attack.max_iterations),
       checkpoint_path=checkpoint_path,
       checkpoint_seconds=settings.engine.checkpoint_seconds,
       on_progress=report,
@@ -159,13 +162,13 @@ def run_attack(
         break
   except Exception as error:
     unfinished = [n for n in left if n not in errors and not runs[n].is_finished]
-    if len(well) == 1:
+    if len(runs) == 1:
       return errors | dict.fromkeys(unfinished, error)
     say(f"{name}: {first_line(error)}; going on with each experiment by itself")
     for number in unfinished:
       errors |= run_attack(
         name,
-        {number: well[number]},
+        {number: experiments[number]},
         checkpoint_path=checkpoint_path.with_stem(f"{checkpoint_path.stem}_{number}"),
         on_progress=on_progress,
         note=note,

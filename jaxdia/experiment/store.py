@@ -45,6 +45,7 @@ class Store:
     self._config = config
     self._asked = engine
     self._lock = Lock(workdir)
+    self._began = False
     self.session = 0
     self._engine = self._check()
 
@@ -74,41 +75,49 @@ class Store:
     """Gives the directory back to others."""
     self._lock.release()
 
-  def begin_session(self, say: Callable[[str], None]) -> None:
-    """Notes that this process is going to add results.
+  def start(self, attack: str, lanes: int, asked: int, say: Callable[[str], None]) -> None:
+    """Notes that this process is going to run trials of an attack.
 
     Args:
+      attack: its name.
+      lanes: in how many a device it is run.
+      asked: in how many it would be run if it was not begun before.
       say: called with a line if it runs on other devices than the first session.
 
     Raises:
-      InputError: other lanes or another `matching` are asked for than the first session had.
+      InputError: other lanes or another `matching` are asked for than it was begun with.
     """
-    fixed, asked = self._engine, self._asked
-    wanted = [("matching", fixed["matching"], asked.matching)]
-    if asked.lanes is not None:
-      wanted += [("lanes", lanes, asked.lanes) for lanes in fixed["lanes"].values()]
-    for what, there, here in wanted:
+    fixed = self._engine
+    matching = self._asked.matching
+    for what, there, here in [("matching", fixed["matching"], matching), ("lanes", lanes, asked)]:
       if there != here:
         raise InputError(
           f"the work directory {self._workdir} was begun with config.engine.{what}={there}; with"
           f" {here} it would end with other numbers, as rounding grows in a long search. Set it"
           f" to {there}, or choose another --workdir."
         )
-    there = f"{fixed['devices']} devices ({fixed['device']})"
-    here = f"{min(len(jax.local_devices()), fixed['devices'])} devices ({device_name()})"
-    if there != here:
-      say(
-        f"begun on {there}, going on on {here}: results are equal but for rounding, which a long"
-        " search amplifies"
-      )
-    if not self.path("manifest.json").exists():
-      facts = {name: self._config[name] for name in ("seed", "precision")}
-      facts["data_sha256"] = self._config["data"]["sha256"]
-      write_json(self.path("manifest.json"), manifest(**facts))
-    self.session = add_session(self._workdir, engine=vars(asked) | self._used())
+    if not self._began:
+      there = f"{fixed['devices']} devices ({fixed['device']})"
+      here = f"{len(self.devices)} devices ({device_name()})"
+      if there != here:
+        say(
+          f"begun on {there}, going on on {here}: results are equal but for rounding, which a long"
+          " search amplifies"
+        )
+      self._begin_session()
+    if lanes and self.lanes(attack) != lanes:
+      fixed["lanes"][attack] = lanes
+      self._write_config()
 
-  def _used(self) -> dict[str, Any]:
-    return {"devices": len(self.devices)} | {"lanes": self._engine["lanes"] or self._asked.lanes}
+  def _begin_session(self) -> None:
+    path = self.path("manifest.json")
+    if not path.exists():
+      facts = {name: self._config[name] for name in ("seed", "precision")}
+      write_json(path, manifest(**facts, data_sha256=self._config["data"]["sha256"]))
+    used = {"devices": len(self.devices), "matching": self._asked.matching}
+    used |= {"chunk": self._asked.chunk, "lanes": self._asked.lanes}
+    self.session = add_session(self._workdir, engine=used)
+    self._began = True
 
   @property
   def devices(self) -> list[jax.Device]:
@@ -122,17 +131,6 @@ class Store:
       attack: its name.
     """
     return self._engine["lanes"].get(attack)
-
-  def fix_lanes(self, attack: str, lanes: int) -> None:
-    """Keeps in how many lanes a device an attack is begun.
-
-    Args:
-      attack: its name.
-      lanes: that the engine chose, or was told.
-    """
-    if self.lanes(attack) != lanes:
-      self._engine["lanes"][attack] = lanes
-      self._write_config()
 
   def write_results(self, rows: list[dict[str, Any]]) -> None:
     """Writes results.jsonl anew.

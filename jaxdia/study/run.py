@@ -13,9 +13,10 @@ import jax
 import ml_collections
 import pandas as pd
 
-from jaxdia import engine, experiment, reporting
+from jaxdia import experiment, reporting
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import write_atomically, write_json, write_json_lines
+from jaxdia.core.machine import forget_programs
 from jaxdia.experiment import Experiment
 from jaxdia.experiment.clients import digest, load_images
 from jaxdia.experiment.lock import Lock, cannot_write
@@ -76,7 +77,7 @@ def _run(study: "_Study", cells: Sequence[Cell], say: Callable[[str], None]) -> 
     for number, one in enumerate(groups):
       progress.start(number)
       progress.finish(number, study.run_group(one, progress))
-      engine.forget_programs()
+      forget_programs()
   finally:
     progress.close()
   if not study.failures():
@@ -190,10 +191,11 @@ class _Study:
     with jax.enable_x64(settings.precision == "float64"):
       for number in one.cells:
         if number not in self._failed:
-          self._attempt(number, lambda n: self._enter(n, progress.say), progress.say)
+          self._attempt(number, self._enter, progress.say)
       experiments = {number: self._open[number] for number in one.cells if number in self._open}
       if not experiments:
         return False
+      most = next(iter(experiments.values())).runs[one.attack].attack.max_iterations
       # Of these cells alone, in which trials are known by the numbers of their cells.
       names = [self._cells[number].name for number in one.cells]
       file = hashlib.sha256("\n".join([one.attack, *names]).encode()).hexdigest()[:16]
@@ -201,7 +203,7 @@ class _Study:
         one.attack,
         experiments,
         checkpoint_path=self.workdir / "checkpoint" / f"{file}.npz",
-        on_progress=lambda p: progress.update(p, settings.attacks[one.attack].max_iterations),
+        on_progress=lambda p: progress.update(p, most),
         note=progress.note,
         say=progress.say,
       )
@@ -219,7 +221,7 @@ class _Study:
       if not self._is_done(number):  # else it was only to fill lanes
         self.fail(number, error, say)
 
-  def _enter(self, number: int, say: Callable[[str], None]) -> None:
+  def _enter(self, number: int) -> None:
     """Opens a cell; one that is done only so that the lanes are those before an interruption."""
     if number in self._open:
       return
@@ -227,7 +229,7 @@ class _Study:
     alike = (one.clients for one in self._open.values() if one.clients.settings == settings.clients)
     opened = Experiment(settings, self._folder(number), next(alike, None))
     if not self._is_done(number):
-      opened.begin(say)
+      opened.begin()
     self._open[number] = opened
 
   def _finish(self, number: int) -> None:
