@@ -133,6 +133,7 @@ def run_attack(
   left = [number for number in left if number in runs]
   if not left:
     return errors
+  most = runs[left[0]].attack.max_iterations
   settings, store = experiments[left[0]].settings, experiments[left[0]].store
 
   def report(progress: engine.Progress) -> None:
@@ -149,7 +150,7 @@ def run_attack(
       chunk=settings.engine.chunk,
       devices=store.devices,
       matching=settings.engine.matching,
-      record=engine.recorded_iterations(runs[left[0]].attack.max_iterations),
+      record=engine.recorded_iterations(most) if most else (),
       checkpoint_path=checkpoint_path,
       checkpoint_seconds=settings.engine.checkpoint_seconds,
       on_progress=report,
