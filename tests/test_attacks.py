@@ -10,7 +10,8 @@ import pytest
 from conftest import make_victims
 
 from jaxdia import attacks, models
-from jaxdia.attacks import PRESETS, AttackSettings, Status
+from jaxdia.attacks import CATALOGUE, AttackSettings, Status, Told
+from jaxdia.closed_form import recover_labels
 from jaxdia.core.errors import InputError
 
 STEPS = 60
@@ -25,7 +26,7 @@ def _compiled(name, model, **overrides):
       state, info = attack.step(observation, state)
       return state, (info.objective, state.candidate)
 
-    return jax.lax.scan(body, attack.init(key, observation, masks), length=STEPS)
+    return jax.lax.scan(body, attack.init(key, observation, Told(masks)), length=STEPS)
 
   return attack, jax.jit(run)
 
@@ -38,12 +39,12 @@ def victims(model):
 def _run(name, model, victims, key=0, victim=0, **overrides):
   _, observations, secrets = victims
   _, run = _compiled(name, model, **overrides)
-  masks = secrets[victim].masks if PRESETS[name].masks == "known" else None
+  masks = secrets[victim].masks if CATALOGUE[name].settings.masks == "known" else None
   return run(jax.random.key(key), observations[victim], masks)
 
 
 # Those that start from a closed form are in test_closed_form.py.
-@pytest.fixture(params=[name for name, x in PRESETS.items() if x.closed_form == "none"])
+@pytest.fixture(params=["dlg", "idlg", "ig", "wiig", "dia"])
 def name(request):
   return request.param
 
@@ -95,9 +96,9 @@ def test_survives_nan_without_harm_to_its_neighbour(name, model, victims):
     gradient=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), observations[0].gradient),
   )
   pair = jax.tree.map(lambda *x: jnp.stack(x), sick, observations[0])
-  masks = secrets[0].masks if PRESETS[name].masks == "known" else None
+  masks = secrets[0].masks if CATALOGUE[name].settings.masks == "known" else None
   keys = jnp.stack([jax.random.key(0)] * 2)
-  state = jax.vmap(lambda k, o: attack.init(k, o, masks))(keys, pair)
+  state = jax.vmap(lambda k, o: attack.init(k, o, Told(masks)))(keys, pair)
   step = jax.jit(jax.vmap(lambda o, s: attack.step(o, s)[0]))
   for _ in range(5):
     state = step(pair, state)
@@ -128,7 +129,7 @@ def test_masks_that_meet_a_traced_rate_have_no_prior_and_no_slope(rate, size):
   @jax.jit
   @jax.vmap
   def prior(rate, mask):
-    at_rate = model.at_rates({"dropout_0": rate})
+    at_rate = dataclasses.replace(model, rates={"dropout_0": rate})
     return jax.value_and_grad(lambda m: attacks.mask_prior(at_rate, {"dropout_0": m}))(mask)
 
   masks = np.stack([mask, np.concatenate([[0], mask[1:]])])[:, None]
@@ -151,11 +152,7 @@ def test_dia_sees_through_dropout_and_ig_does_not(model):
   errors = {}
   for name in ("ig", "dia"):
     attack = attacks.create(name, model, max_iterations=3000)
-    step = jax.jit(attack.step)
-    state = attack.init(jax.random.key(0), observations[0])
-    while int(state.status) == Status.RUNNING:
-      state, _ = step(observations[0], state)
-    images = state.best.candidate.images
+    images = attacks.solve(jax.random.key(0), attack, observations[0]).best.candidate.images
     errors[name] = float(jnp.mean(jnp.square(images - secrets[0].images)))
   assert errors["dia"] < 1e-3 < errors["ig"]
 
@@ -224,6 +221,38 @@ def test_masks_are_kept_as_drawn_or_rounded_in_time(model, victims):
   assert float(state.best.objective) == float(jnp.min(objectives[40:]))
 
 
+def test_solve_takes_the_steps_of_the_attack_to_its_end(model, victims):
+  attack = attacks.dia(model, max_iterations=STEPS)
+  solved = attacks.solve(jax.random.key(0), attack, victims[1][0])
+  state, _ = _run("dia", model, victims)
+  assert int(solved.status) == Status.MAX_ITERATIONS and int(solved.iteration) == STEPS
+  np.testing.assert_allclose(solved.best.objective, state.best.objective, rtol=1e-2)
+  short = attacks.solve(jax.random.key(0), attacks.ig(model, max_iterations=1), victims[1][0])
+  assert float(short.best.candidate.images.min()) >= 0  # though drawn N(0, 1)
+  informed = attacks.wiig(model, max_iterations=300)
+  state = attacks.solve(jax.random.key(0), informed, victims[1][0], masks=victims[2][0].masks)
+  assert float(jnp.mean((state.best.candidate.images - victims[2][0].images) ** 2)) < 0.02
+
+
+def test_all_products_are_at_full_precision(model, victims):
+  """Those of features and of labels too: on a GPU float32 would lose bits else."""
+  observation = dataclasses.replace(victims[1][0], labels=None)
+  attack = attacks.hybrid(model, feature_weight=1.0, labels="recovered")
+  parts = attack.recover(jax.random.key(0), observation).parts
+  features = {("hidden_1",): jnp.ones((1, 24))}
+  parts = parts._replace(features=features, known_features={("hidden_1",): jnp.ones(1, bool)})
+  state = attack.init(jax.random.key(0), observation, Told(parts=parts))
+  pair = dataclasses.replace(observation, batch_size=2)
+  programs = [
+    jax.make_jaxpr(attack.step)(observation, state),
+    jax.make_jaxpr(lambda o: recover_labels(model, o))(pair),
+    jax.make_jaxpr(model.apply)(observation.params, None, victims[2][0].images),
+  ]
+  for program in programs:
+    text = str(program)
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST") > 1
+
+
 def test_total_variation():
   images = jnp.array([[0.0, 1.0], [0.0, 4.0]]).reshape(1, 2, 2, 1)
   assert float(attacks.total_variation(images)) == (1 + 4) / 2 + (0 + 3) / 2
@@ -256,5 +285,12 @@ def test_what_an_attack_needs_it_asks_for(model):
   _, observations, _ = make_victims(model, 1)
   with pytest.raises(InputError, match="client's masks"):
     attacks.wiig(model).init(jax.random.key(0), observations[0])
+  for name in ("closed_form", "hybrid"):
+    with pytest.raises(InputError, match="starts from what linear algebra recovers"):
+      attacks.create(name, model).init(jax.random.key(0), observations[0])
+    with pytest.raises(InputError, match="it recovers both"):
+      attacks.create(name, model, masks="known")
+  with pytest.raises(InputError, match="recovers no features"):
+    attacks.dia(model, feature_weight=1.0)
   with pytest.raises(InputError, match="Unknown attack 'dai'. Did you mean 'dia'"):
     attacks.create("dai", model)

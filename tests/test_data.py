@@ -1,5 +1,10 @@
+import importlib.util
 import io
+import subprocess
+import sys
+import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,14 +34,17 @@ def test_samples(name, shape, classes):
   assert victims.images.shape == (3, *shape) and victims.images.dtype == np.float32
   assert 0 <= victims.images.min() < 0.2 and 0.8 < victims.images.max() <= 1
   assert victims.labels.dtype == np.int32 and victims.num_classes == classes
-  assert victims.statistics == data.STATISTICS[name]
+  assert victims.statistics == data.DATASETS[name].statistics
+  assert victims.class_names is None or len(victims.class_names) == classes
   whole = data.load(f"samples:{name}", 20, image_size=size)
   np.testing.assert_array_equal(whole.images[2:5], victims.images)
   np.testing.assert_array_equal(whole.labels[2:5], victims.labels)
 
 
 def test_samples_of_mnist_are_the_digits_that_they_say():
-  assert data.load("samples:mnist", 5).labels.tolist() == [7, 2, 1, 0, 4]
+  digits = data.load("samples:mnist", 5)
+  assert digits.labels.tolist() == [7, 2, 1, 0, 4]
+  assert [digits.class_names[label] for label in digits.labels] == list("72104")
 
 
 def test_normalize_and_back():
@@ -56,33 +64,6 @@ def test_images_are_scaled_and_cropped():
   assert np.corrcoef(coarse.ravel(), victims.images.ravel())[0, 1] > 0.97
 
 
-@pytest.fixture
-def npz(tmp_path):
-  def write(**arrays):
-    path = tmp_path / "victims.npz"
-    np.savez(path, **arrays)
-    return f"npz:{path}"
-
-  return write
-
-
-def test_npz(npz):
-  assert data.load(npz(images=GOOD["images"], labels=np.array([0, 1, 9])), 2).num_classes == 10
-  images = np.arange(4 * 6 * 6 * 3, dtype=np.uint8).reshape(4, 6, 6, 3)
-  source = npz(images=images, labels=np.array([0, 2, 1, 2]))
-  victims = data.load(source, 2, 1)
-  np.testing.assert_allclose(victims.images, images[1:3] / 255, rtol=1e-6)
-  assert victims.labels.tolist() == [2, 1] and victims.statistics == data.NEUTRAL
-  assert data.load(source, 2, statistics="cifar10").statistics == data.STATISTICS["cifar10"]
-  assert data.load(source, 2, num_classes=10).num_classes == 10
-
-
-def test_npz_of_floats(npz):
-  images = np.random.default_rng(0).uniform(size=(2, 5, 5, 1))
-  victims = data.load(npz(images=images, labels=np.array([0, 1])), 2)
-  np.testing.assert_allclose(victims.images, images, rtol=1e-6)
-
-
 def test_folder(tmp_path):
   _png(tmp_path / "b" / "1.png", 200)
   _png(tmp_path / "a" / "2.png", 100)
@@ -90,6 +71,7 @@ def test_folder(tmp_path):
   (tmp_path / "a" / "notes.txt").write_text("not an image")
   victims = data.load(f"folder:{tmp_path}", 3)
   assert victims.labels.tolist() == [0, 0, 1] and victims.num_classes == 2
+  assert victims.class_names == ("a", "b")
   np.testing.assert_allclose(victims.images[:, 0, 0, 0] * 255, [50, 100, 200], rtol=1e-5)
 
 
@@ -101,7 +83,7 @@ def test_tfds(tmp_path, monkeypatch):
 
     def _info(self):
       image = tfds.features.Image(shape=(8, 8, 3))
-      label = tfds.features.ClassLabel(num_classes=4)
+      label = tfds.features.ClassLabel(names=["ant", "bee", "cat", "dog"])
       features = tfds.features.FeaturesDict({"image": image, "label": label})
       return tfds.core.DatasetInfo(builder=self, features=features)
 
@@ -124,6 +106,7 @@ def test_tfds(tmp_path, monkeypatch):
   assert victims.images.shape == (3, 8, 8, 3) and victims.num_classes == 4
   red = np.rint(victims.images[:, 0, 0, 0] * 255).astype(int)
   assert sorted(zip(red, victims.labels, strict=True)) == [(0, 0), (10, 1), (20, 2)]
+  assert victims.class_names == ("ant", "bee", "cat", "dog")
   assert data.load("tfds:small_squares/train", 5).labels.shape == (5,)  # prepared already
   with pytest.raises(InputError, match="split of small_squares: 'tset'. Did you mean 'test'"):
     data.load("tfds:small_squares/tset", 3)
@@ -131,46 +114,14 @@ def test_tfds(tmp_path, monkeypatch):
     data.load("tfds:small_squares/test", 4)
 
 
-GOOD = {"images": np.zeros((3, 4, 4, 1), np.uint8), "labels": np.arange(3)}
+def test_a_tfds_data_set_whose_labels_are_no_classes_is_refused(monkeypatch):
+  import tensorflow_datasets as tfds
 
-
-@pytest.mark.parametrize(
-  "change, message",
-  [
-    ({"labels": None}, r"lacks \['labels'\]"),
-    ({"images": np.zeros((3, 4, 4), np.uint8)}, r"shape \(3, 4, 4\); expected \(N, height"),
-    ({"images": np.zeros((3, 4, 4, 1), np.int32)}, "image 0 of .* is int32; expected uint8"),
-    ({"images": np.full((3, 4, 4, 1), 2.0)}, "pixels from 2 to 2; expected floats in"),
-    ({"images": np.full((3, 4, 4, 1), -0.1)}, "pixels from -0.1 to -0.1"),
-    ({"images": np.full((3, 4, 4, 1), np.nan)}, "NaN or infinite pixels"),
-    ({"images": np.zeros((3, 0, 4, 1), np.uint8)}, r"shape \(0, 4, 1\)"),
-    ({"labels": np.arange(2)}, r"labels in .* are int64 of shape \(2,\)"),
-    ({"labels": np.zeros(3)}, "labels in .* are float64"),
-    ({"labels": np.array([0, 1, -1])}, "has the label -1; expected classes from 0 to 1"),
-    ({"labels": np.array([0, 1, 2**40])}, "num_classes is 1099511627777"),
-    ({"labels": np.array([0, 1, 2**63], np.uint64)}, "num_classes is"),
-    ({"images": np.array([{}] * 3)}, "pickled objects, which are refused"),
-  ],
-)
-def test_npz_refuses(npz, change, message):
-  arrays = {k: v for k, v in (GOOD | change).items() if v is not None}
-  with pytest.raises(InputError, match=message):
-    data.load(npz(**arrays), 3)
-
-
-@pytest.mark.parametrize("content", [b"", b"no npz", "truncated", "one array"])
-def test_files_that_are_no_npz_are_refused(tmp_path, content):
-  path = tmp_path / "victims.npz"
-  if content == "truncated":
-    np.savez(path, images=np.zeros((9, 32, 32, 3)), labels=np.arange(9))
-    content = path.read_bytes()[:1000]
-  if content == "one array":
-    file = io.BytesIO()
-    np.save(file, np.zeros((3, 4, 4, 1)))
-    content = file.getvalue()
-  path.write_bytes(content)
-  with pytest.raises(InputError, match=f"{path} (cannot be read|is no npz)"):
-    data.load(f"npz:{path}", 3)
+  features = {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.float32)}
+  builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
+  monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
+  with pytest.raises(InputError, match="labels of kind Scalar; expected a ClassLabel"):
+    data.load("tfds:regression/train", 1)
 
 
 @pytest.mark.parametrize(
@@ -215,34 +166,8 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     data.load(f"folder:{tmp_path}", 2)
   assert data.load(f"folder:{tmp_path}", 2, image_size=8).images.shape == (2, 8, 8, 3)
   (tmp_path / "a" / "3.png").write_bytes(b"broken")
-  with pytest.raises(InputError, match="3.png cannot be read as an image"):
+  with pytest.raises(InputError, match="3.png is no image in PNG, JPEG.*or damaged"):
     data.load(f"folder:{tmp_path}", 3, image_size=8)
-
-
-def _folder_with(tmp_path, image, name="1.png"):
-  path = tmp_path / "a" / name
-  path.parent.mkdir(parents=True)
-  image.save(path)
-  return f"folder:{tmp_path}"
-
-
-def test_pixels_of_16_bits_and_of_floats_are_kept(tmp_path):
-  ramp = np.linspace(0, 1, 64).reshape(8, 8).astype(np.float32)
-  for name, image in {
-    "1.png": Image.fromarray((ramp * 65535).round().astype(np.uint16)),
-    "1.tif": Image.fromarray(ramp),
-  }.items():
-    victims = data.load(_folder_with(tmp_path / name, image, name), 1)
-    np.testing.assert_allclose(victims.images[0, ..., 0], ramp, atol=1e-5)
-
-
-def test_transparency_is_refused_unless_there_is_none(tmp_path):
-  opaque = Image.new("RGBA", (4, 4), (200, 10, 10, 255))
-  victims = data.load(_folder_with(tmp_path / "opaque", opaque), 1)
-  np.testing.assert_allclose(victims.images[0, 0, 0] * 255, [200, 10, 10])
-  clear = Image.new("RGBA", (4, 4), (200, 10, 10, 128))
-  with pytest.raises(InputError, match="transparent pixels"):
-    data.load(_folder_with(tmp_path / "clear", clear), 1)
 
 
 def test_grey_and_colour_do_not_mix_and_hidden_folders_are_no_classes(tmp_path):
@@ -252,3 +177,102 @@ def test_grey_and_colour_do_not_mix_and_hidden_folders_are_no_classes(tmp_path):
   _png(tmp_path / "a" / "2.png", 0, mode="L")
   with pytest.raises(InputError, match="1 and of 3 channels"):
     data.load(f"folder:{tmp_path}", 2, image_size=8)
+
+
+@pytest.mark.parametrize(
+  "folders, in_order",
+  [
+    ([str(i) for i in range(12)], [str(i) for i in range(12)]),
+    ([f"{i:02d}" for i in range(11)], [f"{i:02d}" for i in range(11)]),
+    (["10", "9", "100"], ["9", "10", "100"]),
+    (["10", "9", "x"], ["10", "9", "x"]),  # not all are numbers: as text
+    (["class_10", "class_2"], ["class_10", "class_2"]),
+    (["²", "1"], ["1", "²"]),  # a digit to Unicode, but no number
+  ],
+)
+def test_folders_that_are_numbers_are_labelled_in_their_order(tmp_path, folders, in_order):
+  for i, name in enumerate(folders):
+    _png(tmp_path / name / "1.png", 20 * i, mode="L")
+  victims = data.load(f"folder:{tmp_path}", len(folders))
+  assert victims.class_names == tuple(in_order)
+  # The pixels tell which folder an image is from.
+  found = np.rint(victims.images[:, 0, 0, 0] * 255 / 20).astype(int)
+  assert [folders[i] for i in found] == [victims.class_names[label] for label in victims.labels]
+
+
+def test_folders_of_the_same_number_are_refused(tmp_path):
+  _png(tmp_path / "1" / "1.png", 0)
+  _png(tmp_path / "01" / "1.png", 0)
+  with pytest.raises(InputError, match="are the same number; rename one"):
+    data.load(f"folder:{tmp_path}", 1)
+
+
+def test_what_systems_hide_in_a_class_folder_is_no_image(tmp_path):
+  _png(tmp_path / "a" / "1.png", 50)
+  (tmp_path / "a" / "._1.png").write_bytes(b"resource fork")
+  assert data.load(f"folder:{tmp_path}", 1).images.shape == (1, 8, 8, 3)
+  assert data.available(f"folder:{tmp_path}") == 1
+
+
+@pytest.mark.parametrize("module, extra", [("tensorflow_datasets", "tfds"), ("foolbox", "samples")])
+def test_a_package_that_is_missing_is_named(monkeypatch, module, extra):
+  find = importlib.util.find_spec
+  monkeypatch.setitem(sys.modules, module, None)
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name, *more: None if name == module else find(name, *more)
+  )
+  source = {"tfds": "tfds:mnist/test", "samples": "samples:mnist"}[extra]
+  with pytest.raises(InputError, match=rf'needs the .*Run pip install "jaxdia\[{extra}\]"'):
+    data.load(source, 1)
+
+
+def test_the_room_is_entered_without_the_packages_of_its_sources():
+  script = "import sys, jaxdia.data; print([m for m in ('PIL', 'tensorflow_datasets', 'foolbox')"
+  script += " if m in sys.modules])"
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+  "mean, std",
+  [
+    (0.25, 0.5),
+    ([0.25], [0.5]),
+    (np.float32(0.25), np.array(0.5, np.float16)),
+    (jnp.array([0.25]), jnp.array([0.5], jnp.bfloat16)),
+  ],
+)
+def test_statistics_have_one_form(mean, std):
+  statistics = data.Statistics(mean, std)
+  assert statistics == data.Statistics((0.25,), (0.5,)) and len({statistics}) == 1
+  assert all(type(x) is float for x in statistics.mean + statistics.std)
+  taken_mean, taken_std = statistics
+  assert (taken_mean, taken_std) == ((0.25,), (0.5,))
+
+
+@pytest.mark.parametrize(
+  "mean, std, message",
+  [
+    (0.5, 0.0, r"std is \(0.0,\); expected values above 0"),
+    (0.5, -1, "expected values above 0"),
+    (0.5, np.nan, "std is nan; expected one finite number a channel"),
+    (np.inf, 0.5, "mean is inf; expected one finite"),
+    ((0.5, 0.5, 0.5), 0.5, "have 3 means and 1 standard deviations"),
+    ((), (), r"mean is \(\); expected one finite"),
+    ("half", 0.5, "mean is 'half'"),
+    (None, 0.5, "mean is None"),
+    (np.full((32, 32), 0.5), 0.5, r"mean is array\(\[\[0.5, .*; expected one finite"),
+    ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4), "Divide mean and std by 255"),
+  ],
+)
+def test_statistics_are_checked(mean, std, message):
+  with pytest.raises(InputError, match=message) as caught:
+    data.Statistics(mean, std)
+  assert "\n" not in str(caught.value)
+
+
+def test_each_data_set_is_known_in_one_place():
+  for name, known in data.DATASETS.items():
+    assert data.available(f"samples:{name}") == 20
+    assert data.statistics_of(name) is data.STATISTICS[name] is known.statistics
+  assert data.statistics_of("neutral") is data.NEUTRAL

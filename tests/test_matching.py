@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxdia import matching, models
+from jaxdia import gradients, models
 from jaxdia.client import client_gradient, observe
-from jaxdia.core.errors import InputError
-from jaxdia.matching import Factors
+from jaxdia.core.trees import shapes_of
+from jaxdia.gradients import Factors
 
 SHAPE = (8, 8, 3)
 
@@ -76,9 +76,10 @@ CASES = [
 
 
 def _case(model, size):
+  dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
   params = jax.jit(model.init)(jax.random.key(0))
-  params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
-  images = jax.random.uniform(jax.random.key(1), (2, size, *SHAPE), jnp.float64)
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  images = jax.random.uniform(jax.random.key(1), (2, size, *SHAPE), dtype)
   labels = jnp.arange(size) % 5
   observation, _ = observe(jax.random.key(2), model, params, images[0], labels)
   return model, observation, images[1], labels
@@ -90,7 +91,7 @@ def _differentiate(model, observation, images, labels, compare):
   def distances(images, masks):
     comparison = compare(masks, images)
     # Their sum has all parts of a comparison in it.
-    return matching.cosine_distance(comparison) + matching.squared_l2_distance(comparison)
+    return gradients.cosine_distance(comparison) + gradients.squared_l2_distance(comparison)
 
   masks = models.expected_masks(model, len(labels), jnp.float64)
   # Compiled in haste: it runs once.
@@ -107,7 +108,7 @@ def _formed(model, observation, labels):
   def compare(masks, images):
     tree = client_gradient(model, observation.params, masks, images, labels)
     gradient = jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
-    return matching.Comparison(
+    return gradients.Comparison(
       gradient @ target, gradient @ gradient, target @ target, jnp.sum((gradient - target) ** 2)
     )
 
@@ -115,10 +116,10 @@ def _formed(model, observation, labels):
 
 
 def _prepared(model, observation, labels, method):
-  target = matching.prepare(model, observation, method).gradient
+  target = gradients.prepare(model, observation, method).target
 
   def compare(masks, images):
-    return matching.compare(model, observation.params, target, masks, images, labels)
+    return gradients.compare(model, observation.params, target, masks, images, labels)
 
   return target, compare
 
@@ -139,7 +140,7 @@ def test_value_and_derivatives_are_those_of_the_formed_gradient(name, size):
     case = _case(MODELS[name](), size)
     model, observation, images, labels = case
     expected = _differentiate(*case, _formed(model, observation, labels))
-    choices = {m: matching.choose_layers(model, size, m) for m in ("factored", "auto", "formed")}
+    choices = {m: gradients.choose_layers(model, size, m) for m in ("factored", "auto", "formed")}
     for method in {layers: method for method, layers in choices.items()}.values():
       _, compare = _prepared(model, observation, labels, method)
       _assert_close(_differentiate(*case, compare), expected)
@@ -168,38 +169,71 @@ def test_kernels_of_a_client_become_thin_factors():
   params = jax.jit(model.init)(jax.random.key(0))
   images = np.random.default_rng(0).uniform(size=(4, 28, 28, 1)).astype(np.float32)
   observation, _ = observe(jax.random.key(1), model, params, images, np.arange(4))
-  target = matching.prepare(model, observation).gradient
+  target = gradients.prepare(model, observation).target
   assert len(target.kernels) == 4 and not target.formed
   factors = target.kernels[("hidden_0",)]
   assert factors.left.shape == (784, 4) and factors.right.shape == (512, 4)
   kernel = observation.gradient["hidden_0"]["kernel"]
   error = np.linalg.norm(factors.left @ factors.right.T - kernel) / np.linalg.norm(kernel)
   assert error < 1e-6
-  layer = matching.layer_gradient(target, ("hidden_0",))
-  np.testing.assert_allclose(layer["kernel"], kernel, atol=1e-5 * np.abs(kernel).max())
 
 
-def test_observations_are_prepared_alike():
+def test_prepared_observations_differ_in_form_only_where_rank_is_not_low():
   model = MODELS["mlp"]()
   params = jax.jit(model.init)(jax.random.key(0))
   images = np.random.default_rng(0).uniform(size=(2, 1, *SHAPE)).astype(np.float32)
   observations = [
     observe(jax.random.key(i), model, params, images[i], np.array([i]))[0] for i in range(2)
   ]
-  noised = jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape), observations[1].gradient
-  )
-  observations[1] = dataclasses.replace(observations[1], gradient=noised)
-  prepared = matching.prepare_alike(model, observations)
-  structures = {jax.tree.structure(o) for o in prepared}
-  assert len(structures) == 1
-  np.testing.assert_array_equal(
-    prepared[1].gradient.kernels[("hidden_0",)], observations[1].gradient["hidden_0"]["kernel"]
-  )
   kernel = observations[0].gradient["hidden_0"]["kernel"]
-  np.testing.assert_allclose(
-    prepared[0].gradient.kernels[("hidden_0",)], kernel, atol=1e-5 * np.abs(kernel).max()
+  noise = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
+  hidden = observations[0].gradient["hidden_0"] | {"kernel": kernel + noise}
+  noised = dataclasses.replace(
+    observations[0], gradient=observations[0].gradient | {"hidden_0": hidden}
   )
+  first, second, third = (
+    gradients.prepare(model, observation) for observation in (*observations, noised)
+  )
+  assert shapes_of(first) == shapes_of(second) != shapes_of(third)
+  np.testing.assert_array_equal(third.target.kernels[("hidden_0",)], kernel + noise)
+
+
+def test_a_frozen_layer_has_no_part_in_the_distance():
+  """Its kernel, tapped or formed, is in neither gradient; the rest is compared as before."""
+  model, observation, images, labels = _case(MODELS["mlp_bias"](), 2)
+  for name in ("hidden_0", "classifier"):
+    gradient = observation.gradient | {name: None}
+    frozen = dataclasses.replace(observation, gradient=gradient)
+    for method in ("formed", "factored"):
+      target = gradients.prepare(model, frozen, method).target
+      masks = models.expected_masks(model, 2)
+      comparison = gradients.compare(model, observation.params, target, masks, images, labels)
+      tree = client_gradient(model, observation.params, masks, images, labels) | {name: None}
+      pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(gradient), strict=True))
+      inner = sum(float(jnp.sum(a * b)) for a, b in pairs)
+      np.testing.assert_allclose(comparison.inner, inner, rtol=1e-4)
+      norm = sum(float(jnp.sum(b * b)) for _, b in pairs)
+      np.testing.assert_allclose(comparison.target_squared_norm, norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_a_perfect_match_is_near_0_however_small_the_gradient(scale):
+  """As that of trained weights is; on the authors' side of it, their 1e-8 is added."""
+  square = jnp.float32(scale**2)
+  match = gradients.Comparison(square, square, square, jnp.float32(0))
+  assert 0 <= float(gradients.cosine_distance(match)) < 2e-6
+  opposite = match._replace(inner=-square)
+  np.testing.assert_allclose(gradients.cosine_distance(opposite), 2, rtol=1e-5)
+  with jax.enable_x64(True):
+    large = gradients.Comparison(*(jnp.float64(x) for x in (0.9, 1.0, 1.0, 0.2)))
+    np.testing.assert_allclose(gradients.cosine_distance(large), 1 - 0.9 / (1 + 1e-8), rtol=1e-13)
+
+
+def test_a_cosine_distance_is_never_negative_and_keeps_its_derivative():
+  beyond = gradients.Comparison(jnp.float32(1.001), *(jnp.float32(1),) * 3)
+  assert float(gradients.cosine_distance(beyond)) == 0
+  slope = jax.grad(lambda x: gradients.cosine_distance(beyond._replace(inner=x)))(beyond.inner)
+  np.testing.assert_allclose(slope, -1, rtol=1e-6)
 
 
 def test_layers_that_cannot_be_tapped_are_formed():
@@ -215,59 +249,54 @@ def test_layers_that_cannot_be_tapped_are_formed():
 
 def test_the_cheaper_way_is_chosen():
   model = models.create("vit", (32, 32, 3), 10)
-  assert matching.choose_layers(model, 1, "formed") == ()
-  chosen = {layer.path for layer in matching.choose_layers(model, 1, "auto")}
+  assert gradients.choose_layers(model, 1, "formed") == ()
+  chosen = {layer.path for layer in gradients.choose_layers(model, 1, "auto")}
   assert ("block_0", "mlp_hidden") in chosen
   assert ("patch_embedding",) not in chosen  # 48 inputs, 64 rows
-  assert len(matching.choose_layers(model, 1, "factored")) == 18
-  many = {layer.path for layer in matching.choose_layers(model, 64, "auto")}
+  assert len(gradients.choose_layers(model, 1, "factored")) == 18
+  many = {layer.path for layer in gradients.choose_layers(model, 64, "auto")}
   assert many < chosen
 
 
 def test_models_of_plain_functions_are_formed():
-  model = MODELS["mlp"]()._replace(dense=None, apply_tapped=None)
-  assert matching.choose_layers(model, 1, "factored") == ()
+  model = models.from_functions(
+    lambda key: jnp.ones((192, 5)),
+    lambda params, drop, x: x.reshape(len(x), -1) @ params,
+    SHAPE,
+    {},
+  )
+  assert gradients.choose_layers(model, 1, "factored") == ()
 
 
 @pytest.mark.parametrize("shape, rank", [((30, 20), 3), ((20, 30), 1), ((64, 64), 8)])
 def test_factorize(shape, rank):
   rng = np.random.default_rng(0)
   matrix = rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1]))
-  factors = matching.factorize(jnp.asarray(matrix, jnp.float32), rank)
+  factors = gradients.factorize(jnp.asarray(matrix, jnp.float32), rank)
   np.testing.assert_allclose(factors.left @ factors.right.T, matrix, atol=1e-4)
   higher = matrix + 1e-3 * rng.normal(size=shape)
-  assert matching.factorize(jnp.asarray(higher, jnp.float32), rank) is None
-  assert matching.factorize(jnp.asarray(matrix * np.nan, jnp.float32), rank) is None
-  assert matching.factorize(jnp.zeros(shape), rank) is not None
-  assert matching.factorize(jnp.zeros(shape, jnp.bfloat16), rank) is None
+  assert gradients.factorize(jnp.asarray(higher, jnp.float32), rank) is None
+  assert gradients.factorize(jnp.asarray(matrix * np.nan, jnp.float32), rank) is None
+  assert gradients.factorize(jnp.zeros(shape), rank) is not None
+  assert gradients.factorize(jnp.zeros(shape, jnp.bfloat16), rank) is None
 
 
-def test_factors_have_no_more_columns_than_the_matrix_has_rank():
-  rng = np.random.default_rng(0)
-  matrix = rng.normal(size=(60, 2)) @ rng.normal(size=(2, 50))
-  for limit in (2, 9):
-    factors = matching.factorize(jnp.asarray(matrix, jnp.float32), limit)
-    assert factors.left.shape == (60, 2) and factors.right.shape == (50, 2)
-
-
-def test_observations_of_different_rank_get_factors_of_one_shape():
+def test_factors_of_a_lower_rank_are_filled_with_zeros():
   """Without dropout the gradient of a batch that holds one image twice has rank 1."""
   model = models.create("mlp", SHAPE, 5, 0.0, hidden_sizes=(16, 16))
   params = jax.jit(model.init)(jax.random.key(0))
   images = np.random.default_rng(0).uniform(size=(3, *SHAPE)).astype(np.float32)
-  observations = [
-    observe(jax.random.key(0), model, params, images[list(pair)], np.array([1, 1]))[0]
-    for pair in [(0, 0), (1, 2)]
-  ]
-  ranks = [
-    matching.prepare(model, o).gradient.kernels[("hidden_0",)].left.shape[1] for o in observations
-  ]
-  assert ranks == [1, 2]
-  for o, prepared in zip(observations, matching.prepare_alike(model, observations), strict=True):
-    left, right = prepared.gradient.kernels[("hidden_0",)]
+  prepared = []
+  for pair, rank in (((0, 0), 1), ((1, 2), 2)):
+    labels = np.array([1, 1])
+    observation, _ = observe(jax.random.key(0), model, params, images[list(pair)], labels)
+    prepared.append(gradients.prepare(model, observation))
+    left, right = prepared[-1].target.kernels[("hidden_0",)]
     assert left.shape[1] == right.shape[1] == 2
-    kernel = o.gradient["hidden_0"]["kernel"]
+    assert np.sum(np.any(left != 0, axis=0)) == rank
+    kernel = observation.gradient["hidden_0"]["kernel"]
     np.testing.assert_allclose(left @ right.T, kernel, atol=1e-5 * np.abs(kernel).max())
+  assert shapes_of(prepared[0]) == shapes_of(prepared[1])
 
 
 def test_only_the_class_token_of_the_last_block_has_a_gradient():
@@ -279,7 +308,7 @@ def test_only_the_class_token_of_the_last_block_has_a_gradient():
 
 
 def test_forward_derivatives_and_second_ones_are_right_too():
-  """Those of the products that are written by hand in matching."""
+  """Those of the products that are written by hand in gradients."""
   with jax.enable_x64(True):
     model, observation, images, labels = _case(MODELS["mlp"](), 2)
     _, compare = _prepared(model, observation, labels, "factored")
@@ -297,16 +326,6 @@ def test_forward_derivatives_and_second_ones_are_right_too():
 
 
 def test_the_squared_distance_is_taken_of_formed_gradients():
-  assert matching.suits("squared_l2", "auto") == "formed"
-  assert matching.suits("cosine", "auto") == "auto"
-  assert matching.suits("squared_l2", "factored") == "factored"
-
-
-def test_observations_that_were_prepared_in_different_ways_are_refused():
-  model = MODELS["mlp"]()
-  params = jax.jit(model.init)(jax.random.key(0))
-  images = np.zeros((1, *SHAPE), np.float32)
-  observation, _ = observe(jax.random.key(0), model, params, images, np.array([0]))
-  ways = [matching.prepare(model, observation, method) for method in ("formed", "factored")]
-  with pytest.raises(InputError, match="different methods"):
-    matching.prepare_alike(model, ways)
+  assert gradients.suits("squared_l2", "auto") == "formed"
+  assert gradients.suits("cosine", "auto") == "auto"
+  assert gradients.suits("squared_l2", "factored") == "factored"

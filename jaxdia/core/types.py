@@ -1,8 +1,13 @@
 """The names that the rest of the package uses for arrays and trees of arrays."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
+
+from jaxdia.core.errors import InputError
 
 Key = jax.Array  # a typed key, from `jax.random.key`
 Images = jax.Array  # f[B, H, W, C], normalised
@@ -13,13 +18,54 @@ Gradient = Any  # a pytree like Params
 Masks = dict[str, jax.Array]  # one array for each dropout site, 1 = kept
 
 
-class Statistics(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Statistics:
   """What normalises the images of a data set: `(pixel - mean) / std` by channel.
 
+  Equal by value, and `mean, std = statistics` takes it apart.
+
   Attributes:
-    mean: one float a channel, for pixels in [0, 1].
-    std: one float a channel.
+    mean: one float a channel, for pixels in [0, 1]. It may be given as a list or an array, and
+      for one channel as a number.
+    std: likewise.
+
+  Raises:
+    InputError: they are no such numbers, or not as many of one as of the other.
   """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
+
+  def __post_init__(self) -> None:
+    for name in ("mean", "std"):
+      object.__setattr__(self, name, _floats(getattr(self, name), f"statistics.{name}"))
+    if len(self.mean) != len(self.std):
+      raise InputError(
+        f"statistics have {len(self.mean)} means and {len(self.std)} standard deviations;"
+        " expected one of each a channel."
+      )
+    if min(self.mean) < 0 or max(self.mean) > 1:
+      raise InputError(
+        f"statistics.mean is {self.mean}; expected values from 0 to 1, as pixels have. Divide mean"
+        " and std by 255 if they are for pixels from 0 to 255."
+      )
+    if min(self.std) <= 0:
+      raise InputError(
+        f"statistics.std is {self.std}; expected values above 0. Use 1 for a channel that is not"
+        " to be scaled."
+      )
+
+  def __iter__(self) -> Iterator[tuple[float, ...]]:
+    return iter((self.mean, self.std))
+
+
+def _floats(values: Any, name: str) -> tuple[float, ...]:
+  """Returns a number, or a sequence or array of one axis, as finite floats."""
+  try:
+    array = np.atleast_1d(np.asarray(values, np.float64))
+  except (TypeError, ValueError):
+    array = np.array([])
+  if array.ndim != 1 or not array.size or not np.isfinite(array).all():
+    shown = " ".join(repr(values).split())  # arrays take many lines
+    raise InputError(f"{name} is {shown}; expected one finite number a channel.")
+  return tuple(array.tolist())

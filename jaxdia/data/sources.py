@@ -1,9 +1,7 @@
-"""Where victims come from: each source reads images and labels, and checks nothing.
+"""Where victims come from: each source reads images and labels, and checks their form only.
 
 A source takes what follows the colon in its name and a slice of indices, so that
-only what is asked for is read. It returns uint8 or float images, one array an
-image, their labels, the number of classes, and the name of a
-data set whose statistics fit.
+only what is asked for is read. A new one is a function here and its line in `SOURCES`.
 """
 
 import importlib.util
@@ -13,31 +11,23 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from jaxdia.core.errors import InputError, first_line, unknown
 from jaxdia.core.files import UnreadableFile, read_npz
-from jaxdia.data.statistics import STATISTICS
-
-_SAMPLES = {  # our name -> the name in foolbox's file names, and the number of classes
-  "mnist": ("mnist", 10),
-  "fashion_mnist": ("fashionMNIST", 10),
-  "cifar10": ("cifar10", 10),
-  "cifar100": ("cifar100", 100),
-  "imagenet": ("imagenet", 1000),
-}
-_IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+from jaxdia.data.datasets import DATASETS
+from jaxdia.data.pictures import ENDINGS, read_picture
 
 
 class Raw(NamedTuple):
   """What a source gives.
 
   Attributes:
-    images: one array an image, uint8 or float.
+    images: one array an image, of unsigned integers of full range or of floats.
     labels: one integer an image.
     num_classes: of the whole data set.
     statistics: name of fitting statistics, or "neutral".
     available: how many images the source has in all.
+    class_names: one a label, or None if the source has none.
   """
 
   images: list[np.ndarray]
@@ -45,40 +35,52 @@ class Raw(NamedTuple):
   num_classes: int
   statistics: str
   available: int
+  class_names: tuple[str, ...] | None = None
 
 
 def _samples(name: str, wanted: slice) -> Raw:
-  if name not in _SAMPLES:
-    raise unknown("data set of samples:", name, _SAMPLES)
+  if name not in DATASETS:
+    raise unknown("data set of samples:", name, DATASETS)
   spec = importlib.util.find_spec("foolbox")  # only its files: it need not be imported
   if spec is None:
     raise InputError(
       f"samples:{name} needs the images that the package foolbox ships. Run"
       ' pip install "jaxdia[samples]", or choose another source.'
     )
-  prefix, num_classes = _SAMPLES[name]
+  known = DATASETS[name]
   folder = pathlib.Path(spec.submodule_search_locations[0]) / "data"
   found = {}
   for path in folder.iterdir():
-    if match := re.fullmatch(rf"{prefix}_(\d+)_(\d+)\.(png|jpg)", path.name):
+    if match := re.fullmatch(rf"{known.samples}_(\d+)_(\d+)\.(png|jpg)", path.name):
       found[int(match[1])] = (path, int(match[2]))
   files = [found[i] for i in sorted(found)]
-  images = [_read_image(path) for path, _ in files[wanted]]
-  return Raw(images, [label for _, label in files[wanted]], num_classes, name, len(files))
+  images = [read_picture(path) for path, _ in files[wanted]]
+  labels = [label for _, label in files[wanted]]
+  return Raw(images, labels, known.num_classes, name, len(files), known.class_names)
 
 
 def _tfds(name: str, wanted: slice) -> Raw:
   name, _, split = name.partition("/")
   if not name or not split:
     raise InputError(f"source is 'tfds:{name}'; expected tfds:NAME/SPLIT, such as tfds:mnist/test.")
-  import tensorflow_datasets as tfds  # slow to import, and only this source needs it
-
+  try:
+    import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+  except ImportError as error:
+    raise InputError(
+      f"tfds:{name} needs the package tensorflow-datasets ({first_line(error)}). Run"
+      ' pip install "jaxdia[tfds]", or choose another source.'
+    ) from error
   try:
     builder = tfds.builder(name, file_format="array_record")
     features = builder.info.features
     if not {"image", "label"} <= set(features):
       raise InputError(
         f"the data set {name!r} has the features {sorted(features)}; expected 'image' and 'label'."
+      )
+    label = features["label"]
+    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
+      raise InputError(
+        f"the data set {name!r} has labels of kind {type(label).__name__}; expected a ClassLabel."
       )
     builder.download_and_prepare()
   except InputError:
@@ -99,9 +101,10 @@ def _tfds(name: str, wanted: slice) -> Raw:
   return Raw(
     [example["image"] for example in examples],
     [int(example["label"]) for example in examples],
-    features["label"].num_classes,
-    name if name in STATISTICS else "neutral",
+    label.num_classes,
+    name if name in DATASETS else "neutral",
     len(data),
+    tuple(label.names),
   )
 
 
@@ -121,37 +124,127 @@ def _npz(name: str, wanted: slice) -> Raw:
   if missing:
     raise InputError(f"{path} lacks {missing}; expected an npz with images and labels.")
   images, labels = arrays["images"], arrays["labels"]
-  if images.ndim != 4:
-    raise InputError(
-      f"images in {path} have shape {images.shape}; expected (N, height, width, channels)."
-    )
-  if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-    raise InputError(
-      f"labels in {path} are {labels.dtype} of shape {labels.shape}; expected integers of shape"
-      f" {images.shape[:1]}, one class an image."
-    )
+  _check_images(images, labels, path)
+  _check_labels(labels, len(images), path)
   # From all labels, so that the network does not depend on which images are attacked.
-  num_classes = max(2, int(labels.max()) + 1) if labels.size else 2
+  num_classes = max(2, int(labels.max()) + 1)
+  names = _names(arrays["class_names"], num_classes, path) if "class_names" in arrays else None
+  num_classes = num_classes if names is None else max(num_classes, len(names))
   selected = [int(label) for label in labels[wanted]]
-  return Raw(list(images[wanted]), selected, num_classes, "neutral", len(images))
+  return Raw(list(images[wanted]), selected, num_classes, "neutral", len(images), names)
+
+
+def _check_images(images: np.ndarray, labels: np.ndarray, path: pathlib.Path) -> None:
+  """Refuses images that are not (N, height, width, channels), with what makes them so."""
+  if images.ndim != 4:
+    if images.ndim == 3 and labels.size == len(images):
+      mend = "Add an axis for the channels: images[..., None]."
+    elif images.ndim == 3:
+      mend = "Add an axis: images[None] for one image, or images[..., None] for the channels."
+    else:
+      mend = "Reshape them with images.reshape(N, height, width, channels)."
+    raise InputError(
+      f"images in {path} have shape {images.shape}; expected (N, height, width, channels). {mend}"
+    )
+  if not len(images):
+    raise InputError(f"{path} has no images; expected at least one in its array images.")
+  if images.shape[2] in (1, 3) and labels.shape[:1] == images.shape[3:] != images.shape[:1]:
+    raise InputError(
+      f"images in {path} have shape {images.shape}, but there are {len(labels)} labels; expected"
+      " (N, height, width, channels). Use images.transpose(3, 0, 1, 2)."
+    )
+  if _has_channels_first(images.shape):
+    raise InputError(
+      f"images in {path} have shape {images.shape}, which looks like (N, channels, height, width);"
+      " expected (N, height, width, channels). Use images.transpose(0, 2, 3, 1)."
+    )
+
+
+def _has_channels_first(shape: tuple[int, ...]) -> bool:
+  """Returns whether images can hardly be (N, height, width, channels).
+
+  A last axis of 1 or 3 is taken at its word, and so are all numbers of channels behind images that
+  are square or higher than a few pixels (RGB with infrared, hyperspectral). What is left are
+  strips of at most 4 pixels in height and many channels, and shapes of which the last two axes are
+  those of a square image.
+  """
+  _, first, second, last = shape
+  if last in (1, 3) or first == second:
+    return False
+  return first in (1, 3) or first <= 4 < last or first < second == last
+
+
+def _check_labels(labels: np.ndarray, count: int, path: pathlib.Path) -> None:
+  """Refuses labels that are not i[N] (or b[N]), with what makes them so."""
+  if labels.shape == (count,) and labels.dtype.kind in "biu":
+    return
+  if labels.shape == (count,) and labels.dtype.kind == "f":
+    mend = " Use labels.astype(int) if they are whole numbers."
+  elif labels.shape == (count,) and labels.dtype.kind in "US":
+    mend = " Use class_names, labels = numpy.unique(labels, return_inverse=True), and save both."
+  elif labels.size == count:
+    mend = " Use labels.ravel()."
+  elif labels.ndim == 2 and len(labels) == count:
+    mend = " Use labels.argmax(1) if they are one-hot or probabilities."
+  else:
+    mend = ""
+  raise InputError(
+    f"labels in {path} are {labels.dtype} of shape {labels.shape}; expected integers of shape"
+    f" ({count},), one class an image.{mend}"
+  )
+
+
+def _names(names: np.ndarray, num_classes: int, path: pathlib.Path) -> tuple[str, ...]:
+  """Returns the class names of an npz."""
+  if names.ndim != 1 or names.dtype.kind != "U" or len(names) < num_classes:
+    raise InputError(
+      f"class_names in {path} are {names.dtype} of shape {names.shape}; expected one string for"
+      f" each of the {num_classes} classes. Use numpy.array([...], str), or leave them out."
+    )
+  try:
+    return tuple(names.tolist())
+  except (SystemError, ValueError) as error:  # numpy's, for numbers that are no characters
+    raise InputError(f"class_names in {path} are no text; write the file again.") from error
 
 
 def _folder(name: str, wanted: slice) -> Raw:
   root = _path(name)
   if not root.is_dir():
     raise InputError(f"{root} is no folder; expected one with a sub-folder for each class.")
-  classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+  classes = _in_order([p for p in _visible(root) if p.is_dir()])
   files = [
     (path, label)
     for label, folder in enumerate(classes)
-    for path in sorted(folder.iterdir())
-    if path.suffix.lower() in _IMAGE_ENDINGS
+    for path in sorted(_visible(folder))
+    if path.suffix.lower() in ENDINGS
   ]
   if not files:
     raise InputError(f"{root} has no images; expected one sub-folder a class, with images in it.")
-  images = [_read_image(path) for path, _ in files[wanted]]
+  images = [read_picture(path) for path, _ in files[wanted]]
   labels = [label for _, label in files[wanted]]
-  return Raw(images, labels, max(2, len(classes)), "neutral", len(files))
+  names = tuple(folder.name for folder in classes)
+  return Raw(images, labels, max(2, len(classes)), "neutral", len(files), names)
+
+
+def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns what a folder holds, but for what systems and editors hide in it."""
+  try:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+  except OSError as error:
+    raise InputError(f"{folder} cannot be read ({first_line(error)}).") from error
+
+
+def _in_order(folders: list[pathlib.Path]) -> list[pathlib.Path]:
+  """Returns class folders by number if all are numbers, so that 0 ... n-1 are their own labels."""
+  if not all(re.fullmatch("[0-9]+", folder.name) for folder in folders):
+    return sorted(folders)
+  by_number: dict[int, pathlib.Path] = {}
+  for folder in folders:
+    if (same := by_number.setdefault(int(folder.name), folder)) != folder:
+      raise InputError(
+        f"the class folders {str(same)!r} and {folder.name!r} are the same number; rename one."
+      )
+  return [by_number[number] for number in sorted(by_number)]
 
 
 SOURCES: dict[str, Callable[[str, slice], Raw]] = {
@@ -172,29 +265,3 @@ def _path(name: str) -> pathlib.Path:
   if not name:
     raise InputError("the data source names no path; expected npz:PATH or folder:PATH.")
   return path
-
-
-def _read_image(path: pathlib.Path) -> np.ndarray:
-  """Returns uint8 or float pixels; a file that would lose something is refused."""
-  try:
-    with Image.open(path) as image:
-      image.load()
-  except (
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    UnidentifiedImageError,
-    ValueError,
-  ) as error:
-    raise InputError(f"{path} cannot be read as an image ({first_line(error)}).") from error
-  if image.has_transparency_data:
-    if image.convert("RGBA").getextrema()[3] != (255, 255):
-      raise InputError(f"{path} has transparent pixels; flatten it onto a background first.")
-    image = image.convert("L" if image.mode == "LA" else "RGB")
-  if image.mode.startswith("I;16"):
-    return np.asarray(image, np.float32) / 65535
-  if image.mode in ("L", "RGB", "F"):
-    return np.asarray(image)
-  if image.mode in ("1", "P", "CMYK", "YCbCr"):
-    return np.asarray(image.convert("L" if image.mode == "1" else "RGB"))
-  raise InputError(f"{path} has pixels of mode {image.mode!r}; save it as 8-bit grey or RGB.")

@@ -25,7 +25,7 @@ class DataSettings:
   """Which images are attacked; see `jaxdia.data.load`, which checks what it takes.
 
   Attributes:
-    source: where the images come from.
+    source: where the images come from: samples:NAME, tfds:NAME/SPLIT, npz:PATH or folder:PATH.
     count: number of images.
     offset: index of the first image.
     batch_size: images in one client's batch; it divides `count`.
