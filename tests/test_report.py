@@ -19,7 +19,7 @@ from report_cases import HOSTILE, METRICS, THRESHOLDS, write_experiment, write_s
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json
-from jaxdia.reporting.report import write_report
+from jaxdia.report import write_report
 
 ROOT = pathlib.Path(__file__).parent.parent
 BROWSER = next(
@@ -143,7 +143,7 @@ def test_images_of_several_masks_have_their_own_score(tmp_path):
   write_json(tmp_path / "config.json", config)
   rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
   for i, row in enumerate(rows):
-    row |= {"victim": 3 + i % 2, "mask_seed": i // 2}
+    row |= {"image": 3 + i % 2, "mask_seed": i // 2}
   (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   page = Page(write_report(tmp_path))
   shown = [f"SSIM {row['ssim']:.3f}" for row in rows if row["ssim"] is not None]
@@ -231,13 +231,17 @@ def test_report_without_what_older_results_lack(tmp_path):
   summary = json.loads((tmp_path / "summary.json").read_text())
   del summary["floors"]
   for attack in summary.values():
-    for key in ("success", "pool", "iip", "run_seconds", "compile_seconds"):
+    for key in ("success", "pool", "iip", "run_seconds", "compile_seconds", "told"):
       del attack[key]
     for statistics in attack["metrics"].values():
       del statistics["ci95"]
   write_json(tmp_path / "summary.json", summary)
+  text = (tmp_path / "results.jsonl").read_text()
+  text = text.replace('"image"', '"victim"').replace('"client"', '"batch"')
+  (tmp_path / "results.jsonl").write_text(text)
   page = Page(write_report(tmp_path))
   assert "The command was not recorded." in page.text
+  assert "what it was told of labels and masks is not recorded" in page.text
   assert page.numbers[tmp_path.name, "dia", "iip", "value"] is None
 
 
@@ -267,8 +271,10 @@ def _spoil(name, text):
     _spoil("config.json", '{"data": {}, "model": {}}'),
     _spoil("summary.json", '{"dia": {"attempted": 1}}'),
     _spoil("summary.json", "\x00"),
-    _spoil("results.jsonl", '{"attack": "dia", "victim": 1}\n{"attack"'),
-    _spoil("results.jsonl", '{"attack": "dia", "victim": 1, "ssim": "good"}'),
+    _spoil("results.jsonl", '{"attack": "dia", "image": 1}\n{"attack"'),
+    _spoil("results.jsonl", '{"attack": "dia", "image": 1, "ssim": "good"}'),
+    _spoil("results.jsonl", '{"attack": "dia", "image": 1, "ssim": NaN}'),
+    _spoil("results.jsonl", '{"attack": "dia", "image": "first"}'),
     _spoil("reconstructions.npz", "PK"),
     _spoil("recordings.npz", "PK"),
     _spoil("study.json", '{"cells": 3}'),

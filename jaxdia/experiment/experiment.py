@@ -12,16 +12,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdia import data, engine, evaluation, outcomes, reporting
+from jaxdia import data, engine, evaluation, outcomes
 from jaxdia.attacks import AttackSettings, Candidate, Status, create_attack
+from jaxdia.attacks.told import told
 from jaxdia.client import Observation, Secret
 from jaxdia.closed_form import Recovery, recover, recover_labels
 from jaxdia.config import ExperimentSettings
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json, write_json_lines, write_npz
+from jaxdia.experiment.grid import write_grid
+from jaxdia.experiment.rows import Facts, score
+from jaxdia.experiment.schema import Row, Summary
+from jaxdia.experiment.summary import summarize
+from jaxdia.experiment.table import table
 from jaxdia.manifest import manifest
 from jaxdia.models import DropoutModel
-from jaxdia.scoring import score
 from jaxdia.victims import create_model, load_pool, load_victims, observe_clients
 from jaxdia.workdir import check_workdir, digest
 
@@ -77,7 +82,7 @@ class Experiment:
       name: create_attack(self.model, attack) for name, attack in settings.attacks.items()
     }
     self._done: dict[str, dict[int, outcomes.Outcome]] = {}  # by attack and batch
-    self._rows: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by attack and batch
+    self._rows: dict[str, dict[int, list[Row]]] = {}  # by attack and batch
     self._images: dict[str, np.ndarray] = {}
     self._recordings: dict[str, dict[int, dict[int, np.ndarray]]] = {}  # by attack and batch
     # Closed forms by attack and batch, with seconds; none of a batch that was finished before.
@@ -257,40 +262,36 @@ class Experiment:
       origin, observation = outcome.origin, self.observations[batch]
       recovered = recover_labels(self.model, observation) if origin is None else origin.labels
     secret, size = self._secrets[batch], settings.data.batch_size
-    scored = score(
-      settings,
-      self.model,
-      name,
-      batch,
-      secret,
-      outcome,
-      self._victims,
-      self._pool,
-      recovered,
-    )
+    facts = Facts(settings, self.model, self._victims, self._pool)
+    scored = score(facts, name, secret, outcome, number=batch, recovered=recovered)
     self._rows[name][batch] = scored.rows
     self._images[name][batch * size : (batch + 1) * size] = scored.images
     if batch * size < _SHOWN:
       self._recordings[name][batch] = scored.recording
     self._done[name][batch] = outcome._replace(recording={})  # which takes much memory
 
-  def _rows_of(self, name: str) -> list[dict[str, Any]]:
+  def _rows_of(self, name: str) -> list[Row]:
     return [row for _, rows in sorted(self._rows[name].items()) for row in rows]
 
   def _write_results(self) -> None:
-    rows = [row for name in self._rows for row in self._rows_of(name)]
+    rows = [row.to_json() for name in self._rows for row in self._rows_of(name)]
     write_json_lines(self._workdir / "results.jsonl", rows)
 
   def finish(self, say: Callable[[str], None]) -> dict[str, Any]:
     """Writes what is made of all results, and shows the table."""
-    summary = {
-      name: reporting.summarize(self._rows_of(name), len(self._originals))
-      | {"pool": len(self._pool)}
-      | self._times[name]
-      for name in self._rows
+    attacks = {
+      name: summarize(
+        self._rows_of(name),
+        len(self._originals),
+        told=told(settings.masks, settings.labels),
+        pool=len(self._pool),
+        **self._times[name],
+      )
+      for name, settings in self.settings.attacks.items()
     }
     floors = evaluation.floors(self._victims.images, self._pool, self._victims.statistics)
-    write_json(self._workdir / "summary.json", summary | {"floors": floors})
+    summary = Summary(attacks=attacks, floors=floors).to_json()
+    write_json(self._workdir / "summary.json", summary)
     labels = np.concatenate([self._victims.labels] * self.settings.data.mask_seeds)
     write_npz(
       self._workdir / "reconstructions.npz",
@@ -298,11 +299,11 @@ class Experiment:
     )
     self._write_recordings()
     captions = {name: [_caption(row) for row in self._rows_of(name)] for name in self._rows}
-    reporting.write_grid(self._workdir / "grid.png", self._originals, self._images, captions)
-    say("\n" + reporting.table(summary))
+    write_grid(self._workdir / "grid.png", self._originals, self._images, captions)
+    say("\n" + table(attacks))
     say(f"\npictures: {self._workdir / 'grid.png'}")
     say(f"numbers:  {self._workdir / 'results.jsonl'}, {self._workdir / 'summary.json'}")
-    return summary
+    return {name: summary[name] for name in attacks}
 
   def _write_recordings(self) -> None:
     """Writes how the first images formed; a trial that ended keeps its last picture."""
@@ -381,7 +382,7 @@ def _without_search(recovery: Recovery, batch: int) -> engine.Trial:
   )
 
 
-def _caption(row: dict[str, Any]) -> str:
-  if row["status"] in ("failed", "not_applicable"):
-    return row["status"].replace("_", " ")
-  return f"MSE {row['mse_normalized']:.1e}\nSSIM {row['ssim']:.2f}"
+def _caption(row: Row) -> str:
+  if row.status in ("failed", "not_applicable"):
+    return row.status.replace("_", " ")
+  return f"MSE {row.scores['mse_normalized']:.1e}\nSSIM {row.scores['ssim']:.2f}"

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from jaxdia import engine, reporting
+from jaxdia import engine
 from jaxdia.config import validate
 from jaxdia.core.errors import first_line
 from jaxdia.description import describe
 from jaxdia.experiment.experiment import Experiment
+from jaxdia.experiment.progress import ProgressReport
 
 
 def run(
@@ -55,14 +56,14 @@ def run(
     for name, attack in settings.attacks.items():
       if finished := len(experiment.finished(name)):
         say(f"{name}: {finished} of {trials} trials were finished before")
-      progress = reporting.ProgressReport(name, attack.max_iterations)
+      progress = ProgressReport([name], [attack.max_iterations])
       try:
         errors = search(
           name,
           {0: experiment},
           lanes=lanes,
           checkpoint_path=workdir / "checkpoint" / f"{name}.npz",
-          on_progress=progress.update,
+          on_progress=lambda p, show=progress, most=attack.max_iterations: show.update(p, most),
           note=progress.note,
           say=say,
         )

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 import pandas as pd
 
-from jaxdia import reporting
 from jaxdia.attacks import PRESETS, create_attack
 from jaxdia.client import Observation
 from jaxdia.config import DataSettings
 from jaxdia.core.errors import InputError
 from jaxdia.engine import matrix_product_rate
+from jaxdia.experiment.progress import duration
 from jaxdia.study.groups import group
 from jaxdia.study.plan import Cell, plan
 from jaxdia.victims import create_model, load_victims
@@ -91,13 +91,13 @@ def describe(config: ml_collections.ConfigDict) -> str:
         "attacks": ",".join(cell.settings.attacks),
         "images": d.count * d.mask_seeds,
         "trials": d.count // d.batch_size * d.mask_seeds * cell.settings.restarts,
-        "about": reporting.duration(seconds),
+        "about": duration(seconds),
       }
     )
   table = pd.DataFrame(lines).fillna("").to_string(index=False)
   shared = [one.describe(cells) for one in group(cells) if len(one.cells) > 1]
   return (
-    f"{config.title}: {len(cells)} cells, about {reporting.duration(total)} if no trial"
+    f"{config.title}: {len(cells)} cells, about {duration(total)} if no trial"
     f" ends early, compilation and closed forms apart\n\n{table}"
     + (f"\n\nin the same lanes: {'; '.join(shared)}" if shared else "")
   )

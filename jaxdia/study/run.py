@@ -11,22 +11,20 @@ import jax
 import ml_collections
 import pandas as pd
 
-from jaxdia import engine, experiment, reporting
+from jaxdia import engine, evaluation, experiment
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import write_atomically, write_json, write_json_lines
 from jaxdia.experiment import Experiment, clients_key
+from jaxdia.experiment.progress import ProgressReport
+from jaxdia.experiment.table import markdown
 from jaxdia.manifest import manifest
+from jaxdia.report import Cell as Read
+from jaxdia.report import read_experiment
 from jaxdia.study.cost import estimate
 from jaxdia.study.groups import Group, group
 from jaxdia.study.plan import Cell, plan
 from jaxdia.victims import load_victims
 from jaxdia.workdir import digest
-
-# Columns of the table that a study ends with; the CSV has more.
-_SHOWN = (
-  *("cell", "attack", "finished", "attempted", "mse_median", "mse_best", "mse_worst"),
-  *("ssim_median", "ssim_best", "success_ssim_0.6", "masks_right", "iterations"),
-)
 
 
 def run(
@@ -57,7 +55,7 @@ def run(
   groups = group(cells)
   study = _Study(config, cells, workdir)
   costs = [sum(estimate(cells[n], one.attack) for n in one.cells) for one in groups]
-  progress = reporting.StudyProgress([one.describe(cells) for one in groups], costs)
+  progress = ProgressReport([one.describe(cells) for one in groups], costs)
   try:
     for number, cell in enumerate(cells):
       if cell.settings is None:
@@ -71,7 +69,8 @@ def run(
   if not study.failures():
     shutil.rmtree(workdir / "checkpoint", ignore_errors=True)
   table = study.write()
-  shown = table[[name for name in _SHOWN if name in table]]
+  names = ["cell", "attack", *(column.key for _, column in evaluation.columns("study"))]
+  shown = table[[name for name in names if name in table]].dropna(axis="columns", how="all")
   say("\n" + shown.to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
   say(f"\nnumbers: {workdir / 'table.csv'}, {workdir / 'results.csv'}")
   return study.failures()
@@ -85,7 +84,7 @@ class _Study:
     self._workdir: pathlib.Path = workdir
     # By number of the cell: those that run, and what was read of those that are done.
     self._open: dict[int, Experiment] = {}
-    self._read: dict[int, reporting.Cell] = {}
+    self._read: dict[int, Read] = {}
     self._failed: set[int] = set()  # in this call
     definition = {
       "title": config.title,
@@ -141,15 +140,15 @@ class _Study:
     if number in self._read:
       return True
     try:
-      found = reporting.read_experiment(self._folder(number))
-      if found.config["data"].get("sha256") != digest(load_victims(settings.data)):
+      found = read_experiment(self._folder(number))
+      if found.config.data.get("sha256") != digest(load_victims(settings.data)):
         return False
     except InputError:
       return False  # its experiment goes on from what is left, or says what is wrong
     self._read[number] = found
     return True
 
-  def run_group(self, one: Group, progress: reporting.StudyProgress) -> bool:
+  def run_group(self, one: Group, progress: ProgressReport) -> bool:
     """Runs what is left of an attack in the cells that share its program.
 
     Args:
@@ -247,15 +246,15 @@ class _Study:
       if not self._is_done(number):
         continue  # or it is run again when its turn comes
       found, more = self._read[number], {"cell": cell.name} | cell.overrides
-      rows += [row | more for row in found.rows]
+      rows += [row.to_json() | more for row in found.rows]
       lines += [
-        reporting.line(more | {"attack": name}, summary) for name, summary in found.summary.items()
+        more | {"attack": name} | summary.columns() for name, summary in found.summary.items()
       ]
     write_json_lines(self._workdir / "results.jsonl", rows)
     table = pd.DataFrame(lines)
     for name, frame in (("results", pd.json_normalize(rows)), ("table", table)):
       text = frame.to_csv(index=False)
       write_atomically(self._workdir / f"{name}.csv", lambda f, t=text: f.write(t.encode()))
-    text = reporting.markdown(table)
+    text = markdown(list(table), table.itertuples(index=False))
     write_atomically(self._workdir / "table.md", lambda file: file.write(text.encode()))
     return table
