@@ -65,7 +65,8 @@ def write_experiment(
     rows += found
     rate_at = [sum((r["ssim"] or 0) >= t for r in found) / count for t in THRESHOLDS]
     summary[attack] = {
-      "told": told(masks.get(attack, "free"), "given"), "attempted": count, "finished": count - 1, "failed": 1, "not_applicable": 0,
+      "attempted": count, "finished": count - 1, "failed": 1, "not_applicable": 0,
+      "told": told(masks.get(attack, "free"), "given"),
       "metrics": {m: s for m in METRICS if (s := _statistics([r[m] for r in found]))},
       "mask_accuracy_by_site": {"dropout_0": rng.uniform(), "dropout_1": rng.uniform()},
       "mask_auc_by_site": {}, "oracle": {"ssim": _statistics([rng.uniform(), 0.5])},

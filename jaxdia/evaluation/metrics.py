@@ -92,11 +92,11 @@ _METRICS = (
     larger_is_better=False,
     function=lambda pairs: mse(*pairs.normalized),
     columns=(
-      _everywhere("median", "mse_median", "MSE median"),
+      _everywhere("median", "mse_median", "MSE (median)"),
       Column("mean", "mse_mean"),
       Column("std", "mse_std"),
-      Column("min", "mse_best", "MSE least", _GAINS),
-      Column("max", "mse_worst", "MSE most", ("run", "study", "published")),
+      Column("min", "mse_best", "MSE (least)", _GAINS),
+      Column("max", "mse_worst", "MSE (most)", ("run", "study", "published")),
     ),
   ),
   Metric(
@@ -130,9 +130,9 @@ _METRICS = (
     thresholds=tuple(round(0.05 * i, 2) for i in range(1, 20)) + (0.99,),
     columns=(
       Column("mean", "ssim_mean", "SSIM", ("run",)),
-      Column("median", "ssim_median", "SSIM median", _GAINS),
+      Column("median", "ssim_median", "SSIM (median)", _GAINS),
       Column("min", "ssim_worst"),
-      Column("max", "ssim_best", "SSIM most", _GAINS),
+      Column("max", "ssim_best", "SSIM (most)", _GAINS),
       Column("ci95_low", "ssim_ci95_low"),
       Column("ci95_high", "ssim_ci95_high"),
       Column(
