@@ -1,45 +1,62 @@
 """Gradient inversion attacks as pairs of pure functions."""
 
-from jaxdia.attacks.attack import (
-  Attack,
-  Best,
-  Info,
-  State,
-  Status,
-  Variant,
-  create_attack,
-  hold,
-  project,
+from jaxdia.attacks.analytic import ClosedForm, Hybrid
+from jaxdia.attacks.catalogue import (
+  CATALOGUE,
+  Preset,
+  closed_form,
+  create,
+  dia,
+  dlg,
+  hybrid,
+  idlg,
+  ig,
+  wiig,
 )
 from jaxdia.attacks.objective import (
-  Candidate,
-  Known,
-  Terms,
   complete,
   feature_distance,
   mask_prior,
   objective,
   total_variation,
 )
-from jaxdia.attacks.presets import PRESETS, create, dia, dlg, hybrid, idlg, ig, wiig
+from jaxdia.attacks.protocol import (
+  Attack,
+  Best,
+  Candidate,
+  Info,
+  Known,
+  State,
+  Status,
+  Terms,
+  Told,
+  same_program,
+)
+from jaxdia.attacks.search import Search, hold, project
 from jaxdia.attacks.settings import CHOICES, AttackSettings
+from jaxdia.attacks.solve import RECOVERY, solve
 
 __all__ = [
+  "CATALOGUE",
   "CHOICES",
-  "PRESETS",
+  "RECOVERY",
   "Attack",
   "AttackSettings",
   "Best",
   "Candidate",
+  "ClosedForm",
+  "Hybrid",
   "Info",
   "Known",
+  "Preset",
+  "Search",
   "State",
   "Status",
   "Terms",
-  "Variant",
+  "Told",
+  "closed_form",
   "complete",
   "create",
-  "create_attack",
   "dia",
   "dlg",
   "feature_distance",
@@ -50,6 +67,8 @@ __all__ = [
   "mask_prior",
   "objective",
   "project",
+  "same_program",
+  "solve",
   "total_variation",
   "wiig",
 ]

@@ -1,55 +1,15 @@
-"""The candidate that an attack searches, and the objective that it minimises."""
-
-from typing import NamedTuple
+"""The objective that the search minimises."""
 
 import jax
 import jax.numpy as jnp
 
+from jaxdia.attacks.protocol import Candidate, Known, Terms
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
 from jaxdia.core.types import Images, Labels, Masks
-from jaxdia.matching import DISTANCES, compare, prepare, suits
-from jaxdia.models import DropoutModel, expected_masks
-
-
-class Candidate(NamedTuple):
-  """A point of the search. What is not searched is None.
-
-  Attributes:
-    images: f[B, H, W, C], normalised.
-    masks: {site: f[shape]} in [0, 1].
-    labels: f[B, num_classes], the logits of soft labels.
-  """
-
-  images: Images
-  masks: Masks | None
-  labels: jax.Array | None
-
-
-class Known(NamedTuple):
-  """What the attack holds fixed because it knows it; None where it searches.
-
-  Attributes:
-    masks: the client's masks; None also if the expected masks are used.
-    labels: i[B].
-    parts: what was recovered in closed form.
-    rates: {site: f[]}, of dropout; None if they are those of the model.
-  """
-
-  masks: Masks | None
-  labels: Labels | None
-  parts: Parts | None = None
-  rates: dict[str, jax.Array] | None = None
-
-
-class Terms(NamedTuple):
-  """The unweighted terms of the objective, each f[]."""
-
-  distance: jax.Array
-  total_variation: jax.Array
-  mask_prior: jax.Array
-  feature_distance: jax.Array
+from jaxdia.gradients import DISTANCES, Prepared, compare, prepare, suits
+from jaxdia.models import DropoutModel
 
 
 def total_variation(images: Images) -> jax.Array:
@@ -92,7 +52,7 @@ def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
 
 
 def feature_distance(
-  model: DropoutModel, observation: Observation, candidate: Candidate, parts: Parts
+  model: DropoutModel, observation: Observation | Prepared, candidate: Candidate, parts: Parts
 ) -> jax.Array:
   """Returns how far the inputs of layers are from those that were recovered.
 
@@ -121,23 +81,18 @@ def feature_distance(
   return total / jnp.maximum(count, 1)
 
 
-def complete(
-  model: DropoutModel, observation: Observation, candidate: Candidate, known: Known
-) -> tuple[Masks, Labels]:
+def complete(candidate: Candidate, known: Known) -> tuple[Masks | None, Labels]:
   """Returns the masks and labels under which a candidate's gradient is taken.
 
   Args:
-    model: the network.
-    observation: gives batch size and type.
     candidate: the searched parts.
-    known: the fixed parts; masks that are neither are the expected ones.
+    known: the fixed parts.
 
   Returns:
-    The masks, and i[B] labels or f[B, num_classes] probabilities.
+    Masks, None where they are neither, which is the evaluation mode; and labels, or their
+    probabilities.
   """
   masks = candidate.masks if candidate.masks is not None else known.masks
-  if masks is None:
-    masks = expected_masks(model, observation.batch_size, candidate.images.dtype)
   labels = known.labels if candidate.labels is None else jax.nn.softmax(candidate.labels)
   return masks, labels
 
@@ -145,7 +100,7 @@ def complete(
 def objective(
   model: DropoutModel,
   settings: AttackSettings,
-  observation: Observation,
+  observation: Observation | Prepared,
   candidate: Candidate,
   known: Known,
 ) -> tuple[jax.Array, Terms]:
@@ -154,7 +109,8 @@ def objective(
   Args:
     model: the network.
     settings: the distance and the weights, which may be traced.
-    observation: gives the parameters and the client's gradient.
+    observation: gives the parameters and the client's gradient; one that is not prepared is
+      compared with without thin factors, which need concrete values.
     candidate: the searched parts.
     known: the fixed parts.
 
@@ -162,20 +118,19 @@ def objective(
     f[], and its unweighted terms. The mask prior counts only where masks are
     searched, the features only where some were recovered.
   """
-  if known.rates is not None:
-    model = model.at_rates(known.rates)
-  masks, labels = complete(model, observation, candidate, known)
-  # Without concrete values the target's kernels stay whole; the engine prepares them once.
-  method = suits(settings.distance, "auto")
-  target = prepare(model, observation, method, compress=False).gradient
-  comparison = compare(model, observation.params, target, masks, candidate.images, labels)
+  if not isinstance(observation, Prepared):
+    observation = prepare(model, observation, suits(settings.distance, "auto"), compress=False)
+  masks, labels = complete(candidate, known)
+  given = (model, observation.params, observation.target)
+  comparison = compare(*given, masks, candidate.images, labels)
   zero = jnp.zeros((), candidate.images.dtype)
-  with_features = settings.uses_features and known.parts is not None and known.parts.features
+  weight, parts = settings.feature_weight, known.parts
+  with_features = weight is not None and parts is not None and parts.features
   terms = Terms(
     distance=DISTANCES[settings.distance](comparison),
     total_variation=total_variation(candidate.images),
     mask_prior=mask_prior(model, candidate.masks) if candidate.masks else zero,
-    feature_distance=feature_distance(model, observation, candidate, known.parts)
+    feature_distance=feature_distance(model, observation, candidate, parts)
     if with_features
     else zero,
   )
@@ -183,6 +138,7 @@ def objective(
     terms.distance
     + settings.tv_weight * terms.total_variation
     + settings.mask_weight * terms.mask_prior
-    + settings.feature_weight * terms.feature_distance
   )
+  if with_features:
+    value += weight * terms.feature_distance
   return value, terms

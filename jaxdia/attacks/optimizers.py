@@ -47,7 +47,9 @@ def create_schedule(settings: AttackSettings) -> Callable[[jax.Array], jax.Array
   return optax.constant_schedule(1.0)
 
 
-def create_plateau(settings: AttackSettings) -> optax.GradientTransformationExtraArgs:
+def create_plateau(
+  settings: AttackSettings, dtype: jnp.dtype
+) -> optax.GradientTransformationExtraArgs:
   """Returns PyTorch's ReduceLROnPlateau, which the authors use.
 
   optax reduces when the count of bad iterations reaches its patience, PyTorch
@@ -57,6 +59,7 @@ def create_plateau(settings: AttackSettings) -> optax.GradientTransformationExtr
   Args:
     settings: of the schedule "plateau"; any other gives a factor of 1. Its numbers may be
       traced.
+    dtype: of the objective.
 
   Returns:
     An optax transformation; only the `scale` of its state is used.
@@ -68,5 +71,5 @@ def create_plateau(settings: AttackSettings) -> optax.GradientTransformationExtr
     factor=settings.plateau_factor,
     patience=patience,
     rtol=1e-4,
-    min_scale=jnp.minimum(1.0, 1e-8 / settings.learning_rate),
+    min_scale=jnp.minimum(1.0, 1e-8 / settings.learning_rate).astype(dtype),
   )

@@ -25,6 +25,8 @@ _GOOD, _BELIEVED = 1e-4, 0.02
 _EMPTY_ROUNDS = 3
 # A column that all samples dropped is rounding; in size, relative to the usual one.
 _EMPTY_COLUMN = 1e-4
+# A singular value that is less than this share of the largest is rounding.
+_NO_DIMENSION = 1e-6
 
 
 class Batch(NamedTuple):
@@ -35,11 +37,13 @@ class Batch(NamedTuple):
     noise: f[], least singular value that is left out by the largest that is kept, over
       the layers: 1e-8 or so for an exact gradient, 1 for one that has not the rank of
       the batch.
+    rank: the least number of dimensions that the gradient of a layer has.
     rounds: how often was searched.
   """
 
   samples: chains.Sample | None
   noise: float
+  rank: int
   rounds: int
 
 
@@ -67,11 +71,13 @@ def solve(
     The samples that fit the gradient.
   """
   links = tuple(zip(chain.layers[:-1], chain.layers[1:], strict=True))
-  rates = tuple(model.rates.get(source.site) or None for source in chain.inputs[1:])
+  sites = tuple(source.site for source in chain.inputs[1:])
+  rate = model.rates.get(sites[0])
   # The gradient of the logits has no more rank than classes but one, so it is used only where the
   # inputs of the last layer are shown by no other.
   spanning = chain.layers if len(chain.layers) == 2 else chain.layers[:-1]
   matrices = [np.asarray(x.weights) for x in chains.layers_of(spanning, gradient)]
+  rank = min(_rank(matrix, batch_size) for matrix in matrices)
   found, noise, left, empty, rounds = [], 0.0, batch_size, 0, 0
   while left and empty < _EMPTY_ROUNDS:
     spanned = [chains.span(matrix, left, batch_size) for matrix in matrices]
@@ -80,11 +86,12 @@ def solve(
       noise = max(rest for _, rest in spanned)
       if noise > most_noise:
         break
-    known = _candidates(jax.random.fold_in(key, rounds), spaces, rates[0], left, 4**empty)
+    known = _candidates(jax.random.fold_in(key, rounds), spaces, rate, left, 4**empty)
     rounds += 1
     samples = None
     if known is not None:
-      samples = _complete(model, links, params, spaces, rates, known, batch_size)
+      samples = chains.complete(model, links, sites, params, spaces, known, batch_size)
+      samples = jax.tree.map(np.asarray, samples)
       samples = _distinct(samples)
     if samples is None:
       empty += 1
@@ -98,8 +105,14 @@ def solve(
     found.append(samples)
     left -= len(samples.label)
   if not found:
-    return Batch(None, noise, rounds)
-  return Batch(jax.tree.map(lambda *x: np.concatenate(x), *found), noise, rounds)
+    return Batch(None, noise, rank, rounds)
+  return Batch(jax.tree.map(lambda *x: np.concatenate(x), *found), noise, rank, rounds)
+
+
+def _rank(matrix: np.ndarray, most: int) -> int:
+  """Returns the numerical rank of a matrix, or `most` if it is higher."""
+  values = np.linalg.svd(matrix, compute_uv=False)[:most]
+  return int(np.sum(values > _NO_DIMENSION * values[0]))
 
 
 def _candidates(key, spaces, rate, left, effort):
@@ -144,11 +157,6 @@ def _see(first, second, zero, rate):
 @jax.jit
 def _refine(first, second, zero, rate):
   return jax.lax.map(lambda one: chains.refine(first, second, one, rate), zero, batch_size=64)
-
-
-def _complete(model, links, params, spaces, rates, known, batch_size):
-  samples = chains.complete(model, links, params, spaces, rates, known, batch_size)
-  return jax.tree.map(np.asarray, samples)
 
 
 def _distinct(samples):

@@ -18,8 +18,8 @@ import numpy as np
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, normal, split_zeros
 from jaxdia.closed_form.structure import activate
 from jaxdia.core.types import Params
-from jaxdia.matching import layer_gradient
-from jaxdia.models import DenseLayer, DropoutModel, jit_for_all_rates
+from jaxdia.gradients import layer_gradient
+from jaxdia.models import DenseLayer, DropoutModel
 
 # Sizes (root mean square) that the kept activations are tried with, and steps from each.
 _SCALES = (0.05, 0.15, 0.4, 1.0, 2.5)
@@ -161,13 +161,13 @@ def refine(
   return kept, kept * delta, kept * inputs
 
 
-@functools.partial(jit_for_all_rates, static_argnums=(1, 6))
+@functools.partial(jax.jit, static_argnums=(1, 2, 6))
 def complete(
   model: DropoutModel,
   links: tuple[tuple[DenseLayer, DenseLayer], ...],
+  sites: tuple[str | None, ...],
   params: Params,
   spaces: tuple[Space, ...],
-  rates: tuple[float | None, ...],
   known: tuple[jax.Array, jax.Array, jax.Array],
   batch_size: int,
 ) -> Sample:
@@ -176,15 +176,16 @@ def complete(
   Args:
     model: the network.
     links: each layer of the chain with the one after it.
+    sites: of dropout after each layer but the last; None where there is none.
     params: its parameters, f64.
     spaces: of the gradient of each layer but the last, or of two layers.
-    rates: of dropout after each layer but the last; None where there is none.
     known: kept, delta and inputs as `refine` gives them, with leading axis k.
     batch_size: of the client.
 
   Returns:
     The samples, with leading axis k.
   """
+  rates = [None if site is None else model.rates[site] for site in sites]
   return jax.lax.map(
     lambda one: _complete(model, links, params, spaces, rates, *one, batch_size),
     known,

@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxdia.closed_form.structure import activate
 from jaxdia.core.types import Gradient, Params
-from jaxdia.matching import layer_gradient
-from jaxdia.models import Convolution, DenseLayer, DropoutModel, jit_for_all_rates
+from jaxdia.gradients import layer_gradient
+from jaxdia.models import Convolution, DenseLayer, DropoutModel
 
 # Least squares by normal equations, of so many unknowns.
 MOST_INPUTS = 4096
@@ -167,7 +167,7 @@ def _residuals(model, layer, after, params, gradient, known, inputs):
   return jnp.concatenate(equations)
 
 
-_residuals_jitted = jit_for_all_rates(_residuals, static_argnums=(1, 2))
+_residuals_jitted = jax.jit(_residuals, static_argnums=(1, 2))
 
 
 def _matrix(function, inputs):
@@ -176,7 +176,7 @@ def _matrix(function, inputs):
   return value, jax.vmap(along)(jnp.eye(inputs.size))
 
 
-@functools.partial(jit_for_all_rates, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _start(model, layer, after, params, gradient, known, prior, weight):
   """Returns the inputs that suit the outputs, as far as these can be told by their values.
 
@@ -216,7 +216,7 @@ def _start(model, layer, after, params, gradient, known, prior, weight):
   return -jax.scipy.linalg.solve(square, matrix @ constant, assume_a="pos")
 
 
-@functools.partial(jit_for_all_rates, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _step(model, layer, after, params, gradient, known, prior, weight, inputs):
   """Returns the inputs after a Gauss-Newton step of the best of a few lengths, and the loss."""
   residuals = functools.partial(_residuals, model, layer, after, params, gradient, known)
@@ -235,7 +235,7 @@ def _step(model, layer, after, params, gradient, known, prior, weight, inputs):
   return points[jnp.argmin(losses)], jnp.min(losses)
 
 
-@functools.partial(jit_for_all_rates, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _precision(model, layer, after, params, gradient, known, inputs):
   """Returns the size of the residuals, and what error of the inputs may go with it.
 

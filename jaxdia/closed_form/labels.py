@@ -5,9 +5,10 @@ import jax.numpy as jnp
 
 from jaxdia.client import Observation
 from jaxdia.core.errors import InputError
+from jaxdia.core.precision import full_precision
 from jaxdia.core.types import Labels
-from jaxdia.matching import layer_gradient
-from jaxdia.models import DropoutModel, expected_masks
+from jaxdia.gradients import layer_gradient
+from jaxdia.models import DropoutModel
 
 _DUMMIES = 32
 
@@ -46,8 +47,14 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
       " has none. Use labels=free or labels=given."
     )
   layer = layer_gradient(observation.gradient, model.classifier)
+  if "kernel" not in layer:
+    raise InputError(
+      f"labels=recovered reads the gradient of {'/'.join(model.classifier)}, which the observation"
+      " lacks: the layer is frozen. Use labels=free or labels=given."
+    )
   if observation.batch_size > 1:
-    return _recover_counts(model, observation, layer)
+    with full_precision():
+      return _recover_counts(model, observation, layer)
   if "bias" in layer:
     label = jnp.argmin(layer["bias"])
   else:
@@ -59,12 +66,11 @@ def _recover_counts(model, observation, layer) -> Labels:
   size = observation.batch_size
   images = jax.random.normal(jax.random.key(0), (_DUMMIES, *model.image_shape), jnp.float32)
   images = images.astype(observation.dtype)
-  masks = expected_masks(model, _DUMMIES, observation.dtype)
-  softmax = jnp.mean(jax.nn.softmax(model.apply(observation.params, masks, images)), axis=0)
+  softmax = jnp.mean(jax.nn.softmax(model.apply(observation.params, None, images)), axis=0)
   if "bias" in layer:
     shares = softmax - layer["bias"]
   else:
-    inputs = _mean_inputs(model, observation, masks, images)
+    inputs = _mean_inputs(model, observation, images)
     slopes = inputs @ layer["kernel"] / jnp.sum(inputs**2)
     # The inputs of real images may be larger or smaller than those of noise. Of more classes than
     # images one is absent; then its share, 0, gives the scale.
@@ -83,7 +89,7 @@ def _recover_counts(model, observation, layer) -> Labels:
   )
 
 
-def _mean_inputs(model, observation, masks, images):
+def _mean_inputs(model, observation, images):
   taps = {
     layer.path: tuple(jnp.zeros((rows, layer.outputs), images.dtype) for rows in layer.rows)
     for layer in model.dense(len(images))
@@ -94,5 +100,5 @@ def _mean_inputs(model, observation, masks, images):
       "the labels of a batch cannot be read from a classifier that has no bias and cannot be"
       " tapped. Use labels=free or labels=given."
     )
-  _, inputs = model.apply_tapped(observation.params, masks, images, taps)
+  _, inputs = model.apply_tapped(observation.params, None, images, taps)
   return jnp.mean(inputs[model.classifier][0], axis=0)

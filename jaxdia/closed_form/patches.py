@@ -6,16 +6,17 @@ its kernel is `dW = Pᵀ G` with the patches P. With no more tokens than the wid
 (APRIL, Lu et al. 2022, for a network without dropout and a bias).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.closed_form.structure import close, find_pixels, probing_params
+from jaxdia.closed_form.structure import close, find_pixels, model_to_try, probing_params
+from jaxdia.core.trees import leaves_by_path, with_leaves
 from jaxdia.core.types import Gradient
-from jaxdia.matching import flatten, unflatten
-from jaxdia.models import DropoutModel, once_a_network, sample_masks
+from jaxdia.models import Network, sample_masks
 
 
 class Patching(NamedTuple):
@@ -37,22 +38,23 @@ class Patching(NamedTuple):
   site: str | None
 
 
-@once_a_network
-def find_patching(model: DropoutModel) -> Patching | None:
+@functools.lru_cache
+def find_patching(network: Network) -> Patching | None:
   """Finds a patch embedding to whose outputs a position embedding is added.
 
   That it is so is tried: a change of the kernel changes the logits just as the
   change of the embedding does that it stands for, for random images and masks.
 
   Args:
-    model: the network.
+    network: of a model.
 
   Returns:
     The first that is found; None if there is none.
   """
+  model = model_to_try(network)
   with jax.enable_x64(True):
     params = probing_params(model)
-    leaves = flatten(params)
+    leaves = leaves_by_path(params)
     for path, pixels in _kernels(model, params, leaves):
       width = leaves[path].shape[-1]
       for name, leaf in leaves.items():
@@ -68,7 +70,7 @@ def find_patching(model: DropoutModel) -> Patching | None:
 
 def _kernels(model, params, leaves):
   """Yields kernels that might embed patches, with the pixels of each patch."""
-  for layer in model.dense(1) if model.dense else ():
+  for layer in model.dense(1):
     pixels = find_pixels(model, params, layer)
     if pixels is not None and len(pixels) > 1:
       yield (*layer.path, "kernel"), pixels
@@ -83,12 +85,12 @@ def _kernels(model, params, leaves):
 
 
 def _changed(params, changes):
-  leaves = flatten(params)
-  return unflatten(params, leaves | {path: leaves[path] + changes[path] for path in changes})
+  leaves = leaves_by_path(params)
+  return with_leaves(params, leaves | {path: leaves[path] + changes[path] for path in changes})
 
 
 def _is_added(model, params, patching) -> bool:
-  leaves = flatten(params)
+  leaves = leaves_by_path(params)
   rng = np.random.default_rng(0)
   image = rng.standard_normal(model.image_shape)
   masks = sample_masks(jax.random.key(0), model, 1, jnp.float64)
@@ -113,16 +115,16 @@ def _is_added(model, params, patching) -> bool:
 
 def _find_site(model, params, patching) -> str | None:
   """Finds the site whose zeros are those of the embedding's gradient."""
-  shape = flatten(params)[patching.embedding].shape
+  shape = leaves_by_path(params)[patching.embedding].shape
   size = int(np.prod(shape))
   masks = sample_masks(jax.random.key(1), model, 1, jnp.float64)
   image = jnp.asarray(np.random.default_rng(1).standard_normal((1, *model.image_shape)))
 
   def first_logit(embedding, masks):
-    leaves = flatten(params) | {patching.embedding: embedding}
-    return model.apply(unflatten(params, leaves), masks, image)[0, 0]
+    leaves = leaves_by_path(params) | {patching.embedding: embedding}
+    return model.apply(with_leaves(params, leaves), masks, image)[0, 0]
 
-  slope = jax.jit(jax.grad(first_logit))(flatten(params)[patching.embedding], masks)
+  slope = jax.jit(jax.grad(first_logit))(leaves_by_path(params)[patching.embedding], masks)
   for site, mask in masks.items():
     if mask.size == size and np.array_equal(np.ravel(slope) != 0, np.ravel(mask) != 0):
       return site
@@ -153,7 +155,7 @@ def solve_patches(patching: Patching, gradient: Gradient) -> Patches | None:
   Returns:
     The image; None if there are more tokens than the width allows.
   """
-  leaves = flatten(gradient)
+  leaves = leaves_by_path(gradient)
   embedding = np.asarray(leaves[patching.embedding], np.float64)
   kernel = np.asarray(leaves[patching.kernel], np.float64)
   kernel = kernel.reshape(-1, kernel.shape[-1])

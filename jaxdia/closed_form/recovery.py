@@ -22,7 +22,7 @@ from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
 from jaxdia.core.types import Images, Key, Labels, Masks
-from jaxdia.matching import Target, layer_gradient
+from jaxdia.gradients import layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
 
 # A sample that leaves no more than this of the gradient unexplained, relative, is exact.
@@ -101,7 +101,7 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
   Args:
     key: random key, of the starts of the search for sparse factors.
     model: the network.
-    observation: of one client, not prepared for matching, with concrete values.
+    observation: of one client, with concrete values.
 
   Returns:
     What was recovered, of the gradient's type, on the host.
@@ -109,7 +109,6 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
   Raises:
     InputError: the observation grants no labels, and none can be read (see `recover_labels`).
   """
-  assert not isinstance(observation.gradient, Target), "closed forms need the gradient itself"
   with jax.enable_x64(True):
     return _recover(key, model, observation)
 
@@ -117,27 +116,41 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
 def _recover(key, model, observation) -> Recovery:
   size = observation.batch_size
   gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), observation.gradient)
-  found, chain = _Found(model, observation), find_chain(model)
+  found, chain = _Found(model, observation), find_chain(model.network)
   if chain is not None and chain.pixels is None:
     # Of every client, so that all results have the same form.
-    convolutions = find_convolutions(model, chain.layers[0]) if size == 1 else None
+    convolutions = find_convolutions(model.network, chain.layers[0]) if size == 1 else None
     for layer in (*chain.layers, *(convolutions.layers if convolutions else ())):
       found.declare_features(layer)
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)):
     return found.recovery("the gradient has NaN or infinite entries")
-  reason = "the network has no dense layers up to the logits, and no patch embedding"
-  if chain is not None:
+  frozen = (
+    [layer for layer in chain.layers if not layer_gradient(gradient, layer.path)] if chain else []
+  )
+  reason = _why_no_chain(model)
+  if frozen:
+    reason = f"the layer {'/'.join(frozen[0].path)} is frozen: no gradient of it was sent"
+  elif chain is not None:
     reason = _use_chain(key, model, chain, observation, gradient, found)
     if size == 1 and chain.pixels is None and convolutions is not None:
       known = (model, chain, convolutions)
       reason = _use_convolutions(*known, observation, gradient, found) or reason
-  if chain is None or chain.pixels is None:
-    patching = find_patching(model)
+  if chain is None or frozen or chain.pixels is None:
+    patching = find_patching(model.network)
     if patching is not None and size == 1:
       reason = _use_patches(patching, gradient, found)
     elif patching is not None:
       reason = "patches of a batch of more than one image are summed over the images"
   return found.recovery(reason)
+
+
+def _why_no_chain(model: DropoutModel) -> str:
+  if not model.dense(1):
+    return "no plain dense layers are known of the network, and it has no patch embedding"
+  return (
+    "the logits are not the outputs of a plain dense layer as they are (something follows it, or it"
+    " is of a kind that is not seen), and there is no patch embedding"
+  )
 
 
 class _Found:
@@ -267,10 +280,18 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
       kept = _kept_features(features, rates[chain.inputs[0].site])
       if kept is not None:
         found.set_mask(chain.inputs[0].site, i, chain.inputs[0].entries, kept)
+  if count < size and result.rank < size:
+    return (
+      f"the gradient of a layer has rank {result.rank}, of a batch of {size}: some of its images"
+      " coincide or are blank, and cannot be told apart"
+    )
   if result.noise > _MOST_NOISE:
     return f"the gradient is not that of {size} image(s): {result.noise:.1e} of it lies outside"
   if count < size:
-    return f"{size - count} of {size} samples were not found among the zeros of dropout"
+    return (
+      f"{size - count} of {size} samples were not found: dropout left too few zeros, or the"
+      " gradient is not that of the mean cross-entropy of such a batch (scaled, or of another loss)"
+    )
   if chain.pixels is None:
     return "the first of the dense layers is fed with features, not with pixels"
   return "some images leave more of the gradient unexplained than rounding does"

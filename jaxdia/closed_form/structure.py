@@ -7,14 +7,17 @@ chosen parameters, masks and taps, and in float64, where what must be equal is.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.core.trees import Path, leaves_by_path, with_leaves
 from jaxdia.core.types import Masks, Params
-from jaxdia.models import Convolution, DenseLayer, DropoutModel, once_a_network
+from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, model_of
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
 _TOLERANCE = 1e-9
@@ -60,18 +63,24 @@ def probing_params(model: DropoutModel) -> Params:
   return jax.tree.unflatten(tree, [draw(i, x.shape) for i, x in enumerate(shapes)])
 
 
-@once_a_network
-def find_chain(model: DropoutModel) -> Chain | None:
+def model_to_try(network: Network) -> DropoutModel:
+  """Returns a network at rates above 0, on which its structure does not depend."""
+  return model_of(network, dict.fromkeys(model_of(network).rates, 0.5))
+
+
+@functools.lru_cache
+def find_chain(network: Network) -> Chain | None:
   """Finds the dense layers at the end of a network.
 
   Args:
-    model: the network.
+    network: of a model.
 
   Returns:
     The longest chain that ends with the classifier; None if the model has no
     known classifier, or it cannot be tapped.
   """
-  layers = [layer for layer in model.dense(1) if layer.rows == (1,)] if model.dense else []
+  model = model_to_try(network)
+  layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
   paths = [layer.path for layer in layers]
   if model.classifier not in paths:
     return None
@@ -83,17 +92,18 @@ def find_chain(model: DropoutModel) -> Chain | None:
     return _chain(model, params, layers[first : last + 1])
 
 
-@once_a_network
-def find_convolutions(model: DropoutModel, after: DenseLayer) -> Chain | None:
+@functools.lru_cache
+def find_convolutions(network: Network, after: DenseLayer) -> Chain | None:
   """Finds the convolutions that a dense layer is fed by.
 
   Args:
-    model: the network.
+    network: of a model.
     after: the dense layer, with one row an image.
 
   Returns:
     The longest chain that ends just before it, or None.
   """
+  model = model_to_try(network)
   found: list[DenseLayer | Convolution] = [after]
   with jax.enable_x64(True):
     params = probing_params(model)
@@ -167,14 +177,11 @@ def activate(
   return model.apply_tapped(silent, full_masks(model), images, taps)[1][after.path][0][0]
 
 
-def replace_layer(params: Params, path: tuple[str, ...], change: Any) -> Params:
+def replace_layer(params: Params, path: Path, change: Callable[[Any], Any]) -> Params:
   """Returns params with `change` applied to the leaves of one layer."""
 
-  def leaf(keys, value):
-    names = tuple(str(getattr(key, "key", key)) for key in keys)
-    return change(value) if names[:-1] == path else value
-
-  return jax.tree_util.tree_map_with_path(leaf, params)
+  leaves = leaves_by_path(params).items()
+  return with_leaves(params, {p: change(x) if p[:-1] == path else x for p, x in leaves})
 
 
 def close(a: jax.Array, b: jax.Array) -> bool:
@@ -202,12 +209,9 @@ def _is_elementwise(model, params, layer, after) -> bool:
     other = activate(model, params, layer, after, outputs)
     return along, slope * direction, expected, other
 
-  try:
-    along, expected_along, expected, other = probe(
-      params, *(_random(i, layer.outputs) for i in range(2)), _random(2, (1, *model.image_shape))
-    )
-  except KeyError:  # `after` comes before `layer`
-    return False
+  along, expected_along, expected, other = probe(
+    params, *(_random(i, layer.outputs) for i in range(2)), _random(2, (1, *model.image_shape))
+  )
   return close(along, expected_along) and close(other, expected)
 
 

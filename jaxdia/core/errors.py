@@ -1,7 +1,9 @@
 """The error for wrong input, and the wording that all of its messages share."""
 
 import difflib
-from collections.abc import Iterable
+import math
+import numbers
+from collections.abc import Callable, Iterable
 
 
 class InputError(ValueError):
@@ -29,3 +31,42 @@ def first_line(error: BaseException) -> str:
   """Returns the first line of an error's message, or its type if it has none."""
   lines = str(error).strip().splitlines()
   return lines[0] if lines else type(error).__name__
+
+
+def check_number(
+  name: str, value: object, is_valid: Callable[[float], bool], expected: str
+) -> float:
+  """Returns a number of any kind as a float.
+
+  Args:
+    name: what the message calls it.
+    value: that was given; NumPy's numbers are numbers too.
+    is_valid: tells of a number whether it can be used.
+    expected: of the message.
+
+  Raises:
+    InputError: it is no number, not finite, or not valid.
+  """
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not is_number or not math.isfinite(value) or not is_valid(value):
+    raise InputError(f"{name} is {value!r}; expected {expected}.")
+  return float(value)
+
+
+def check_count(name: str, value: object, least: int, most: int | None = None) -> int:
+  """Returns an integer of any kind as an int.
+
+  Args:
+    name: what the message calls it.
+    value: that was given; NumPy's integers are integers too.
+    least: the least that can be used.
+    most: the largest, if there is one.
+
+  Raises:
+    InputError: it is no integer, or out of range.
+  """
+  is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if not is_integer or value < least or (most is not None and value > most):
+    span = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise InputError(f"{name} is {value!r}; expected an integer {span}.")
+  return int(value)

@@ -1,26 +1,21 @@
 """How many lanes a device has room for."""
 
-import pathlib
-import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import psutil
 
 from jaxdia.client import Observation
 from jaxdia.core.errors import InputError, first_line
-from jaxdia.matching import choose_layers
+from jaxdia.core.machine import memory_of
+from jaxdia.engine.jobs import RECORDED
+from jaxdia.gradients import choose_layers
 from jaxdia.models import DropoutModel
 
-# Of a device's free memory, the share that the lanes may take where their number is not set, and
-# what is taken to be free where nobody tells.
-_MEMORY_SHARE = 0.5
-_UNKNOWN_MEMORY = 4 * 2**30
+# Of a device's memory, the share that the lanes may take where their number is not set. It is
+# all of its memory, not what is free of it, so that the same command takes the same lanes.
+_MEMORY_SHARE = 0.35
 _MAX_LANES = 256
-# Images of a trial that are recorded, at most.
-RECORDED = 36
 # On a CPU a lane whose trial has ended costs as much as any other. So few enough lanes that each
 # gets some trials one after another, and is idle only at the end. Beyond 32, and below 4, an
 # iteration of a trial gets no cheaper, or much dearer. And few enough to stay near the caches,
@@ -34,7 +29,9 @@ _CPU_NEAR_BYTES = 64 * 2**20
 def choose_lanes(
   model: DropoutModel, observation: Observation, jobs: int, devices: Sequence[jax.Device]
 ) -> int:
-  """Returns a number of lanes a device that suits the jobs, the model and the memory.
+  """Returns a number of lanes a device that suits the jobs, the model and the devices.
+
+  It depends on nothing else, not on what is free of the memory.
 
   Args:
     model: the client's network.
@@ -43,49 +40,13 @@ def choose_lanes(
     devices: that share the trials.
   """
   size = _lane_bytes(model, observation)
-  fitting = _MEMORY_SHARE * _free_memory(devices) / size
+  on_cpu = devices[0].platform == "cpu"
+  memory = memory_of(devices[0]) / (len(devices) if on_cpu else 1)
   each = -(-jobs // len(devices))
   most = _MAX_LANES
-  if devices[0].platform == "cpu":
+  if on_cpu:
     most = min(np.clip(each // _CPU_TRIALS_A_LANE, *_CPU_LANES), _CPU_NEAR_BYTES / size)
-  return int(max(1, min(each, most, fitting)))
-
-
-def matrix_product_rate(size: int = 2048) -> float:
-  """Returns the operations a second of a float32 matrix product on the first device.
-
-  Args:
-    size: of the square matrices.
-  """
-  a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
-  product = jax.jit(lambda a: jnp.dot(a, a, precision="highest"))
-  product(a).block_until_ready()
-  times = []
-  for _ in range(5):
-    start = time.perf_counter()
-    product(a).block_until_ready()
-    times.append(time.perf_counter() - start)
-  return 2 * size**3 / min(times)
-
-
-def forget_programs(most_maps: int = 30_000) -> None:
-  """Drops what was compiled if it may soon be too much for Linux, which ends the process then.
-
-  On a CPU each program takes memory maps of its own, a network with its closed forms some
-  thousands, and a process may have 65,530.
-
-  Args:
-    most_maps: of so many none are dropped.
-  """
-  maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and maps.read_bytes().count(b"\n") > most_maps:
-    jax.clear_caches()
-
-
-def total_memory() -> float:
-  """Returns the bytes of the memory that gradients lie in: that of a device, or of the machine."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return min(stats.get("bytes_limit", np.inf), psutil.virtual_memory().total)
+  return int(max(1, min(each, most, _MEMORY_SHARE * memory / size)))
 
 
 def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
@@ -102,16 +63,6 @@ def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
   # eight for the search; and the recorded images.
   pixels = RECORDED * observation.batch_size * int(np.prod(model.image_shape))
   return observation.dtype.itemsize * (5 * formed + 5 * thin + 8 * entries + pixels)
-
-
-def _free_memory(devices: Sequence[jax.Device]) -> float:
-  """Returns the bytes that each device has left."""
-  stats = devices[0].memory_stats()
-  if stats and "bytes_limit" in stats:
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-  if devices[0].platform == "cpu":  # all of them share the memory of the machine
-    return psutil.virtual_memory().available / len(devices)
-  return _UNKNOWN_MEMORY
 
 
 def halve_lanes(lanes: int, error: jax.errors.JaxRuntimeError) -> int:

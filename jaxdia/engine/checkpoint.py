@@ -4,7 +4,9 @@ An npz carries a checksum of each array, so that a damaged file is found, and on
 file can be replaced atomically.
 """
 
+import hashlib
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -12,6 +14,46 @@ import numpy as np
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz, write_npz
+
+DIGEST_BYTES = 16
+
+
+def digest(tree: Any, *more: bytes) -> bytes:
+  """Returns bytes that tell trees apart by their structure and by all of their numbers.
+
+  Args:
+    tree: of arrays and numbers.
+    *more: what belongs to it too.
+  """
+  found = hashlib.blake2b(digest_size=DIGEST_BYTES)
+  leaves, structure = jax.tree.flatten(tree)
+  # Where in memory a function lies is different in every process.
+  found.update(re.sub(r" at 0x[0-9a-f]+", "", str(structure)).encode())
+  for leaf in jax.device_get(leaves):
+    array = np.ascontiguousarray(leaf)
+    found.update(f"{array.dtype}{array.shape}".encode())
+    found.update(array.tobytes())
+  for part in more:
+    found.update(part)
+  return found.digest()
+
+
+def check_digest(path: pathlib.Path, saved: bytes, expected: bytes) -> None:
+  """Refuses a saved trial that is not the expected one.
+
+  Args:
+    path: of the checkpoint.
+    saved: digest that was saved with the trial.
+    expected: of the trial that is to be taken up.
+
+  Raises:
+    InputError: they differ.
+  """
+  if saved != expected:
+    raise InputError(
+      f"the checkpoint {path} is of another run: its attack, key, params or gradients differ from"
+      " those of this one. Delete it, or choose another path."
+    )
 
 
 def save(path: pathlib.Path, tree: Any) -> None:

@@ -8,24 +8,27 @@ import numpy as np
 
 from jaxdia.attacks import Attack, Candidate, Status
 from jaxdia.client import Observation
-from jaxdia.closed_form import Parts
+from jaxdia.closed_form import Parts, Recovery
 from jaxdia.core.types import Key, Masks
-from jaxdia.engine.capacity import RECORDED
+
+# Images of a trial that are recorded, at most.
+RECORDED = 36
 
 
 class Task(NamedTuple):
   """An attack on some observations.
 
   Attributes:
-    key: random key; a trial's own key is folded from it by victim and restart, so results do
-      not depend on lanes, devices or other tasks, but for rounding.
+    key: random key; a trial's own key is folded from it by observation and restart, so results
+      do not depend on lanes, devices or other tasks, but for rounding.
     attack: what to run.
-    observations: of one model and batch size.
+    observations: of one model and batch size, all at the same params. One is asked for when it is
+      attacked, so they may be computed then; tasks on the same sequence share what is computed.
     restarts: number of trials for each observation.
     masks: the client's masks for each observation, if the attack knows them.
-    parts: of `jaxdia.closed_form.recover` for each observation, if the attack starts
-      from them.
-    finished: (victim, restart) of the trials that are left out.
+    parts: of `attack.recover` for each observation, or what it returned, if the attack starts
+      from that.
+    finished: (observation, restart) of the trials that are left out.
     number: by which its jobs are known, in a checkpoint too; its place among the tasks if None.
   """
 
@@ -34,7 +37,7 @@ class Task(NamedTuple):
   observations: Sequence[Observation]
   restarts: int = 1
   masks: Sequence[Masks] | None = None
-  parts: Sequence[Parts] | None = None
+  parts: Sequence[Parts | Recovery] | None = None
   finished: Collection[tuple[int, int]] = ()
   number: int | None = None
 
@@ -42,7 +45,7 @@ class Task(NamedTuple):
 class Job(NamedTuple):
   """One trial to be run: the index of an observation and of its restart, and the task's number."""
 
-  victim: int
+  observation: int
   restart: int
   task: int = 0
 
@@ -113,10 +116,10 @@ def recorded_iterations(max_iterations: int, count: int = RECORDED) -> tuple[int
 
 
 def trial_key(key: Key, job: Job) -> Key:
-  """Returns the key of a trial, which depends on nothing but its victim and restart.
+  """Returns the key of a trial, which depends on nothing but its observation and restart.
 
   Args:
     key: of the task.
     job: the trial.
   """
-  return jax.random.fold_in(jax.random.fold_in(key, job.victim), job.restart)
+  return jax.random.fold_in(jax.random.fold_in(key, job.observation), job.restart)

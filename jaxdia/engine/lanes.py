@@ -1,72 +1,88 @@
 """Lanes: the only vmap over trials and the only pmap over devices.
 
 A device runs a fixed number of lanes, each with one trial, and has a fixed number
-of slots, each with what the server saw of one victim; lanes that attack the same
-victim share its slot, and all lanes of a device the weights. All devices run the same
+of slots, each with what the server saw of one client; lanes that attack the same
+client share its slot, and all lanes of a device the weights. All devices run the same
 compiled program. What is replaced when a trial ends is the content of its lane, so
 nothing is compiled again, whatever numbers and rates its attack has.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.attacks import Attack, Best, State, Status, Variant, project
-from jaxdia.client import Observation
-from jaxdia.closed_form import Parts
-from jaxdia.core.types import Gradient, Key, Labels, Masks, Params
+from jaxdia.attacks import Attack, Best, State, Status, project
+from jaxdia.core.trees import shapes_of
+from jaxdia.core.types import Labels, Params
+from jaxdia.gradients import Prepared, Target
 
 
-class Slots(NamedTuple):
-  """What of the observations differs between victims; leading axes [device, slot].
+class Slot(NamedTuple):
+  """What of the observations differs between clients; leading axes [device, slot] or [device].
 
   Attributes:
-    gradient: of the client, as `jaxdia.matching.prepare` made it.
+    target: the client's gradient, prepared.
     labels: i[B] if the observation grants them.
     mean: f[C] or f[1], statistics of the images.
     std: f[C] or f[1].
   """
 
-  gradient: Gradient
+  target: Target
   labels: Labels | None
   mean: jax.Array
   std: jax.Array
 
 
-class Lanes(NamedTuple):
-  """The trials of all lanes, and their victims.
+class Lane(NamedTuple):
+  """A trial; leading axes [device, lane] or [device].
 
   Attributes:
-    params: that all lanes of a device share; leading axis [device].
-    slots: the victims.
-    slot: i[device, lane], where the victim of the lane's trial is.
-    state: of the trials; every array has leading axes [device, lane].
-    recording: f[device, lane, K, B, H, W, C], the best images after the iterations that are
-      recorded.
+    slot: i[], where its client is.
+    attack: its numbers are those of the trial.
+    state: of the trial.
+    recording: f[K, B, H, W, C], the best images after the iterations that are recorded.
   """
 
-  params: Params
-  slots: Slots
   slot: jax.Array
+  attack: Attack
   state: State
   recording: jax.Array
 
 
-class Given(NamedTuple):
-  """What an attack is given of a victim besides the observation; see `Attack.init`.
+class Inbox(NamedTuple):
+  """What a device is given next, and where it goes; leading axis [device].
 
   Attributes:
-    masks: the client's, for an attack that knows them.
-    parts: recovered in closed form, for an attack that starts from them.
-    variant: of the attack on this victim, if it is not the one that made the program.
+    slot: what the server saw of a client.
+    slot_number: i[], where it goes; negative if nowhere.
+    lane: a trial.
+    lane_number: i[], where it goes; negative if nowhere.
   """
 
-  masks: Masks | None = None
-  parts: Parts | None = None
-  variant: Variant | None = None
+  slot: Slot
+  slot_number: jax.Array
+  lane: Lane
+  lane_number: jax.Array
+
+
+class Lanes(NamedTuple):
+  """All that lies on the devices.
+
+  Attributes:
+    params: that all lanes of a device share; leading axis [device].
+    slots: the clients.
+    lanes: the trials.
+    inbox: what came last.
+  """
+
+  params: Params
+  slots: Slot
+  lanes: Lane
+  inbox: Inbox
 
 
 class Gauge(NamedTuple):
@@ -86,50 +102,63 @@ class Gauge(NamedTuple):
 class LaneProgram(NamedTuple):
   """Compiled functions on lanes. All that return lanes consume their argument.
 
+  What is given to one device goes to no other.
+
   Attributes:
     empty: `empty() -> Lanes`, with no trial in them.
     share: `share(lanes, device, params) -> Lanes`, gives a device on which no trial runs
       other params.
-    place: `place(lanes, device, slot, observation) -> Lanes`, puts a victim in a
-      slot that no running trial needs.
-    load: `load(lanes, device, lane, slot, key, given) -> Lanes`, starts a trial in
-      a lane, on the victim in a slot.
+    put: `put(lanes, {device: (slot number, Prepared or None, lane number, attack, state,
+      recording)}) -> Lanes`, starts a trial on each of some devices; an observation of None
+      is in its slot already, any other goes to a slot that no running trial needs.
     advance: `advance(lanes, steps) -> (Lanes, Gauge)`, at most `steps` steps of
       every running trial; returns early when none runs.
     read: `read(lanes, device, lane) -> (Best, recording)`, on the host, with valid pixels.
-    restore: `restore(lanes, state, recording) -> Lanes`, with those from the host.
     shape: (devices, lanes a device).
-    num_slots: victims that a device has room for.
+    num_slots: clients that a device has room for.
   """
 
   empty: Callable[[], Lanes]
   share: Callable[[Lanes, int, Params], Lanes]
-  place: Callable[[Lanes, int, int, Observation], Lanes]
-  load: Callable[[Lanes, int, int, int, Key, Given], Lanes]
+  put: Callable[[Lanes, dict[int, tuple]], Lanes]
   advance: Callable[[Lanes, int], tuple[Lanes, Gauge]]
   read: Callable[[Lanes, int, int], tuple[Best, np.ndarray]]
-  restore: Callable[[Lanes, State, jax.Array], Lanes]
   shape: tuple[int, int]
   num_slots: int
 
 
+def with_arrays(attack: Attack, dtype: jnp.dtype) -> Attack:
+  """Returns an attack whose numbers are arrays, so that they can lie side by side.
+
+  Args:
+    attack: any.
+    dtype: of its numbers that are no counts.
+  """
+
+  def array(number):
+    number = np.asarray(number)
+    return number.astype(dtype if number.dtype.kind == "f" else np.int32)
+
+  return jax.tree.map(array, attack)
+
+
 def create_program(
   attack: Attack,
-  observation: Observation,
-  given: Given,
+  observation: Prepared,
+  state: State,
   lanes_per_device: int,
   num_slots: int,
   devices: Sequence[jax.Device],
   recorded: Sequence[int] = (),
 ) -> LaneProgram:
-  """Builds the functions that run an attack in lanes.
+  """Returns the functions that run an attack in lanes, the same for equal arguments.
 
   Args:
-    attack: what to run, itself or in other variants.
+    attack: what to run, or another of the same program.
     observation: one that is like all others.
-    given: what the attack is given of a victim besides, or any like it.
+    state: of a trial at its start.
     lanes_per_device: number of trials that a device runs at once.
-    num_slots: number of victims that a device has room for; no more than lanes are
+    num_slots: number of clients that a device has room for; no more than lanes are
       of use, and with one, all lanes share the products with its gradient.
     devices: local devices to run on.
     recorded: numbers of iterations after which the best images are kept, in order.
@@ -137,73 +166,77 @@ def create_program(
   Returns:
     The program.
   """
+  like = shapes_of((with_arrays(attack, state.candidate.images.dtype), observation, state))
+  leaves, structure = jax.tree.flatten(like)
+  where = (lanes_per_device, num_slots, tuple(devices), tuple(recorded))
+  return _create_program(structure, tuple(leaves), *where)
+
+
+@functools.lru_cache(maxsize=8)  # with what is compiled for them
+def _create_program(structure, leaves, num_lanes, num_slots, devices, recorded) -> LaneProgram:
+  attack_like, observation_like, state_like = jax.tree.unflatten(structure, leaves)
   num_devices = len(devices)
-  device_numbers = np.arange(num_devices)
-  iterations = jnp.asarray(recorded, jnp.int32)
-  state_shape = jax.eval_shape(attack.init, jax.random.key(0), observation, *given)
+  iterations = np.asarray(recorded, np.int32)
+  images = state_like.candidate.images
+  slot_like = _slot_of(observation_like)
+  lane_like = Lane(
+    slot=jax.ShapeDtypeStruct((), jnp.int32),
+    attack=attack_like,
+    state=state_like,
+    recording=jax.ShapeDtypeStruct((len(recorded), *images.shape), images.dtype),
+  )
 
-  slot_shape, params_shape = _shapes((_slot(observation), observation.params))
+  def zeros(like, *count):
+    return jax.tree.map(lambda x: jnp.zeros((*count, *x.shape), x.dtype), like)
 
-  def zeros(count, shapes):
-    return jax.tree.map(lambda x: jnp.zeros((*count, *x.shape), x.dtype), shapes)
+  def on_devices(function, in_axes, donate=()):
+    return jax.pmap(function, in_axes=in_axes, donate_argnums=donate, devices=devices)
 
-  def empty_on_device(_):
-    state = zeros((lanes_per_device,), state_shape)
-    # Any status but RUNNING. (An IntEnum as it is would make the array weakly typed.)
-    status = jnp.full((lanes_per_device,), int(Status.MAX_ITERATIONS), jnp.int32)
-    slot = jnp.zeros((lanes_per_device,), jnp.int32)
-    images = state_shape.candidate.images
-    recording = jnp.zeros((lanes_per_device, len(recorded), *images.shape), images.dtype)
+  def empty(_):
+    lanes = zeros(lane_like, num_lanes)
+    # Any status but RUNNING.
+    ended = jnp.full((num_lanes,), int(Status.MAX_ITERATIONS), jnp.int32)
+    nowhere = jnp.full((), -1, jnp.int32)
     return Lanes(
-      params=zeros((), params_shape),
-      slots=zeros((num_slots,), slot_shape),
-      slot=slot,
-      state=state._replace(status=status),
-      recording=recording,
+      params=zeros(observation_like.params),
+      slots=zeros(slot_like, num_slots),
+      lanes=lanes._replace(state=lanes.state._replace(status=ended)),
+      inbox=Inbox(zeros(slot_like), nowhere, zeros(lane_like), nowhere),
     )
 
-  def observation_in(lanes, slot):
+  def observation_in(params, slots, number):
     # Of a single slot there is nothing to choose: then no lane has a target of its own.
-    one = jax.tree.map(lambda x: x[slot if num_slots > 1 else 0], lanes.slots)
-    return Observation(params=lanes.params, batch_size=observation.batch_size, **one._asdict())
+    one = jax.tree.map(lambda x: x[number if num_slots > 1 else 0], slots)
+    return Prepared(params=params, batch_size=observation_like.batch_size, **one._asdict())
 
-  def write(tree, index, new, here):
+  def write(tree, number, new):
+    here, number = number >= 0, jnp.maximum(number, 0)
     return jax.tree.map(
-      lambda old, new: old.at[index].set(jnp.where(here, new, old[index])), tree, new
+      lambda old, new: old.at[number].set(jnp.where(here, new, old[number])), tree, new
     )
 
-  def share_on_device(lanes, here, new):
-    params = jax.tree.map(lambda old, new: jnp.where(here, new, old), lanes.params, new)
-    return lanes._replace(params=params)
+  def take_in(slots, lanes, inbox):
+    slots = write(slots, inbox.slot_number, inbox.slot)
+    return slots, write(lanes, inbox.lane_number, inbox.lane)
 
-  def place_on_device(lanes, here, slot, new):
-    return lanes._replace(slots=write(lanes.slots, slot, new, here))
-
-  def load_on_device(lanes, here, lane, slot, key, given):
-    new = attack.init(key, observation_in(lanes, slot), *given)
-    return lanes._replace(
-      slot=write(lanes.slot, lane, slot, here), state=write(lanes.state, lane, new, here)
-    )
-
-  def advance_on_device(lanes, steps):
-    def step(slot, state):
-      return attack.step(observation_in(lanes, slot), state)[0]
+  def advance(params, slots, lanes, steps):
+    def step(attack, number, state):
+      return attack.step(observation_in(params, slots, number), state)[0]
 
     def record(recording, state):
-      number = jnp.minimum(
-        jnp.searchsorted(jnp.asarray(iterations), state.iteration), len(recorded) - 1
-      )
+      number = jnp.searchsorted(jnp.asarray(iterations), state.iteration)
+      number = jnp.minimum(number, len(recorded) - 1)
       due = jnp.asarray(iterations)[number] == state.iteration
       kept = jnp.where(due, state.best.candidate.images, recording[number])
       return recording.at[number].set(kept)
 
     def more(carry):
       i, state, _ = carry
-      return (i < steps) & jnp.any(state.status == Status.RUNNING)
+      return (i < steps) & jnp.any(state.status == int(Status.RUNNING))
 
     def turn(carry):
       i, state, recording = carry
-      state = jax.vmap(step)(lanes.slot, state)
+      state = jax.vmap(step)(lanes.attack, lanes.slot, state)
       if recorded:
         due = jnp.any(jnp.isin(state.iteration, iterations))
         recording = jax.lax.cond(due, jax.vmap(record), lambda kept, _: kept, recording, state)
@@ -214,63 +247,81 @@ def create_program(
     gauge = Gauge(state.status, state.iteration, state.best.objective)
     return lanes._replace(state=state, recording=recording), gauge
 
-  def read_on_device(lanes, lane):
-    best = jax.tree.map(lambda x: x[lane], lanes.state.best)
-    seen = observation_in(lanes, lanes.slot[lane])
+  def read(slots, lanes, number):
+    lane = jax.tree.map(lambda x: x[number], (lanes.slot, lanes.state.best, lanes.recording))
+    slot, best, recording = lane
+    seen = jax.tree.map(lambda x: x[slot if num_slots > 1 else 0], slots)
 
     # The start, drawn N(0, 1), may be the best point; it alone is not yet projected.
     def valid(images):
       return project(seen, best.candidate._replace(images=images))
 
-    recording = jax.vmap(lambda images: valid(images).images)(lanes.recording[lane])
+    recording = jax.vmap(lambda images: valid(images).images)(recording)
     return best._replace(candidate=valid(best.candidate.images)), recording
 
-  def pmap(function, in_axes, donate=()):
-    return jax.pmap(function, in_axes=in_axes, donate_argnums=donate, devices=devices)
+  p_empty = on_devices(empty, 0)
+  p_take_in = on_devices(take_in, (0, 0, 0), donate=(0, 1))
+  p_advance = on_devices(advance, (0, 0, 0, None), donate=(2,))
+  p_read = on_devices(read, (0, 0, None))
 
-  p_empty = pmap(empty_on_device, 0)
-  p_share = pmap(share_on_device, (0, 0, None), donate=(0,))
-  p_place = pmap(place_on_device, (0, 0, None, None), donate=(0,))
-  p_load = pmap(load_on_device, (0, 0, None, None, None, None), donate=(0,))
-  p_advance = pmap(advance_on_device, (0, None), donate=(0,))
-  p_read = pmap(read_on_device, (0, None))
-  p_put = pmap(lambda x: x, 0)
+  def send(tree, device, new):
+    """Returns arrays of all devices, in which one has something else."""
 
-  def share(lanes, device, params):
-    return p_share(lanes, device_numbers == device, params)
+    def replace(array, value):
+      shards = _shards(array)
+      shards[device] = jax.device_put(value, devices[device])
+      return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
-  def place(lanes, device, slot, observation):
-    return p_place(lanes, device_numbers == device, np.int32(slot), _slot(observation))
+    return jax.tree.map(replace, tree, _with_device_axis(new))
 
-  def load(lanes, device, lane, slot, key, given):
-    here = device_numbers == device
-    return p_load(lanes, here, np.int32(lane), np.int32(slot), key, given)
+  def put(all_lanes, places):
+    inbox = all_lanes.inbox
+    slot_numbers = np.full(num_devices, -1, np.int32)
+    lane_numbers = np.full(num_devices, -1, np.int32)
+    for device, (slot, observation, lane, attack, state, recording) in places.items():
+      lane_numbers[device] = lane
+      attack = with_arrays(attack, images.dtype)
+      trial = Lane(np.int32(slot), attack, state, recording)
+      inbox = inbox._replace(lane=send(inbox.lane, device, trial))
+      if observation is not None:
+        slot_numbers[device] = slot
+        inbox = inbox._replace(slot=send(inbox.slot, device, _slot_of(observation)))
+    inbox = inbox._replace(slot_number=slot_numbers, lane_number=lane_numbers)
+    slots, lanes = p_take_in(all_lanes.slots, all_lanes.lanes, inbox)
+    return all_lanes._replace(slots=slots, lanes=lanes, inbox=inbox)
 
-  def advance(lanes, steps):
-    lanes, gauge = p_advance(lanes, np.int32(steps))
-    return lanes, jax.device_get(gauge)
+  def advance_all(all_lanes, steps):
+    given = (all_lanes.params, all_lanes.slots, all_lanes.lanes)
+    lanes, gauge = p_advance(*given, np.int32(steps))
+    return all_lanes._replace(lanes=lanes), jax.device_get(gauge)
 
-  def read(lanes, device, lane):
-    return jax.tree.map(lambda x: x[device], jax.device_get(p_read(lanes, lane)))
+  def read_one(all_lanes, device, lane):
+    read = p_read(all_lanes.slots, all_lanes.lanes, np.int32(lane))
+    return jax.tree.map(lambda x: np.asarray(_shards(x)[device])[0], read)
 
   return LaneProgram(
-    empty=lambda: p_empty(device_numbers),
-    share=share,
-    place=place,
-    load=load,
-    advance=advance,
-    read=read,
-    restore=lambda lanes, state, recording: lanes._replace(
-      state=p_put(state), recording=p_put(recording)
+    empty=lambda: p_empty(np.arange(num_devices)),
+    share=lambda all_lanes, device, params: all_lanes._replace(
+      params=send(all_lanes.params, device, params)
     ),
-    shape=(num_devices, lanes_per_device),
+    put=put,
+    advance=advance_all,
+    read=read_one,
+    shape=(num_devices, num_lanes),
     num_slots=num_slots,
   )
 
 
-def _slot(observation: Observation) -> Slots:
-  return Slots(*(getattr(observation, name) for name in Slots._fields))
+@jax.jit
+def _with_device_axis(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
 
 
-def _shapes(tree):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+def _shards(array: jax.Array) -> list[jax.Array]:
+  """Returns the parts of an array that lie on one device each, in the order of the devices."""
+  shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return [shard.data for shard in shards]
+
+
+def _slot_of(observation: Prepared) -> Slot:
+  return Slot(*(getattr(observation, name) for name in Slot._fields))

@@ -4,22 +4,39 @@ import collections
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdia.attacks import Status
+from jaxdia.attacks import Attack, State, Status, Told
 from jaxdia.client import Observation
+from jaxdia.core.errors import InputError
+from jaxdia.core.trees import shapes_of
+from jaxdia.core.types import Key, Params
 from jaxdia.engine import checkpoint
 from jaxdia.engine.jobs import Job, Task, Trial, trial_key
-from jaxdia.engine.lanes import Gauge, Given, create_program
-from jaxdia.matching import Method, prepare_alike, suits
+from jaxdia.engine.lanes import Gauge, create_program
+from jaxdia.gradients import Method, Prepared, prepare, suits
 
 # The host looks at the lanes about so often.
 _CHUNK_SECONDS = 1.0
 _MAX_CHUNK = 1_000
 
 _Place = tuple[int, int]  # device, lane
+_Client = tuple[int, int]  # number of a sequence of observations, index in it
+
+
+@jax.jit
+def init_trial(attack: Attack, key: Key, observation: Observation, told: Told) -> State:
+  """Starts a trial; compiled once for attacks of one program."""
+  return attack.init(key, observation, told)
+
+
+def told_of(task: Task, number: int) -> Told:
+  """Returns what an attack is told of one of a task's observations besides it."""
+  masks, parts = (x and x[number] for x in (task.masks, task.parts))
+  return Told(masks, getattr(parts, "parts", parts))
 
 
 class Loop:
@@ -27,6 +44,8 @@ class Loop:
 
   Attributes:
     jobs: by the place (device, lane) in which they run.
+    postponed: jobs whose gradients are of another form than those in the lanes, such as one
+      that is not of low rank; they need a program of their own.
     started: whether there are lanes.
     compile_seconds: time spent compiling.
     run_seconds: time spent computing.
@@ -43,69 +62,82 @@ class Loop:
     recorded: Sequence[int],
   ):
     """Prepares what is attacked; see `jaxdia.engine.run`. The tasks are by number."""
-    start = time.monotonic()
     self._tasks = tasks
-    self._attack = next(iter(tasks.values())).attack
+    self._model = next(iter(tasks.values())).attack.model
     self._devices = devices
     self._fixed_chunk = chunk
+    self._matching = suits(next(iter(tasks.values())).attack.distance, matching)
     self._recorded = recorded
-    # Tasks may attack the same victims, which then share their slots.
-    distinct = {_identity(o): o for task in tasks.values() for o in task.observations}
-    numbers = {identity: number for number, identity in enumerate(distinct)}
-    self._victims_of = {
-      task_number: [numbers[_identity(o)] for o in task.observations]
-      for task_number, task in tasks.items()
-    }
-    method = suits(self._attack.settings.distance, matching)
-    self._victims = prepare_alike(self._attack.model, list(distinct.values()), method)
-    self._params = _number_params(self._victims)  # of each victim
-    dtype = self._victims[0].dtype
-    self._variants = {n: task.attack.variant.as_arrays(dtype) for n, task in tasks.items()}
+    # Tasks may attack the same clients, which then share their slots.
+    sequences = list({id(task.observations): None for task in tasks.values()})
+    self._sequence = {n: sequences.index(id(task.observations)) for n, task in tasks.items()}
+    self._kinds: list[Params] = []  # that are distinct
+    self._params = {number: self._kind_of(task) for number, task in tasks.items()}
+    # Of the clients in slots: what the server saw, as it is and prepared.
+    self._seen: dict[_Client, tuple[Observation, Prepared]] = {}
+    self._params_digests: dict[int, bytes] = {}
     self.jobs: dict[_Place, Job] = {}
+    self.postponed: list[Job] = []
     self.started = False
     self.compile_seconds = 0.0
-    self.run_seconds = time.monotonic() - start
-    self.task_seconds = dict.fromkeys(tasks, self.run_seconds / len(tasks))
+    self.run_seconds = 0.0
+    self.task_seconds = dict.fromkeys(tasks, 0.0)
     self.resumed_steps = 0
 
-  def most_on_a_device(self, jobs: Sequence[Job]) -> int:
-    """Returns how many of the jobs a device can run at once at the most: those on the same params.
+  def _kind_of(self, task: Task) -> int:
+    """Returns a number that is the same for tasks with equal params."""
+    params = task.observations[0].params
+    for number, other in enumerate(self._kinds):
+      if _are_same(params, other):
+        return number
+    self._kinds.append(params)
+    return len(self._kinds) - 1
+
+  def count_clients(self, jobs: Sequence[Job]) -> int:
+    """Returns how many distinct observations jobs attack.
 
     Args:
       jobs: all of them.
     """
-    return max(collections.Counter(self._params_of(job) for job in jobs).values())
+    return len({self._client(job) for job in jobs})
 
-  def start(self, lanes: int, job: Job) -> None:
-    """Makes lanes, with no job in them.
+  def most_on_a_device(self, jobs: Sequence[Job]) -> int:
+    """Returns how many of the jobs a device can run at once: at most those on the same params.
+
+    Args:
+      jobs: all of them.
+    """
+    return max(collections.Counter(self._params[job.task] for job in jobs).values())
+
+  def start(self, lanes: int, clients: int, job: Job) -> None:
+    """Makes lanes, with no job in them, and compiles all that a run needs.
 
     Args:
       lanes: on each device.
-      job: one of those that are to be run.
+      clients: that are attacked.
+      job: one of those that are to be run, of whose form the gradients in the lanes are.
     """
     start = time.monotonic()
-    slots = min(lanes, len(self._victims))
-    # What is where: the params of a device, and the victim in each slot (device, slot).
+    # What is where: the params of a device, and the client in each slot (device, slot).
     self._held: dict[int, int] = {}
-    self._slots: dict[tuple[int, int], int] = {}
+    self._slots: dict[tuple[int, int], _Client] = {}
     self._began: dict[_Place, float] = {}  # run_seconds when the job there began
+    self._digests: dict[_Place, bytes] = {}
+    observation, prepared = self._observe(job)
+    state = self._init(job, observation)
+    self._form = shapes_of(prepared)
+    attack = self._tasks[job.task].attack
     self._program = create_program(
-      self._attack,
-      self._victims[self._number(job)],
-      self._given(job),
-      lanes,
-      slots,
-      self._devices,
-      self._recorded,
+      attack, prepared, state, lanes, min(lanes, clients), self._devices, self._recorded
     )
     # Each compiled function once, without a step, so that none is compiled in the run.
     self._lanes = self._program.empty()
-    self._load((0, 0), job)
+    self._put({(0, 0): job})
     self._lanes, _ = self._program.advance(self._lanes, 0)
     self._program.read(self._lanes, 0, 0)
     self._lanes = None
     self._lanes = self._program.empty()
-    for where in (self._held, self._slots, self._began, self.jobs):
+    for where in (self._held, self._slots, self._began, self._digests, self.jobs):
       where.clear()
     self.compile_seconds += time.monotonic() - start
     self._chunk = self._fixed_chunk or 1
@@ -118,41 +150,67 @@ class Loop:
     self.resumed_steps = 0
     self.started = False
 
-  def _number(self, job: Job) -> int:
-    """Returns the number of a job's victim among all that are distinct."""
-    return self._victims_of[job.task][job.victim]
+  def _client(self, job: Job) -> _Client:
+    return self._sequence[job.task], job.observation
 
-  def _params_of(self, job: Job) -> int:
-    """Returns the number of the params that a job's victim was observed at."""
-    return self._params[self._number(job)]
+  def _observe(self, job: Job) -> tuple[Observation, Prepared]:
+    """Returns what the server saw of a job's client; kept while the client is in a slot."""
+    client = self._client(job)
+    if client not in self._seen:
+      observation = self._tasks[job.task].observations[job.observation]
+      if not _are_same(observation.params, self._kinds[self._params[job.task]]):
+        raise InputError(
+          f"observation {job.observation} of task {job.task} was made at other params than the"
+          " first of its task. Give those at the same params a task of their own."
+        )
+      observation = jax.device_put(observation, self._devices[0])
+      self._seen[client] = observation, prepare(self._model, observation, self._matching)
+    return self._seen[client]
 
-  def _given(self, job: Job) -> Given:
+  def _init(self, job: Job, observation: Observation) -> State:
     task = self._tasks[job.task]
-    masks, parts = (x and x[job.victim] for x in (task.masks, task.parts))
-    return Given(masks, parts, self._variants[job.task])
+    told = jax.device_put(told_of(task, job.observation), self._devices[0])
+    return init_trial(task.attack, trial_key(task.key, job), observation, told)
 
-  def _slot(self, device: int, victim: int) -> int:
-    """Returns where on a device a victim is, or is put now."""
+  def _find_slot(self, device: int, client: _Client) -> tuple[int, bool]:
+    """Returns where on a device a client is or can be put, and whether it is there already."""
     here = [self._slots.get((device, slot)) for slot in range(self._program.num_slots)]
-    if victim in here:
-      return here.index(victim)
-    # There are as many slots as victims, or as lanes, so one is free.
-    needed = {self._number(job) for (d, _), job in self.jobs.items() if d == device}
-    slot = next(slot for slot, other in enumerate(here) if other not in needed)
-    self._lanes = self._program.place(self._lanes, device, slot, self._victims[victim])
-    self._slots[device, slot] = victim
-    return slot
+    if client in here:
+      return here.index(client), True
+    # There are as many slots as clients, or as lanes, so one is free.
+    needed = {self._client(job) for (d, _), job in self.jobs.items() if d == device}
+    return next(slot for slot, other in enumerate(here) if other not in needed), False
 
-  def _load(self, place: _Place, job: Job) -> None:
-    device, victim = place[0], self._number(job)
-    if self._held.get(device) != self._params[victim]:
-      self._lanes = self._program.share(self._lanes, device, self._victims[victim].params)
-      self._held[device] = self._params[victim]
-    slot = self._slot(device, victim)
-    key = trial_key(self._tasks[job.task].key, job)
-    self._lanes = self._program.load(self._lanes, *place, slot, key, self._given(job))
-    self.jobs[place] = job
-    self._began[place] = self.run_seconds
+  def _put(
+    self, jobs: Mapping[_Place, Job], saved: Mapping[_Place, tuple[State, Any]] | None = None
+  ) -> None:
+    """Starts jobs in lanes, no more than one on each device, or takes up those that were saved."""
+    news = {}
+    for (device, lane), job in jobs.items():
+      task, client = self._tasks[job.task], self._client(job)
+      observation, prepared = self._observe(job)
+      self._hold(device, job)
+      slot, is_there = self._find_slot(device, client)
+      self._slots[device, slot] = client
+      if saved is None:
+        state = self._init(job, observation)
+        images = state.candidate.images
+        recording = np.zeros((len(self._recorded), *images.shape), images.dtype)
+      else:
+        state, recording = saved[device, lane]
+      news[device] = (slot, None if is_there else prepared, lane, task.attack, state, recording)
+      self.jobs[device, lane] = job
+      self._began[device, lane] = self.run_seconds
+    self._lanes = self._program.put(self._lanes, news)
+    kept = set(self._slots.values())
+    self._seen = {client: seen for client, seen in self._seen.items() if client in kept}
+
+  def _hold(self, device: int, job: Job) -> None:
+    """Gives a device the params of a job, if it holds others."""
+    params = self._params[job.task]
+    if self._held.get(device) != params:
+      self._lanes = self._program.share(self._lanes, device, self._kinds[params])
+      self._held[device] = params
 
   def _can_take(self, device: int, params: int) -> bool:
     """Returns whether a device holds some params, or is free to be given them."""
@@ -161,17 +219,30 @@ class Loop:
   def fill(self, queue: collections.deque[Job]) -> None:
     """Puts waiting jobs into free lanes, device by device."""
     num_devices, num_lanes = self._program.shape
-    places = [(d, lane) for lane in range(num_lanes) for d in range(num_devices)]
-    places = [place for place in places if place not in self.jobs]
     waiting: dict[int, collections.deque[Job]] = {}  # by params
-    for job in queue if places else ():
-      waiting.setdefault(self._params_of(job), collections.deque()).append(job)
-    for place in places:
-      params = self._choose(place[0], waiting)
-      if params is not None:
-        job = waiting[params].popleft()
-        queue.remove(job)
-        self._load(place, job)
+    for job in queue:
+      waiting.setdefault(self._params[job.task], collections.deque()).append(job)
+    for lane in range(num_lanes):
+      round_of = {}
+      for device in range(num_devices):
+        if (device, lane) not in self.jobs and (job := self._next(device, waiting)) is not None:
+          round_of[device, lane] = job
+          self._hold(device, job)
+      if round_of:
+        self._put(round_of)
+    left = {job for jobs in waiting.values() for job in jobs}
+    for _ in range(len(queue)):
+      if (job := queue.popleft()) in left:
+        queue.append(job)
+
+  def _next(self, device: int, waiting: dict[int, collections.deque[Job]]) -> Job | None:
+    """Takes the next job that a device can run; those of other forms are postponed."""
+    while (params := self._choose(device, waiting)) is not None:
+      job = waiting[params].popleft()
+      if shapes_of(self._observe(job)[1]) == self._form:
+        return job
+      self.postponed.append(job)
+    return None
 
   def _choose(self, device: int, waiting: dict[int, collections.deque[Job]]) -> int | None:
     """Returns the params on whose jobs a device goes on; None if it can take no waiting job.
@@ -204,6 +275,7 @@ class Loop:
     """Takes a finished trial out of its lane."""
     best, recording = self._program.read(self._lanes, *place)
     iterations = int(gauge.iteration[place])
+    self._digests.pop(place, None)
     return Trial(
       job=self.jobs.pop(place),
       candidate=best.candidate,
@@ -216,14 +288,30 @@ class Loop:
       recording={n: x for n, x in zip(self._recorded, recording, strict=True) if n <= iterations},
     )
 
-  def _checkpoint(self):
+  def _digest(self, job: Job) -> bytes:
+    """Returns what tells a trial from every other one: its attack, key, client and numbers."""
+    task, params = self._tasks[job.task], self._params[job.task]
+    if params not in self._params_digests:
+      self._params_digests[params] = checkpoint.digest(self._kinds[params])
+    seen = self._observe(job)[0]
+    observed = (seen.gradient, seen.labels, seen.mean, seen.std)
+    key = jax.random.key_data(trial_key(task.key, job))
+    trial = (task.attack, key, observed, told_of(task, job.observation))
+    return checkpoint.digest(trial, self._params_digests[params], repr(self._recorded).encode())
+
+  def _checkpoint(self) -> dict[str, Any]:
     jobs = np.full((*self._program.shape, len(Job._fields)), -1, np.int32)
     seconds = np.zeros(self._program.shape, np.float64)
+    digests = np.zeros((*self._program.shape, checkpoint.DIGEST_BYTES), np.uint8)
     for place, job in self.jobs.items():
       jobs[place] = job
       seconds[place] = self.run_seconds - self._began[place]
-    lanes = {"state": self._lanes.state, "recording": self._lanes.recording}
-    return {"jobs": jobs, "seconds": seconds} | lanes
+      if place not in self._digests:
+        self._digests[place] = self._digest(job)
+      digests[place] = np.frombuffer(self._digests[place], np.uint8)
+    lanes = self._lanes.lanes
+    trials = {"state": lanes.state, "recording": lanes.recording}
+    return {"jobs": jobs, "seconds": seconds, "digests": digests} | trials
 
   def save(self, path: pathlib.Path) -> None:
     """Saves the running trials."""
@@ -233,53 +321,34 @@ class Loop:
     """Puts saved trials that are still wanted into lanes; returns the other jobs.
 
     The lanes need not be those that were saved: what finds no place starts anew.
+
+    Raises:
+      InputError: the file is damaged, or of trials of another attack or client.
     """
     saved = checkpoint.restore(path, self._checkpoint(), lane_axes=2)
     if saved is None:
       return queue
     waiting = set(queue)  # a trial may have ended, and been kept, after the checkpoint
     places = list(np.ndindex(self._program.shape))
-    lanes = jax.tree.map(np.array, jax.device_get((self._lanes.state, self._lanes.recording)))
-    old_lanes = (saved["state"], saved["recording"])
     for source in np.ndindex(saved["seconds"].shape):
       job = Job(*map(int, saved["jobs"][source]))
-      if job not in waiting:
+      if job not in waiting or shapes_of(self._observe(job)[1]) != self._form:
         continue
+      checkpoint.check_digest(path, saved["digests"][source].tobytes(), self._digest(job))
       # Where it was, if it can be.
-      params = self._params_of(job)
+      params = self._params[job.task]
       fitting = [p for p in places if p not in self.jobs and self._can_take(p[0], params)]
       if not fitting:
         continue
       place = source if source in fitting else fitting[0]
-      self._load(place, job)
+      trial = jax.tree.map(lambda x, s=source: x[s], (saved["state"], saved["recording"]))
+      self._put({place: job}, {place: trial})
       self._began[place] = self.run_seconds - float(saved["seconds"][source])
-      for new, old in zip(jax.tree.leaves(lanes), jax.tree.leaves(old_lanes), strict=True):
-        new[place] = old[source]
-      self.resumed_steps += int(lanes[0].iteration[place])
-    self._lanes = self._program.restore(self._lanes, *lanes)
+      self.resumed_steps += int(trial[0].iteration)
     resumed = set(self.jobs.values())
     return collections.deque(job for job in queue if job not in resumed)
 
 
-def _identity(observation: Observation) -> tuple[int, ...]:
-  """Returns what observations have in common that are made of the same arrays."""
-  return tuple(map(id, jax.tree.leaves(observation)))
-
-
-def _number_params(victims: Sequence[Observation]) -> list[int]:
-  """Returns for each victim a number that is the same for those with equal params."""
-  kinds: list[list] = []
-  numbers = []
-  for victim in victims:
-    leaves = jax.tree.leaves(victim.params)
-    same = (
-      number
-      for number, kind in enumerate(kinds)
-      if all(a is b or np.array_equal(a, b) for a, b in zip(leaves, kind, strict=True))
-    )
-    number = next(same, None)
-    if number is None:
-      number = len(kinds)
-      kinds.append(leaves)
-    numbers.append(number)
-  return numbers
+def _are_same(one: Params, other: Params) -> bool:
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  return all(a is b or np.array_equal(a, b) for a, b in pairs)

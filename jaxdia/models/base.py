@@ -1,15 +1,24 @@
-"""A dropout model is a tuple of pure functions with the masks as an argument."""
+"""A dropout model: pure functions with the masks as an argument, and equal by value.
 
-import functools
+What a program is compiled for, the `Network`, is static; the dropout rates are leaves of the
+tree that a `DropoutModel` is. So a function that takes a model as an argument is compiled
+once for all rates, and equal models share what was compiled for one of them.
+"""
+
+import abc
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdia.core.errors import InputError
+from jaxdia.core.errors import InputError, check_number
+from jaxdia.core.precision import full_precision
+from jaxdia.core.trees import Path, static, value_tree
 from jaxdia.core.types import Images, Key, Logits, Masks, Params
+from jaxdia.models import discovery
+from jaxdia.models.hooks import Hooks, ignore_sites
 
 
 class Site(NamedTuple):
@@ -35,7 +44,7 @@ class DenseLayer(NamedTuple):
     outputs: columns of `z`.
   """
 
-  path: tuple[str, ...]
+  path: Path
   rows: tuple[int, ...]
   inputs: int
   outputs: int
@@ -51,7 +60,7 @@ class Convolution(NamedTuple):
     apply: `apply(leaves, inputs f[B, H, W, C]) -> f[B, H, W, C]`, the layer by itself.
   """
 
-  path: tuple[str, ...]
+  path: Path
   input_shape: tuple[int, int, int]
   output_shape: tuple[int, int, int]
   apply: Callable[[Params, jax.Array], jax.Array]
@@ -73,53 +82,200 @@ class Convolution(NamedTuple):
 
 
 # {path of a layer: one array for each of its calls}
-Taps = dict[tuple[str, ...], tuple[jax.Array, ...]]
+Taps = dict[Path, tuple[jax.Array, ...]]
 
 
-class DropoutModel(NamedTuple):
-  """A classifier whose dropout masks are an explicit argument.
+class Network(abc.ABC):
+  """A network of some library, all but its dropout rates: what an adapter implements.
 
-  It knows nothing of the library that the network was written in. A network
-  without dropout has no sites, and its masks are the empty dictionary.
+  It is hashable, and equal to networks that compute the same by the same program.
 
   Attributes:
-    init: `init(key) -> params`.
-    apply: `apply(params, masks, images) -> logits`, where a site computes
-      `h * mask / (1 - rate)`. Pure: no random key inside.
-    mask_shapes: `mask_shapes(batch_size) -> {site name: shape}`.
-    sites: the dropout sites, in the order in which the network meets them.
+    name: what messages call it.
     image_shape: (height, width, channels).
-    num_classes: number of logits.
-    classifier: path in `params` of the dense layer that gives the logits, whose
-      gradient tells the labels; None if there is none or it is not known.
-    dense: `dense(batch_size)` gives the dense layers that can be tapped; None if
-      there are none or they are not known, as in a model of plain functions.
-    convolutions: those that are called once and can be tapped.
-    apply_tapped: `apply_tapped(params, masks, images, taps) -> (logits, inputs)`
-      adds to the outputs of each call of the layers in `taps` the array that is
-      there, f[rows, outputs], and returns the inputs f[rows, inputs] of the same
-      calls; None where `dense` is.
-    at_rates: `at_rates({site name: rate}) -> DropoutModel`, the same network with other
-      rates, which may be traced: one compiled program then serves them all. Models of one
-      network share it; None if there is no such function.
   """
 
-  init: Callable[[Key], Params]
-  apply: Callable[[Params, Masks, Images], Logits]
-  mask_shapes: Callable[[int], dict[str, tuple[int, ...]]]
-  sites: tuple[Site, ...]
+  name: str
   image_shape: tuple[int, int, int]
-  num_classes: int
-  classifier: tuple[str, ...] | None = None
-  dense: Callable[[int], tuple[DenseLayer, ...]] | None = None
-  convolutions: tuple[Convolution, ...] = ()
-  apply_tapped: Callable[[Params, Masks, Images, Taps], tuple[Logits, Taps]] | None = None
-  at_rates: Callable[[Mapping[str, float | jax.Array]], "DropoutModel"] | None = None
+
+  @abc.abstractmethod
+  def init(self, key: Key) -> Params:
+    """Draws parameters."""
+
+  @abc.abstractmethod
+  def call(self, params: Params, images: Images, hooks: Hooks) -> Logits:
+    """Computes f[B, num_classes] logits of f[B, H, W, C] images, and calls the hooks meanwhile."""
+
+
+@value_tree
+class DropoutModel:
+  """A classifier whose dropout masks are an explicit argument.
+
+  Attributes:
+    network: all but the rates; static.
+    rates: {site name: rate}, in the order in which the network meets the sites. A network
+      without dropout has none, and its masks are the empty dictionary.
+  """
+
+  network: Network = static()
+  rates: dict[str, float | jax.Array]
+
+  def __post_init__(self):
+    sites = discovery.discover(self.network, 2).sites
+    if set(self.rates) != set(sites):
+      raise InputError(
+        f"rates are given for the sites {sorted(self.rates)}; {self.network.name} has"
+        f" {sorted(sites)}. Dropout of rate 0 is no site: create the network anew to add or"
+        " remove some."
+      )
+    rates = {
+      site: rate if isinstance(rate, jax.Array) else check_rate(rate, f"the rate of site {site!r}")
+      for site, rate in self.rates.items()
+    }
+    object.__setattr__(self, "rates", {site: rates[site] for site in sites})
+
+  def __hash__(self) -> int:
+    return hash((self.network, tuple(self.rates.items())))
 
   @property
-  def rates(self) -> dict[str, float | jax.Array]:
-    """Returns {site name: rate}."""
-    return {site.name: site.rate for site in self.sites}
+  def image_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels)."""
+    return self.network.image_shape
+
+  @property
+  def num_classes(self) -> int:
+    """Number of logits."""
+    return discovery.discover(self.network, 2).logits.shape[1]
+
+  @property
+  def sites(self) -> tuple[Site, ...]:
+    """The dropout sites, in the order in which the network meets them."""
+    # JAX sorts the keys of a dictionary, so the order is the network's.
+    names = discovery.discover(self.network, 2).sites
+    return tuple(Site(name, self.rates[name]) for name in names)
+
+  @property
+  def classifier(self) -> Path | None:
+    """Path of the dense layer that gives the logits, whose gradient tells the labels, if known."""
+    return discovery.discover(self.network, 2).classifier
+
+  @property
+  def convolutions(self) -> tuple[Convolution, ...]:
+    """The convolutions that are called once and can be tapped."""
+    found = discovery.discover(self.network, 1).convolutions
+    return tuple(
+      Convolution(path, *calls[0], apply)
+      for path, (apply, calls) in found.items()
+      if len(calls) == 1
+    )
+
+  def dense(self, batch_size: int) -> tuple[DenseLayer, ...]:
+    """Returns the dense layers that can be tapped, in the order in which they are called."""
+    return tuple(
+      DenseLayer(path, tuple(math.prod(a[:-1]) for a, _ in calls), calls[0][0][-1], calls[0][1][-1])
+      for path, calls in discovery.discover(self.network, batch_size).dense.items()
+    )
+
+  def mask_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each site's mask for a batch."""
+    found = discovery.discover(self.network, batch_size).sites
+    return {name: shape for name, (_, shape) in found.items()}
+
+  def init(self, key: Key) -> Params:
+    """Draws parameters."""
+    return self.network.init(key)
+
+  def apply(self, params: Params, masks: Masks | None, images: Images) -> Logits:
+    """Computes logits under given masks; a site computes `h * mask / (1 - rate)`.
+
+    Args:
+      params: as `init` gives them.
+      masks: {site: f[shape]}; None is the evaluation mode, in which a site is the identity.
+      images: f[B, H, W, C], normalised.
+
+    Returns:
+      f[B, num_classes].
+
+    Raises:
+      InputError: the masks are those of other sites or of another batch size.
+    """
+    return self._call(params, masks, images, None)
+
+  def apply_tapped(
+    self, params: Params, masks: Masks | None, images: Images, taps: Taps
+  ) -> tuple[Logits, Taps]:
+    """Computes logits, with something added to the outputs of layers.
+
+    Args:
+      params: as `init` gives them.
+      masks: as in `apply`.
+      images: f[B, H, W, C], normalised.
+      taps: what is added, f[rows, outputs] for each call of the layers in it.
+
+    Returns:
+      The logits, and the inputs f[rows, inputs] of the same calls.
+    """
+    inputs_of: dict[Path, list[jax.Array]] = {path: [] for path in taps}
+
+    def tap(layer, inputs, outputs, nested):
+      del nested  # such a layer is not among those that can be tapped
+      if layer.path not in taps:
+        return outputs
+      added = taps[layer.path][len(inputs_of[layer.path])]
+      inputs_of[layer.path].append(inputs.reshape(len(added), -1))
+      return outputs + added.reshape(outputs.shape)
+
+    logits = self._call(params, masks, images, tap)
+    return logits, {path: tuple(inputs) for path, inputs in inputs_of.items()}
+
+  def _call(self, params, masks, images, on_linear) -> Logits:
+    name = self.network.name
+    if masks is not None and set(masks) != set(self.rates):
+      raise InputError(
+        f"masks have the sites {sorted(masks)}; {name} has {sorted(self.rates)}. Take them from"
+        " sample_masks or expected_masks."
+      )
+
+    def drop_at(site, rate, shape, inputs):
+      del rate  # the network's own, in whose place the model may have another
+      if masks[site].shape != shape:
+        raise InputError(
+          f"the mask of site {site!r} has shape {masks[site].shape}; expected {shape} for"
+          f" {images.shape[0]} images."
+        )
+      return drop(inputs, masks[site].astype(inputs.dtype), self.rates[site])
+
+    hooks = Hooks(ignore_sites if masks is None else drop_at, on_linear)
+    with full_precision():
+      return self.network.call(params, images, hooks)
+
+
+def model_of(network: Network, rates: Mapping[str, float] | None = None) -> DropoutModel:
+  """Returns a network with its dropout rates as a model.
+
+  Args:
+    network: of any library.
+    rates: {site: rate}; those of the network itself if None.
+
+  Raises:
+    InputError: it does not return a vector of two logits or more for each image, or a rate is
+      out of range.
+  """
+  found = discovery.discover(network, 2)
+  logits = found.logits
+  if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2:
+    raise InputError(
+      f"{network.name} returns {jax.tree.map(lambda x: x.shape, logits)} for 2 images; expected one"
+      " array of logits, (2, num_classes)."
+    )
+  if logits.shape[1] < 2:
+    raise InputError(
+      f"{network.name} returns a single logit an image, whose softmax is always 1 and has no"
+      " gradient; expected num_classes of at least 2. Of binary labels use two logits, z and 0."
+    )
+  if rates is None:
+    rates = {site: rate for site, (rate, _) in found.sites.items()}
+  return DropoutModel(network, dict(rates))
 
 
 def drop(inputs: jax.Array, mask: jax.Array, rate: float | jax.Array) -> jax.Array:
@@ -127,8 +283,8 @@ def drop(inputs: jax.Array, mask: jax.Array, rate: float | jax.Array) -> jax.Arr
 
   Args:
     inputs: f[...], the activations.
-    mask: f[...], broadcastable to `inputs`; 1 = kept, 0 = dropped, and what an
-      attack tries lies between.
+    mask: f[...], of the same rank, and 1 or equal to `inputs` along each axis; 1 = kept, 0 =
+      dropped, and what an attack tries lies between.
     rate: the probability of an entry to be dropped.
 
   Returns:
@@ -154,7 +310,7 @@ def sample_masks(key: Key, model: DropoutModel, batch_size: int, dtype=jnp.float
   shapes = model.mask_shapes(batch_size)
   return {
     site.name: jax.random.bernoulli(
-      jax.random.fold_in(key, i), jnp.float32(1 - site.rate), shapes[site.name]
+      jax.random.fold_in(key, i), jnp.asarray(1 - site.rate, jnp.float32), shapes[site.name]
     ).astype(dtype)
     for i, site in enumerate(model.sites)
   }
@@ -173,58 +329,6 @@ def expected_masks(model: DropoutModel, batch_size: int, dtype=jnp.float32) -> M
   """
   shapes = model.mask_shapes(batch_size)
   return {s.name: jnp.full(shapes[s.name], 1 - s.rate, dtype) for s in model.sites}
-
-
-def jit_for_all_rates(
-  function: Callable[..., Any], static_argnums: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-  """Compiles a function of a model once for all rates of its network.
-
-  Args:
-    function: whose first argument is a model.
-    static_argnums: places of other arguments that are no arrays.
-
-  Returns:
-    The jitted function.
-  """
-  fixed = jax.jit(function, static_argnums=(0, *static_argnums))
-
-  @functools.partial(jax.jit, static_argnums=(0, *(number + 1 for number in static_argnums)))
-  def at_rates(network, rates, *arguments):
-    return function(network(rates), *arguments)
-
-  @functools.wraps(function)
-  def call(model, *arguments):
-    if model.at_rates is None:
-      return fixed(model, *arguments)
-    return at_rates(model.at_rates, model.rates, *arguments)
-
-  return call
-
-
-def once_a_network(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Keeps the results of a function of a model that is the same whatever its rates are.
-
-  Args:
-    function: whose first argument is a model; all are hashable.
-
-  Returns:
-    The function, called with the network at some rates above 0.
-  """
-
-  @functools.lru_cache
-  def at_half(at_rates, sites, *arguments):
-    return function(at_rates(dict.fromkeys(sites, 0.5)), *arguments)
-
-  fixed = functools.lru_cache(function)
-
-  @functools.wraps(function)
-  def call(model, *arguments):
-    if model.at_rates is None:
-      return fixed(model, *arguments)
-    return at_half(model.at_rates, tuple(model.rates), *arguments)
-
-  return call
 
 
 def batch_axes(model: DropoutModel) -> dict[str, int | None]:
@@ -265,7 +369,7 @@ def check_image_shape(image_shape: object) -> tuple[int, int, int]:
   return shape
 
 
-def check_rate(rate: float, where: str = "dropout_rate") -> float:
+def check_rate(rate: object, where: str = "dropout_rate") -> float:
   """Returns a dropout rate that lies in [0, 1).
 
   Args:
@@ -275,9 +379,9 @@ def check_rate(rate: float, where: str = "dropout_rate") -> float:
   Raises:
     InputError: it lies outside, or is no number.
   """
-  if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-    raise InputError(
-      f"{where} is {rate!r}; expected a number in [0, 1): 0 is no dropout, and 1 would drop"
-      " everything."
-    )
-  return float(rate)
+  return check_number(
+    where,
+    rate,
+    lambda value: 0 <= value < 1,
+    "a number in [0, 1): 0 is no dropout, and 1 would drop everything",
+  )

@@ -1,5 +1,6 @@
 """Interception of the calls inside a Flax Linen module: dropout, attention, linear layers."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -11,38 +12,31 @@ from flax import linen as nn
 from flax.core import tracers
 
 from jaxdia.core.errors import InputError
+from jaxdia.core.types import Params
 from jaxdia.models.base import check_rate
-
-# on_site(name, rate, mask shape, activations) -> activations after dropout
-OnSite = Callable[[str, float, tuple[int, ...], jax.Array], jax.Array]
-# on_inactive(path), where dropout of a rate above 0 is switched off
-OnInactive = Callable[[str], None]
-# on_linear(layer, inputs, outputs, nested) -> outputs, of an nn.Dense or nn.Conv; nested: inside a
-# transformation such as remat
-OnLinear = Callable[[nn.Module, jax.Array, jax.Array, bool], jax.Array]
+from jaxdia.models.hooks import Hooks, Linear
 
 
-def ignore_sites(name: str, rate: float, shape: tuple[int, ...], inputs: jax.Array) -> jax.Array:
-  """Is an `OnSite` that makes dropout the identity."""
-  del name, rate, shape
-  return inputs
+@dataclasses.dataclass(frozen=True)
+class _Alone:
+  """A layer called by itself."""
+
+  layer: nn.Module
+
+  def __call__(self, leaves: Params, inputs: jax.Array) -> jax.Array:
+    return self.layer.apply({"params": leaves}, inputs)
 
 
-def interceptor(
-  on_site: OnSite,
-  on_linear: OnLinear | None = None,
-  on_inactive: OnInactive = lambda path: None,
-) -> Callable[..., Any]:
+def interceptor(hooks: Hooks) -> Callable[..., Any]:
   """Returns a Flax method interceptor for one call of a module.
 
   Args:
-    on_site: called at each dropout site, in place of its dropout.
-    on_linear: called after each `nn.Dense`, and each `nn.Conv` on images.
-    on_inactive: called for dropout that is switched off.
+    hooks: called at dropout, and after each `nn.Dense`, and each `nn.Conv` on images.
 
   Raises:
     InputError: from inside the call, for dropout that cannot be made explicit.
   """
+  on_site, on_linear, on_inactive = hooks
   calls: dict[str, int] = {}
   outer = tracers.current_trace()
   patched = set()  # attention layers that are being called with masks
@@ -70,12 +64,12 @@ def interceptor(
       finally:
         patched.remove(id(module))
     outputs = next_fun(*args, **kwargs)
-    if on_linear is not None and (
-      _is_plain_dense(module) or _is_plain_convolution(module, outputs)
-    ):
+    convolution = _is_plain_convolution(module, outputs)
+    if on_linear is not None and (convolution or _is_plain_dense(module)):
       nested = tracers.current_trace() != outer
       inputs = args[0] if args else kwargs["inputs"]
-      outputs = on_linear(module, inputs, outputs, nested)
+      alone = _Alone(module.clone(parent=None, name=None)) if convolution else None
+      outputs = on_linear(Linear(module.path, alone), inputs, outputs, nested)
     return outputs
 
   return intercept

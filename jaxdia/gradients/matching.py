@@ -11,22 +11,22 @@ et al. 2022). The client's T itself has no more rank than its batch had rows, so
 is kept as thin factors. What is not a dense layer is formed.
 """
 
-import dataclasses
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.client import Observation, full_precision, loss_of_logits
-from jaxdia.core.errors import InputError
+from jaxdia.client import Observation, loss_of_logits
+from jaxdia.core.precision import full_precision
+from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
+from jaxdia.gradients.distances import Comparison
 from jaxdia.models import DenseLayer, DropoutModel
 
 Method = Literal["auto", "formed", "factored"]
 METHODS = typing.get_args(Method)
-_Path = tuple[str, ...]
 
 
 class Factors(NamedTuple):
@@ -50,60 +50,30 @@ class Target(NamedTuple):
     squared_norm: f[], of the whole gradient.
   """
 
-  formed: dict[_Path, jax.Array]
-  kernels: dict[_Path, jax.Array | Factors]
+  formed: dict[Path, jax.Array]
+  kernels: dict[Path, jax.Array | Factors]
   squared_norm: jax.Array
 
 
-def suits(distance: str, method: Method) -> Method:
-  """Returns the method by which a distance can be computed to float tolerance.
-
-  |g|² - 2<g, T> + |T|² is a small difference of large numbers near the solution,
-  so the squared distance is taken of formed gradients; the cosine needs no such
-  difference.
-
-  Args:
-    distance: a key of `DISTANCES`.
-    method: that is wanted.
-  """
-  return "formed" if distance == "squared_l2" and method == "auto" else method
-
-
-class Comparison(NamedTuple):
-  """What a dummy gradient g and a target T have to do with each other; each f[].
+@value_tree
+class Prepared:
+  """An observation whose gradient is prepared to be matched.
 
   Attributes:
-    inner: <g, T>.
-    squared_norm: |g|².
-    target_squared_norm: |T|².
-    squared_distance: |g - T|².
+    params: see `jaxdia.client.Observation`.
+    target: the gradient.
+    labels: as in the observation.
+    mean: as in the observation.
+    std: as in the observation.
+    batch_size: as in the observation.
   """
 
-  inner: jax.Array
-  squared_norm: jax.Array
-  target_squared_norm: jax.Array
-  squared_distance: jax.Array
-
-
-def cosine_distance(comparison: Comparison) -> jax.Array:
-  """Returns 1 - cosine of the angle between two gradients (Geiping et al. 2020).
-
-  Args:
-    comparison: of the gradients, each taken as one vector.
-
-  Returns:
-    f[], in [0, 2].
-  """
-  norms = jnp.sqrt(comparison.squared_norm) * jnp.sqrt(comparison.target_squared_norm)
-  return 1 - comparison.inner / (norms + 1e-8)
-
-
-def squared_l2_distance(comparison: Comparison) -> jax.Array:
-  """Returns the squared Euclidean distance of two gradients (Zhu et al. 2019)."""
-  return comparison.squared_distance
-
-
-DISTANCES = {"cosine": cosine_distance, "squared_l2": squared_l2_distance}
+  params: Params
+  target: Target
+  labels: Labels | None
+  mean: jax.Array
+  std: jax.Array
+  batch_size: int = static()
 
 
 def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple[DenseLayer, ...]:
@@ -116,9 +86,9 @@ def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple
       those for which it costs less.
 
   Returns:
-    The layers; none for a model that cannot be tapped.
+    The layers; none for a model whose layers are not known.
   """
-  if method == "formed" or model.dense is None:
+  if method == "formed":
     return ()
   layers = model.dense(batch_size)
   return layers if method == "factored" else tuple(x for x in layers if _is_cheaper(x))
@@ -137,7 +107,7 @@ def _is_cheaper(layer: DenseLayer) -> bool:
 
 def prepare(
   model: DropoutModel, observation: Observation, method: Method = "auto", compress: bool = True
-) -> Observation:
+) -> Prepared:
   """Prepares an observation's gradient to be matched many times.
 
   Args:
@@ -148,58 +118,22 @@ def prepare(
       needs concrete values; otherwise they are kept whole.
 
   Returns:
-    The observation with a `Target` in place of the gradient. Already prepared
-    ones are returned as they are.
+    The observation with a `Target` in place of the gradient. Its shapes are those of all
+    observations of this batch size, but for kernels that are not of low rank (of a noised
+    gradient, say), which are kept whole.
   """
-  if isinstance(observation.gradient, Target):
-    return observation
-  gradient = flatten(observation.gradient)
+  gradient = leaves_by_path(observation.gradient)
   squared_norm = sum(_dot(leaf, leaf) for leaf in gradient.values())
   kernels = {}
   for layer in choose_layers(model, observation.batch_size, method):
-    kernel = gradient.pop((*layer.path, "kernel"))
+    kernel = gradient.pop((*layer.path, "kernel"), None)
+    if kernel is None:  # of a frozen layer
+      continue
     factors = factorize(kernel, sum(layer.rows)) if compress else None
     kernels[layer.path] = kernel if factors is None else factors
-  return dataclasses.replace(observation, gradient=Target(gradient, kernels, squared_norm))
-
-
-def prepare_alike(
-  model: DropoutModel, observations: list[Observation], method: Method = "auto"
-) -> list[Observation]:
-  """Prepares observations so that one compiled program serves all.
-
-  Args:
-    model: the network.
-    observations: of one model and batch size.
-    method: see `choose_layers`.
-
-  Returns:
-    The prepared observations. A kernel that is not of low rank for all of them
-    (of a noised gradient, say) is kept whole for all.
-
-  Raises:
-    InputError: some were prepared before, in different ways.
-  """
-  prepared = [prepare(model, o, method) for o in observations]
-  kernels = [o.gradient.kernels for o in prepared]
-  if any(set(k) != set(kernels[0]) for k in kernels):
-    raise InputError("observations were prepared by different methods; prepare them together.")
-  whole = {path for k in kernels for path, v in k.items() if not isinstance(v, Factors)}
-  ranks = {p: max(k[p].left.shape[1] for k in kernels) for p in kernels[0] if p not in whole}
-
-  def unify(path, kernel):
-    if path in whole:
-      return _whole(kernel)
-    missing = ranks[path] - kernel.left.shape[1]
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, missing))), kernel)
-
-  return [
-    dataclasses.replace(
-      o,
-      gradient=o.gradient._replace(kernels={p: unify(p, k) for p, k in o.gradient.kernels.items()}),
-    )
-    for o in prepared
-  ]
+  fields = {name: getattr(observation, name) for name in ("params", "labels", "mean", "std")}
+  target = Target(gradient, kernels, squared_norm)
+  return Prepared(target=target, batch_size=observation.batch_size, **fields)
 
 
 def factorize(matrix: jax.Array, rank: int) -> Factors | None:
@@ -210,9 +144,9 @@ def factorize(matrix: jax.Array, rank: int) -> Factors | None:
     rank: the largest that is worth it.
 
   Returns:
-    Factors of the matrix's numerical rank that reproduce it to a few units of
-    rounding, or None if that rank is higher than `rank`, if the matrix is not of
-    single or double precision, or if the factors would be no thinner than it.
+    Factors that reproduce the matrix to a few units of rounding, with `rank` columns, of which
+    those beyond its numerical rank are zero; or None if that rank is higher than `rank`, if the
+    matrix is not of single or double precision, or if the factors would be no thinner than it.
   """
   inputs, outputs = matrix.shape
   if rank * (inputs + outputs) >= inputs * outputs or matrix.dtype not in (
@@ -234,14 +168,15 @@ def factorize(matrix: jax.Array, rank: int) -> Factors | None:
   factors = Factors(basis @ (u * s)[:, :enough], vt[:enough].T)
   if np.linalg.norm(matrix - factors.left @ factors.right.T) > 50 * unit:
     return None
-  return jax.tree.map(jnp.asarray, factors)
+  missing = rank - enough
+  return jax.tree.map(lambda x: jnp.asarray(np.pad(x, ((0, 0), (0, missing)))), factors)
 
 
 def compare(
   model: DropoutModel,
   params: Params,
   target: Target,
-  masks: Masks,
+  masks: Masks | None,
   images: Images,
   labels: Labels,
 ) -> Comparison:
@@ -251,7 +186,7 @@ def compare(
     model: the network.
     params: its parameters.
     target: the client's gradient, prepared.
-    masks: of the dummy batch.
+    masks: of the dummy batch; None for the evaluation mode.
     images: f[B, H, W, C], of the dummy batch.
     labels: i[B], or f[B, num_classes] probabilities.
 
@@ -261,14 +196,14 @@ def compare(
   layers = []
   if target.kernels:
     layers = [x for x in model.dense(images.shape[0]) if x.path in target.kernels]
-  leaves = flatten(params)
+  leaves = leaves_by_path(params)
   fixed = {path: leaves[path] for path in leaves if path not in target.formed}
   free = {path: leaves[path] for path in target.formed}
   dtype = images.dtype
   taps = {x.path: tuple(jnp.zeros((rows, x.outputs), dtype) for rows in x.rows) for x in layers}
 
   def loss(free, taps):
-    merged = unflatten(params, fixed | free)
+    merged = with_leaves(params, fixed | free)
     if not taps:
       return loss_of_logits(model.apply(merged, masks, images), labels), {}
     logits, inputs = model.apply_tapped(merged, masks, images, taps)
@@ -316,40 +251,19 @@ def _match_derivative(primals, tangents):
   return (_dot(a_left, delta_right), _dot(a_a, delta_delta)), (inner, norm)
 
 
-def layer_gradient(gradient: Gradient | Target, path: tuple[str, ...]) -> dict[str, jax.Array]:
-  """Returns the gradient of one dense layer.
+def layer_gradient(gradient: Gradient, path: Path) -> dict[str, jax.Array]:
+  """Returns the gradient of one layer, or its parameters if given those.
 
   Args:
-    gradient: of the whole network, prepared or not.
+    gradient: of the whole network.
     path: of the layer.
 
   Returns:
-    {"kernel": f[inputs, outputs]}, with "bias" if the layer has one.
+    {"kernel": f[inputs, outputs]}, with "bias" if the layer has one; empty for a frozen layer.
   """
-  leaves = gradient.formed if isinstance(gradient, Target) else flatten(gradient)
-  layer = {name[-1]: leaf for name, leaf in leaves.items() if name[:-1] == path}
-  if "kernel" not in layer:
-    layer["kernel"] = _whole(gradient.kernels[path])
-  return layer
-
-
-def _whole(kernel: jax.Array | Factors) -> jax.Array:
-  if not isinstance(kernel, Factors):
-    return kernel
-  with full_precision():
-    return kernel.left @ kernel.right.T
+  leaves = leaves_by_path(gradient).items()
+  return {name[-1]: leaf for name, leaf in leaves if name[:-1] == path}
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.sum(a * b)
-
-
-def flatten(tree: Gradient) -> dict[_Path, Any]:
-  """Returns the leaves of params, or of a gradient, by their paths."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {tuple(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
-
-
-def unflatten(like: Params, leaves: dict[_Path, Any]) -> Params:
-  """Returns a tree like the given one, with leaves by their paths."""
-  return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in flatten(like)])

@@ -1,0 +1,130 @@
+"""The attacks of the literature, and those of this package, by name."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxdia.attacks.analytic import ClosedForm, Hybrid
+from jaxdia.attacks.protocol import Attack
+from jaxdia.attacks.search import Search
+from jaxdia.attacks.settings import AttackSettings
+from jaxdia.core.errors import InputError, unknown
+from jaxdia.models import DropoutModel
+
+
+class Preset(NamedTuple):
+  """An attack by name.
+
+  Attributes:
+    settings: by default.
+    build: `build(model, settings)` makes the attack, and refuses settings that it cannot take.
+  """
+
+  settings: AttackSettings
+  build: Callable[[DropoutModel, AttackSettings], Attack]
+
+
+def _search(model: DropoutModel, settings: AttackSettings) -> Search:
+  if settings.feature_weight:
+    raise InputError(
+      f"attack.feature_weight is {settings.feature_weight}, but this attack recovers no features."
+      " Set attack.name=hybrid, or leave the weight out."
+    )
+  return Search(model, settings.override(feature_weight=None))
+
+
+def _analytic(kind: Callable[..., Attack]) -> Callable[[DropoutModel, AttackSettings], Attack]:
+  def build(model, settings):
+    _check_recovered(settings)
+    return kind(model, settings)
+
+  return build
+
+
+def _check_recovered(settings: AttackSettings) -> None:
+  if settings.masks != "free" or settings.labels == "free":
+    raise InputError(
+      f"a closed form with attack.masks={settings.masks} and attack.labels={settings.labels}: it"
+      " recovers both. Set attack.masks=free and attack.labels=recovered or given."
+    )
+
+
+_LBFGS = {
+  "masks": "expected",
+  "distance": "squared_l2",
+  "optimizer": "lbfgs",
+  "schedule": "constant",
+  "learning_rate": 1.0,
+  "tv_weight": 0.0,
+}
+
+CATALOGUE: dict[str, Preset] = {
+  # Deep Leakage from Gradients (Zhu et al. 2019): the labels are searched too.
+  "dlg": Preset(AttackSettings(**_LBFGS, labels="free"), _search),
+  # Improved DLG (Zhao et al. 2020): the label is read from the last layer.
+  "idlg": Preset(AttackSettings(**_LBFGS, labels="recovered"), _search),
+  # Inverting Gradients (Geiping et al. 2020).
+  "ig": Preset(AttackSettings(masks="expected"), _search),
+  # The well-informed attacker of the paper: IG with the client's masks.
+  "wiig": Preset(AttackSettings(masks="known"), _search),
+  # The Dropout Inversion Attack, the paper's contribution: masks searched too.
+  "dia": Preset(AttackSettings(masks="free"), _search),
+  # What linear algebra gives, and nothing else.
+  "closed_form": Preset(AttackSettings(labels="recovered"), _analytic(ClosedForm)),
+  # DIA that starts from there.
+  "hybrid": Preset(AttackSettings(labels="recovered"), _analytic(Hybrid)),
+}
+
+
+def create(name: str, model: DropoutModel, **overrides: Any) -> Attack:
+  """Creates an attack by name, with the paper's settings.
+
+  Args:
+    name: a key of `CATALOGUE`.
+    model: the network that the client trains.
+    **overrides: fields of `AttackSettings` to change.
+
+  Returns:
+    The attack: pure functions `init` and `step`. Equal arguments give equal attacks.
+
+  Raises:
+    InputError: unknown name or field, or a value that the field or the attack cannot take.
+  """
+  if name not in CATALOGUE:
+    raise unknown("attack", name, CATALOGUE)
+  preset = CATALOGUE[name]
+  return preset.build(model, preset.settings.override(**overrides))
+
+
+def dlg(model: DropoutModel, **overrides: Any) -> Attack:
+  """Deep Leakage from Gradients (Zhu et al. 2019); see `create`."""
+  return create("dlg", model, **overrides)
+
+
+def idlg(model: DropoutModel, **overrides: Any) -> Attack:
+  """Improved DLG (Zhao et al. 2020); see `create`."""
+  return create("idlg", model, **overrides)
+
+
+def ig(model: DropoutModel, **overrides: Any) -> Attack:
+  """Inverting Gradients (Geiping et al. 2020); see `create`."""
+  return create("ig", model, **overrides)
+
+
+def wiig(model: DropoutModel, **overrides: Any) -> Attack:
+  """IG that knows the client's masks (Scheliga et al. 2023); see `create`."""
+  return create("wiig", model, **overrides)
+
+
+def dia(model: DropoutModel, **overrides: Any) -> Attack:
+  """The Dropout Inversion Attack (Scheliga et al. 2023); see `create`."""
+  return create("dia", model, **overrides)
+
+
+def closed_form(model: DropoutModel, **overrides: Any) -> Attack:
+  """What linear algebra gives, without a search; see `create`."""
+  return create("closed_form", model, **overrides)
+
+
+def hybrid(model: DropoutModel, **overrides: Any) -> Attack:
+  """DIA that starts from a closed form; see `create`."""
+  return create("hybrid", model, **overrides)

@@ -1,0 +1,177 @@
+"""What the server sees of a client's training step, and what stays with the client."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia.core.errors import InputError, check_count
+from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
+from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
+
+_FLOATS = (jnp.float32, jnp.float64)
+
+
+@value_tree
+class Observation:
+  """All that the server sees of one training step: the input of every attack.
+
+  What is given as lists, tuples or NumPy arrays is converted; what does not fit together is
+  refused.
+
+  Attributes:
+    params: the model's parameters, which the server sent; float32 or float64.
+    gradient: of the client's loss, a tree like `params`, converted to their type. A leaf that is
+      None or missing belongs to a frozen layer, of which no gradient was sent.
+    labels: i[B], where the threat model grants them; otherwise None.
+    mean: f[C] or f[1], public statistics of the kind of data.
+    std: f[C] or f[1].
+    batch_size: number of images in the client's batch, B.
+
+  Raises:
+    InputError: the gradient is not one of these params, or labels or statistics are not those of
+      such a batch; the message names the leaf.
+  """
+
+  params: Params
+  gradient: Gradient
+  labels: Labels | None
+  mean: jax.Array
+  std: jax.Array
+  batch_size: int = static()
+
+  def __post_init__(self):
+    size = check_count("batch_size of the observation", self.batch_size, 1)
+    dtype = _float_of(_as_arrays("params", self.params))
+    params = jax.tree.map(lambda leaf: _as_array(leaf, dtype), self.params)
+    fields = {
+      "params": params,
+      "gradient": _fit_gradient(params, self.gradient),
+      "labels": _fit_labels(self.labels, size),
+      "mean": _as_array(self.mean, dtype),
+      "std": _as_array(self.std, dtype),
+      "batch_size": size,
+    }
+    if fields["mean"].ndim != 1 or fields["mean"].shape != fields["std"].shape:
+      raise InputError(
+        f"mean and std have the shapes {fields['mean'].shape} and {fields['std'].shape}; expected"
+        " one number a channel in both, or one in all."
+      )
+    if _is_concrete(fields["std"]) and not np.all(np.asarray(fields["std"]) > 0):
+      raise InputError(f"std is {np.asarray(self.std).tolist()}; expected numbers above 0.")
+    for name, value in fields.items():
+      object.__setattr__(self, name, value)
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Floating-point type that the attack computes in: that of the params."""
+    return jnp.result_type(*jax.tree.leaves(self.params))
+
+
+@value_tree
+class Secret:
+  """What stays with the client. Evaluation and the running of experiments alone may see it.
+
+  Attributes:
+    images: f[B, H, W, C], normalised.
+    labels: i[B].
+    masks: of the client's training step; None if they are not known.
+  """
+
+  images: Images
+  labels: Labels
+  masks: Masks | None
+
+
+def _is_concrete(array: Any) -> bool:
+  return not isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct))
+
+
+def _as_array(value: Any, dtype: Any = None) -> jax.Array:
+  """Returns an array, or what stands for one where JAX traces."""
+  if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) and dtype in (None, value.dtype):
+    return value
+  if isinstance(value, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(value.shape, dtype)
+  return jnp.asarray(value, dtype)
+
+
+def _as_arrays(what: str, tree: Any) -> Any:
+  """Returns a tree whose leaves are arrays of numbers."""
+  for path, leaf in leaves_by_path(tree).items():
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+      raise InputError(
+        f"the leaf {'/'.join(path)!r} of the {what} is {type(leaf).__name__}; expected an array of"
+        " numbers."
+      )
+  return tree
+
+
+def _float_of(params: Params) -> Any:
+  types = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
+  if len(types) != 1 or jnp.dtype(types[0]) not in _FLOATS:
+    raise InputError(
+      f"the params are {', '.join(types) or 'empty'}; expected all of float32, or all of float64."
+      " Convert them: jax.tree.map(lambda x: x.astype('float32'), params)."
+    )
+  return jax.dtypes.canonicalize_dtype(types[0])  # float32 unless JAX may use more
+
+
+def _fit_gradient(params: Params, gradient: Gradient) -> Gradient:
+  """Returns a gradient as a tree like the params, of their type; None where it has no leaf."""
+  if isinstance(gradient, Sequence) and not isinstance(params, Sequence):
+    raise InputError(
+      f"the gradient is a {type(gradient).__name__} of {len(gradient)} arrays; expected a tree like"
+      " the params. If they are in the order of its leaves, put them there by"
+      " jax.tree.unflatten(jax.tree.structure(params), gradient)."
+    )
+  found, leaves = leaves_by_path(_as_arrays("gradient", gradient)), leaves_by_path(params)
+  if strange := [path for path in found if path not in leaves]:
+    raise InputError(_strange_leaf(strange[0], leaves))
+  if not found:
+    raise InputError("the gradient has no leaf at all; expected a tree like the params.")
+  for path, leaf in found.items():
+    expected = leaves[path]
+    if tuple(leaf.shape) != tuple(expected.shape):
+      turned = tuple(leaf.shape) == tuple(expected.shape[::-1])
+      mend = " Transpose it." if turned else " It may be of another network."
+      raise InputError(
+        f"the leaf {'/'.join(path)!r} of the gradient has shape {tuple(leaf.shape)}; expected"
+        f" {tuple(expected.shape)} as in the params.{mend}"
+      )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise InputError(
+        f"the leaf {'/'.join(path)!r} of the gradient is {leaf.dtype}; expected floats."
+      )
+  dtype = _float_of(params)
+  return with_leaves(
+    params, {p: _as_array(found[p], dtype) if p in found else None for p in leaves}
+  )
+
+
+def _strange_leaf(path: Path, leaves: dict[Path, Any]) -> str:
+  name = "/".join(path)
+  if len(path) > 1 and path[1:] in leaves:
+    return (
+      f"the gradient has the leaf {name!r}; expected {'/'.join(path[1:])!r} as in the params. Pass"
+      f" gradient[{path[0]!r}]."
+    )
+  known = ", ".join("/".join(p) for p in list(leaves)[:4])
+  return (
+    f"the gradient has the leaf {name!r}, which the params lack; they have {known}"
+    f"{', ...' if len(leaves) > 4 else ''}. Name its leaves as theirs."
+  )
+
+
+def _fit_labels(labels: Any, size: int) -> Labels | None:
+  if labels is None:
+    return None
+  labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
+  if tuple(labels.shape) != (size,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise InputError(
+      f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected integers of shape"
+      f" ({size},), one class for each of batch_size={size} images."
+    )
+  return _as_array(labels, jnp.dtype(jnp.int32))

@@ -1,0 +1,57 @@
+"""What there is of memory and speed, and how much a process may compile."""
+
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+
+# What a device is taken to have where nobody tells.
+_UNKNOWN_MEMORY = 8 * 2**30
+
+
+def memory_of(device: jax.Device) -> float:
+  """Returns the bytes of the memory that a device computes in; CPU devices share the machine's."""
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  if device.platform != "cpu" or not hasattr(os, "sysconf"):
+    return _UNKNOWN_MEMORY
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def matrix_product_rate(size: int = 2048) -> float:
+  """Returns the operations a second of a float32 matrix product on the first device.
+
+  Args:
+    size: of the square matrices.
+  """
+  a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+  product = jax.jit(lambda a: jnp.dot(a, a, precision="highest"))
+  product(a).block_until_ready()
+  times = []
+  for _ in range(5):
+    start = time.perf_counter()
+    product(a).block_until_ready()
+    times.append(time.perf_counter() - start)
+  return 2 * size**3 / min(times)
+
+
+def count_memory_maps() -> int:
+  """Returns how many memory maps the process has; 0 where the system does not tell."""
+  maps = pathlib.Path("/proc/self/maps")
+  return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+def forget_programs(most_maps: int = 30_000) -> None:
+  """Drops what was compiled if it may soon be too much for Linux, which ends the process then.
+
+  On a CPU each program takes memory maps of its own, a network with its closed forms some
+  thousands, and a process may have 65,530.
+
+  Args:
+    most_maps: with no more none are dropped.
+  """
+  if count_memory_maps() > most_maps:
+    jax.clear_caches()

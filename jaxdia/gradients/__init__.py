@@ -1,0 +1,39 @@
+"""Distances between gradients, and kernel gradients that are compared without being formed."""
+
+from jaxdia.gradients.distances import (
+  DISTANCES,
+  Comparison,
+  cosine_distance,
+  squared_l2_distance,
+  suits,
+)
+from jaxdia.gradients.matching import (
+  METHODS,
+  Factors,
+  Method,
+  Prepared,
+  Target,
+  choose_layers,
+  compare,
+  factorize,
+  layer_gradient,
+  prepare,
+)
+
+__all__ = [
+  "DISTANCES",
+  "METHODS",
+  "Comparison",
+  "Factors",
+  "Method",
+  "Prepared",
+  "Target",
+  "choose_layers",
+  "compare",
+  "cosine_distance",
+  "factorize",
+  "layer_gradient",
+  "prepare",
+  "squared_l2_distance",
+  "suits",
+]

@@ -1,0 +1,61 @@
+"""How far two gradients are from each other."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Comparison(NamedTuple):
+  """What a dummy gradient g and a target T have to do with each other; each f[].
+
+  Attributes:
+    inner: <g, T>.
+    squared_norm: |g|².
+    target_squared_norm: |T|².
+    squared_distance: |g - T|².
+  """
+
+  inner: jax.Array
+  squared_norm: jax.Array
+  target_squared_norm: jax.Array
+  squared_distance: jax.Array
+
+
+def cosine_distance(comparison: Comparison) -> jax.Array:
+  """Returns 1 - cosine of the angle between two gradients (Geiping et al. 2020).
+
+  Args:
+    comparison: of the gradients, each taken as one vector.
+
+  Returns:
+    f[], in [0, 2].
+  """
+  norms = jnp.sqrt(comparison.squared_norm) * jnp.sqrt(comparison.target_squared_norm)
+  # The authors add 1e-8. Of small gradients, as trained weights have, that would be no small part,
+  # and a perfect match far from 0: so no more than a millionth, a tenth of the usual tolerance.
+  distance = 1 - comparison.inner / (norms + jnp.minimum(1e-8, 1e-6 * norms))
+  # Rounding may end below 0, where there is no distance; its derivative is not touched.
+  return distance + jax.lax.stop_gradient(jnp.maximum(distance, 0) - distance)
+
+
+def squared_l2_distance(comparison: Comparison) -> jax.Array:
+  """Returns the squared Euclidean distance of two gradients (Zhu et al. 2019)."""
+  return comparison.squared_distance
+
+
+DISTANCES = {"cosine": cosine_distance, "squared_l2": squared_l2_distance}
+
+
+def suits(distance: str, method: str) -> str:
+  """Returns the method by which a distance can be computed to float tolerance.
+
+  |g|² - 2<g, T> + |T|² is a small difference of large numbers near the solution,
+  so the squared distance is taken of formed gradients; the cosine needs no such
+  difference.
+
+  Args:
+    distance: a key of `DISTANCES`.
+    method: that is wanted.
+  """
+  return "formed" if distance == "squared_l2" and method == "auto" else method

@@ -1,0 +1,151 @@
+"""What is in a network, seen by tracing a call of it; kept for networks that are equal."""
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from jaxdia.core.trees import Path, leaves_by_path
+from jaxdia.core.types import Params
+from jaxdia.models.hooks import Hooks
+
+if TYPE_CHECKING:
+  from jaxdia.models.base import Network
+
+# The shapes of inputs and outputs of each call of a layer.
+_Calls = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+class Discovery(NamedTuple):
+  """What one call of a network showed.
+
+  Attributes:
+    sites: {name: (rate, mask shape)}, in the order of the call.
+    dense: {path: shapes of each call}, without layers that cannot be tapped.
+    convolutions: {path: (the layer by itself, shapes of one image in each call)}, likewise.
+    inactive: names of dropout of a rate above 0 that is switched off.
+    classifier: path of the dense layer whose outputs are the logits, if one's are.
+    logits: their shape and type.
+  """
+
+  sites: dict[str, tuple[float | None, tuple[int, ...]]]
+  dense: dict[Path, _Calls]
+  convolutions: dict[Path, tuple[Any, _Calls]]
+  inactive: list[str]
+  classifier: Path | None
+  logits: Any
+
+
+@functools.lru_cache
+def params_shape(network: "Network") -> Params:
+  """Returns the shapes of a network's parameters, as float32."""
+  # Of one type, as the params of a run are: a mixture would be converted before its products.
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
+    jax.eval_shape(network.init, jax.random.key(0)),
+  )
+
+
+@functools.lru_cache
+def discover(network: "Network", batch_size: int) -> Discovery:
+  """Traces a call of a network, and sees what is in it.
+
+  Args:
+    network: any.
+    batch_size: of the images that it is called with.
+
+  Returns:
+    What the call showed; nothing of it may be changed, as others see it too.
+  """
+  sites: dict[str, tuple[float | None, tuple[int, ...]]] = {}
+  dense: dict[Path, _Calls] = {}
+  convolutions: dict[Path, tuple[Any, _Calls]] = {}
+  hidden: set[Path] = set()
+  inactive: list[str] = []
+  last: dict[str, Any] = {}  # the dense layer that was called last
+  classifier = None
+
+  def on_site(name, rate, shape, inputs):
+    sites[name] = (rate, shape)
+    return inputs
+
+  def on_linear(layer, inputs, outputs, nested):
+    if layer.convolution is None:
+      dense.setdefault(layer.path, []).append((inputs.shape, outputs.shape))
+      last.update(path=layer.path, outputs=outputs)
+    else:
+      calls = convolutions.setdefault(layer.path, (layer.convolution, []))[1]
+      calls.append((inputs.shape[-3:], outputs.shape[-3:]))
+    if nested:  # what happens inside a transformation cannot be handed out of it
+      hidden.add(layer.path)
+    return outputs
+
+  def traced(params, images):
+    nonlocal classifier
+    logits = network.call(params, images, Hooks(on_site, on_linear, inactive.append))
+    if logits is last.get("outputs"):
+      classifier = last["path"]
+    last.clear()  # what was traced must not outlive the trace
+    return logits
+
+  shapes = params_shape(network)
+  images = jax.ShapeDtypeStruct((batch_size, *network.image_shape), jnp.float32)
+  program, logits = jax.make_jaxpr(traced, return_shape=True)(shapes, images)
+  # A kernel that is changed before its product, or used elsewhere too (tied weights), has a
+  # gradient that taps do not tell.
+  variables = dict(zip(leaves_by_path(shapes), program.jaxpr.invars, strict=False))
+  calls_of = dense | {path: calls for path, (_, calls) in convolutions.items()}
+  hidden |= {
+    path
+    for path, calls in calls_of.items()
+    if _count_products(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
+  }
+  seen = ({p: x for p, x in found.items() if p not in hidden} for found in (dense, convolutions))
+  return Discovery(sites, *seen, inactive, classifier, logits)
+
+
+def _inner_programs(equation) -> list[jex_core.Jaxpr]:
+  kinds = (jex_core.ClosedJaxpr, jex_core.Jaxpr)
+  values = jax.tree.leaves(
+    list(equation.params.values()), is_leaf=lambda value: isinstance(value, kinds)
+  )
+  inner = [value for value in values if isinstance(value, kinds)]
+  return [p.jaxpr if isinstance(p, jex_core.ClosedJaxpr) else p for p in inner]
+
+
+def _count_products(program: jex_core.Jaxpr, variable) -> float:
+  """Returns how many products of a program use a variable; NaN if anything else does.
+
+  What merely hands a variable on to an inner program is followed into it.
+  """
+  count = math.nan if any(output is variable for output in program.outvars) else 0
+  for equation in program.eqns:
+    places = [i for i, value in enumerate(equation.invars) if value is variable]
+    inner = _inner_programs(equation)
+    if not places:
+      continue
+    if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+      count += len(places)
+    elif len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
+      count += sum(_count_products(inner[0], inner[0].invars[i]) for i in places)
+    else:
+      count = math.nan
+  return count
+
+
+def count_random_numbers(program: jex_core.Jaxpr) -> float:
+  """Returns how many random numbers a program draws, those of all turns of its loops."""
+  count = 0
+  for equation in program.eqns:
+    if equation.primitive.name == "random_bits":
+      # Under nn.vmap there is a batch of keys, which the parameter "shape" leaves out.
+      count += math.prod(equation.outvars[0].aval.shape)
+      continue
+    turns = {"scan": equation.params.get("length"), "while": math.inf}
+    for inner in _inner_programs(equation):
+      if (drawn := count_random_numbers(inner)) > 0:
+        count += drawn * turns.get(equation.primitive.name, 1)
+  return count

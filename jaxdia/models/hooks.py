@@ -1,0 +1,53 @@
+"""What a network tells of itself while it computes: the seam between it and everything else."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jaxdia.core.trees import Path
+from jaxdia.core.types import Params
+
+
+class Linear(NamedTuple):
+  """A linear layer that is being called.
+
+  Attributes:
+    path: where its parameters are; `kernel`, and `bias` if it has one.
+    convolution: `apply(leaves, inputs) -> outputs` of a convolution of images; None for a dense
+      layer.
+  """
+
+  path: Path
+  convolution: Callable[[Params, jax.Array], jax.Array] | None
+
+
+# on_site(name, rate, mask shape, activations) -> activations after dropout; the rate is that of the
+# network, None if it has none of its own
+OnSite = Callable[[str, float | None, tuple[int, ...], jax.Array], jax.Array]
+# on_linear(layer, inputs, outputs, nested) -> outputs; nested: inside a transformation like remat
+OnLinear = Callable[[Linear, jax.Array, jax.Array, bool], jax.Array]
+# on_inactive(path), where dropout of a rate above 0 is switched off
+OnInactive = Callable[[str], None]
+
+
+class Hooks(NamedTuple):
+  """Functions that a network calls while it computes.
+
+  Attributes:
+    on_site: at each dropout site, in place of its dropout.
+    on_linear: after each linear layer that computes with its kernel as it is.
+    on_inactive: for dropout that is switched off.
+  """
+
+  on_site: OnSite
+  on_linear: OnLinear | None = None
+  on_inactive: OnInactive = lambda path: None
+
+
+def ignore_sites(
+  name: str, rate: float | None, shape: tuple[int, ...], inputs: jax.Array
+) -> jax.Array:
+  """Is an `OnSite` that makes dropout the identity."""
+  del name, rate, shape
+  return inputs

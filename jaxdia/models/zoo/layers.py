@@ -1,0 +1,65 @@
+"""Layers of the built-in networks, with their initialisation."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# PyTorch's default for linear and convolutional layers, which the paper's models are drawn
+# with: uniform in +-1/sqrt(fan_in), kernel and bias.
+_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _bias_init(fan_in: int) -> nn.initializers.Initializer:
+  bound = fan_in**-0.5
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def dense(x: jax.Array, features: int, name: str, use_bias: bool = True) -> jax.Array:
+  """Calls a new dense layer of a compact module, drawn as PyTorch draws it.
+
+  Args:
+    x: f[..., inputs].
+    features: number of outputs.
+    name: of the layer.
+    use_bias: whether it has a bias.
+
+  Returns:
+    f[..., features].
+  """
+  layer = nn.Dense(
+    features, use_bias, kernel_init=_KERNEL_INIT, bias_init=_bias_init(x.shape[-1]), name=name
+  )
+  return layer(x)
+
+
+def convolution(
+  x: jax.Array, features: int, size: int, stride: int, name: str, use_bias: bool = True
+) -> jax.Array:
+  """Calls a new square convolution of a compact module, drawn as PyTorch draws it.
+
+  Args:
+    x: f[B, H, W, C].
+    features: number of output channels.
+    size: side of the kernel, in pixels; half of it pads the image.
+    stride: in both directions.
+    name: of the layer.
+    use_bias: whether it has a bias.
+
+  Returns:
+    f[B, H / stride, W / stride, features].
+  """
+  layer = nn.Conv(
+    features,
+    (size, size),
+    stride,
+    padding=size // 2,
+    use_bias=use_bias,
+    kernel_init=_KERNEL_INIT,
+    bias_init=_bias_init(size * size * x.shape[-1]),
+    name=name,
+  )
+  return layer(x)
