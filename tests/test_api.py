@@ -52,7 +52,7 @@ def test_attacks_never_reach_the_secret():
 
 def test_rooms_import_only_from_the_rooms_below_them():
   order = [
-    "core", "models", "client", "matching", "closed_form", "attacks", "engine",
+    "core", "models", "client", "gradients", "closed_form", "attacks", "engine",
     "data", "evaluation", "outcomes", "config", "description", "workdir", "manifest", "victims",
     "experiment", "report", "study", "command_line",
   ]  # fmt: skip

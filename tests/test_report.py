@@ -296,6 +296,28 @@ def test_missing_or_damaged_results_are_named(tmp_path, spoil):
   assert not (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+  ("name", "old", "new", "named"),
+  [
+    ("results.jsonl", '"ssim": null', '"ssim": "good"', ("line 2", "ssim", "str")),
+    ("results.jsonl", '"label": 1', '"label": 1.5', ("line 1", "label", "float")),
+    ("summary.json", '"attempted": 5', '"attempted": true', ("ig", "attempted", "bool")),
+    ("summary.json", '"median"', '"middle"', ("ig", "metrics", "median")),
+    ("summary.json", "0.1,\n", "", ("ig", "success", "3 thresholds have 4 rates")),
+    ("config.json", '"attacks"', '"attacked"', ("attacks",)),
+  ],
+)
+def test_an_error_names_file_line_and_field(tmp_path, name, old, new, named):
+  write_experiment(tmp_path)
+  text = (tmp_path / name).read_text()
+  assert old in text
+  (tmp_path / name).write_text(text.replace(old, new, 1))
+  with pytest.raises(InputError) as error:
+    write_report(tmp_path)
+  for word in (name, *named):
+    assert word in str(error.value), error.value
+
+
 def _launch(*arguments):
   command = [sys.executable, "launch/report.py", *arguments]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxdia.core.precision import full_precision
+
 # The table at the end of a run and of a study, that of the report, and that of a published study.
 TABLES = ("run", "study", "report", "published")
 # Images that a compiled metric takes at once; by themselves they take as long.
@@ -117,7 +119,11 @@ def compiled(
   Returns:
     The same for host arrays: images are taken in blocks of a fixed size, the last one padded.
   """
-  program = jax.jit(function)
+
+  @jax.jit
+  def program(*arguments):
+    with full_precision():
+      return function(*arguments)
 
   @functools.wraps(function)
   def in_blocks(a, b, *more):

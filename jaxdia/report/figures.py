@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from jaxdia.attacks import PRESETS
+from jaxdia.attacks import CATALOGUE
 from jaxdia.report.sweeps import Sweep
 from jaxdia.report.words import attack_label, metric
 
@@ -189,7 +189,7 @@ def _picture(image) -> Image.Image:
 
 def _style(attack):
   """Returns how an attack is drawn, the same in all figures."""
-  names = list(PRESETS)
+  names = list(CATALOGUE)
   number = names.index(attack) if attack in names else len(names)
   return {
     "color": _COLOURS[number % len(_COLOURS)],
