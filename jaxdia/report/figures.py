@@ -54,7 +54,7 @@ def success_curves(name: str, rates: dict[str, tuple[Sequence[float], Sequence[f
       axis.plot(thresholds, rate, label=_plain(attack_label(attack)), **style)
     bound = "least" if metric(name).larger_is_better else "most"
     axis.set(
-      xlabel=f"{metric(name).label} of at {bound}", ylabel="share of images", ylim=(-0.03, 1.03)
+      xlabel=f"{metric(name).label}: at {bound}", ylabel="share of images", ylim=(-0.03, 1.03)
     )
     return png_uri(_png(figure))
 
