@@ -19,6 +19,7 @@ from report_cases import HOSTILE, METRICS, THRESHOLDS, write_experiment, write_s
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json
+from jaxdia.experiment.schema import Row
 from jaxdia.report import write_report
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -316,6 +317,14 @@ def test_an_error_names_file_line_and_field(tmp_path, name, old, new, named):
     write_report(tmp_path)
   for word in (name, *named):
     assert word in str(error.value), error.value
+
+
+def test_rows_are_flat_and_come_back_as_they_were():
+  scores = {"ssim": 0.5, "lpips": None, "iterations": 7, "mask_accuracy_by_site": {"a": 0.25}}
+  row = Row(image=3, attack="dia", label=1, label_name="cat", scores=scores)
+  columns = json.loads(json.dumps(row.to_json()))
+  assert columns["label_name"] == "cat" and columns["ssim"] == 0.5 and "session" not in columns
+  assert "scores" not in columns and Row.from_json(columns) == row
 
 
 def _launch(*arguments):

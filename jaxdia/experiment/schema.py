@@ -12,6 +12,8 @@ from jaxdia import evaluation
 
 # What a column of results.jsonl was called before.
 _RENAMED = {"victim": "image", "batch": "client"}
+# Columns that are left out where they say nothing.
+_OPTIONAL = ("label_name", "session")
 Value = float | int | dict[str, float] | None
 
 
@@ -83,6 +85,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     oracle: scores of the restart that the truth would choose, if there was a choice.
     status: how the search ended; or the closed form's verdict, if nothing was searched.
     closed_form: for an attack that has one.
+    session: number of the call that made it; None, and no column, if calls are not told apart.
   """
 
   image: int
@@ -98,6 +101,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
   oracle: dict[str, float | int] | None = None
   status: str | None = None
   closed_form: ClosedForm | None = None
+  session: int | None = None
 
   def score(self, metric: str) -> float | None:
     """Returns one score, or None if there is none."""
@@ -108,7 +112,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     columns = {}
     for name, value in msgspec.to_builtins(self).items():
       columns |= value if name == "scores" else {name: value}
-    return columns if self.label_name else {k: v for k, v in columns.items() if k != "label_name"}
+    return {k: v for k, v in columns.items() if k not in _OPTIONAL or v is not None}
 
   @classmethod
   def from_json(cls, columns: Any) -> "Row":
