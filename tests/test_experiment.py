@@ -11,11 +11,13 @@ import pytest
 from experiment_cases import ROOT, launch, rows_of, silent, small
 from PIL import Image
 
-from jaxdia import data, experiment, reporting
+from jaxdia import data, experiment
 from jaxdia.experiment import clients
+from jaxdia.experiment.schema import Row
+from jaxdia.experiment.summary import summarize
 
 FIELDS = [
-  "victim", "batch", "label", "attack", "model", "dropout_rate", "batch_size", "mse_normalized",
+  "image", "client", "label", "attack", "model", "dropout_rate", "batch_size", "mse_normalized",
   "mse", "psnr", "ssim", "lpips", "mask_accuracy", "objective", "gradient_distance", "iterations",
   "seconds", "status",
 ]  # fmt: skip
@@ -40,7 +42,7 @@ def test_launcher_reconstructs_real_images(tmp_path):
   assert str(workdir / "grid.png") in table
 
   rows = rows_of(workdir)
-  assert [(r["attack"], r["victim"]) for r in rows] == [
+  assert [(r["attack"], r["image"]) for r in rows] == [
     (attack, victim) for attack in ("ig", "wiig", "dia") for victim in (0, 1)
   ]
   assert all(set(FIELDS) <= set(row) for row in rows)
@@ -118,7 +120,7 @@ def test_batches_and_free_labels(tmp_path):
   config.data.count, config.data.batch_size = 4, 2
   summary = experiment.run(config, tmp_path, say=silent)
   rows = rows_of(tmp_path)
-  assert [(row["victim"], row["batch"]) for row in rows] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+  assert [(row["image"], row["client"]) for row in rows] == [(0, 0), (1, 0), (2, 1), (3, 1)]
   assert all(row["label_accuracy"] in (0, 1) for row in rows)
   assert summary["ig"]["metrics"]["label_accuracy"]["count"] == 4
 
@@ -187,7 +189,7 @@ def test_recordings_stand_in_the_order_of_the_originals(tmp_path):
   config.attack.tolerance = 0.02  # so that trials end in any order
   experiment.run(config, tmp_path, say=silent)
   rows = rows_of(tmp_path)
-  assert [(r["victim"], r["mask_seed"]) for r in rows[:6]] == [
+  assert [(r["image"], r["mask_seed"]) for r in rows[:6]] == [
     (v, s) for s in range(2) for v in range(3)
   ]
   assert len({row["iterations"] for row in rows[:6]}) > 1
@@ -225,12 +227,10 @@ def test_images_of_a_source_that_cannot_be_used_are_no_pool(tmp_path):
 
 def test_an_interval_takes_an_image_under_several_masks_as_one():
   rows = [
-    {"victim": v, "batch": v, "mask_seed": s, "status": "stalled", "ssim": 0.2 + 0.1 * v}
+    Row(image=v, client=v, mask_seed=s, attack="dia", scores={"ssim": 0.2 + 0.1 * v})
     for v in range(3)
     for s in range(8)
   ]
-  one = reporting.summarize([row for row in rows if not row["mask_seed"]], 3)
-  many = reporting.summarize(rows, 24)
-  np.testing.assert_allclose(
-    many["metrics"]["ssim"]["ci95"], one["metrics"]["ssim"]["ci95"], rtol=1e-9
-  )
+  one = summarize([row for row in rows if not row.mask_seed], 3)
+  many = summarize(rows, 24)
+  np.testing.assert_allclose(many.metrics["ssim"].ci95, one.metrics["ssim"].ci95, rtol=1e-9)

@@ -20,7 +20,8 @@ from jaxdia.core.files import write_json
 from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients, Lazy
 from jaxdia.experiment.config import ExperimentSettings
-from jaxdia.experiment.rows import score
+from jaxdia.experiment.rows import Facts, score
+from jaxdia.experiment.schema import Row
 from jaxdia.experiment.store import Store
 
 # Of so many images it is kept how they formed.
@@ -70,7 +71,7 @@ class AttackRun:
     self._store = store
     self._key = jax.random.key(settings.seed)
     # By gradient number: rows of those whose trials are finished, and trials of the others.
-    self._rows: dict[int, list[dict[str, Any]]] = {}
+    self._rows: dict[int, list[Row]] = {}
     self._unfinished: dict[int, outcomes.Outcome] = {}
 
   def load(self) -> None:
@@ -108,7 +109,7 @@ class AttackRun:
     return self.images is None or len(self._rows) == len(self._clients.secrets)
 
   @property
-  def rows(self) -> list[dict[str, Any]]:
+  def rows(self) -> list[Row]:
     """The rows of results.jsonl that there are, in the order of the images."""
     return [row for _, rows in sorted(self._rows.items()) for row in rows]
 
@@ -155,7 +156,7 @@ class AttackRun:
       outcome = outcome._replace(origin=outcomes.origin(*recovery))
     outcomes.save(self._outcome_path(number), outcome)
     if self._keep(number, outcome):
-      self._store.append_results(self._rows[number])
+      self._store.append_results(row.to_json() for row in self._rows[number])
       self._recovery_path(number).unlink(missing_ok=True)
 
   def note_times(self, run_seconds: float, compile_seconds: float) -> None:
@@ -205,18 +206,9 @@ class AttackRun:
       seen = self.observations
       recovered = recover_labels(clients.model, seen[number]) if origin is None else origin.labels
     secret, size = clients.secrets[number], settings.data.batch_size
-    scored = score(
-      settings,
-      clients.model,
-      self.name,
-      number,
-      secret,
-      outcome,
-      clients.data,
-      clients.pool,
-      recovered,
-    )
-    self._rows[number] = [row | {"session": outcome.best.session} for row in scored.rows]
+    facts = Facts(settings, clients.model, clients.data, clients.pool)
+    scored = score(facts, self.name, secret, outcome, number=number, recovered=recovered)
+    self._rows[number] = scored.rows
     self.images[number * size : (number + 1) * size] = scored.images
     if number * size < SHOWN:
       self.recordings[number] = scored.recording

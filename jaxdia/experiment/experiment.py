@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxdia import evaluation, reporting
+from jaxdia import evaluation
+from jaxdia.attacks.told import told
 from jaxdia.core.files import write_json, write_npz
 from jaxdia.experiment.attack_run import SHOWN, AttackRun
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
+from jaxdia.experiment.grid import write_grid
+from jaxdia.experiment.schema import Row, Summary
 from jaxdia.experiment.store import Store
+from jaxdia.experiment.summary import summarize
+from jaxdia.experiment.table import table
 
 
 class Experiment:
@@ -81,7 +86,7 @@ class Experiment:
   @property
   def rows(self) -> list[dict[str, Any]]:
     """All rows of results.jsonl, attack after attack."""
-    return [row for run in self.runs.values() for row in run.rows]
+    return [row.to_json() for run in self.runs.values() for row in run.rows]
 
   def finish(self, say: Callable[[str], None]) -> dict[str, Any]:
     """Writes what is made of all results, and shows the table.
@@ -95,22 +100,29 @@ class Experiment:
     clients, path = self.clients, self.store.path
     self.store.write_results(self.rows)
     originals = np.concatenate([clients.data.images] * self.settings.data.mask_seeds)
-    summary = {
-      name: reporting.summarize(run.rows, len(originals)) | {"pool": len(clients.pool)} | run.times
+    attacks = {
+      name: summarize(
+        run.rows,
+        len(originals),
+        told=told(run.attack.masks, run.attack.labels),
+        pool=len(clients.pool),
+        **run.times,
+      )
       for name, run in self.runs.items()
     }
     floors = evaluation.floors(clients.data.images, clients.pool, clients.data.statistics)
-    write_json(path("summary.json"), summary | {"floors": floors})
+    summary = Summary(attacks=attacks, floors=floors).to_json()
+    write_json(path("summary.json"), summary)
     labels = np.concatenate([clients.data.labels] * self.settings.data.mask_seeds)
     images = {name: run.images for name, run in self.runs.items()}
     write_npz(path("reconstructions.npz"), {"originals": originals, "labels": labels} | images)
     self._write_recordings()
     captions = {name: [_caption(row) for row in run.rows] for name, run in self.runs.items()}
-    reporting.write_grid(path("grid.png"), originals, images, captions)
-    say("\n" + reporting.table(summary))
+    write_grid(path("grid.png"), originals, images, captions)
+    say("\n" + table(attacks))
     say(f"\npictures: {path('grid.png')}")
     say(f"numbers:  {path('results.jsonl')}, {path('summary.json')}")
-    return summary
+    return {name: summary[name] for name in attacks}
 
   def _write_recordings(self) -> None:
     """Writes how the first images formed; a trial that ended keeps its last picture."""
@@ -133,7 +145,7 @@ class Experiment:
       write_npz(self.store.path("recordings.npz"), {"iterations": np.asarray(iterations)} | kept)
 
 
-def _caption(row: dict[str, Any]) -> str:
-  if row["status"] in ("failed", "not_applicable"):
-    return row["status"].replace("_", " ")
-  return f"MSE {row['mse_normalized']:.1e}\nSSIM {row['ssim']:.2f}"
+def _caption(row: Row) -> str:
+  if row.status in ("failed", "not_applicable"):
+    return row.status.replace("_", " ")
+  return f"MSE {row.scores['mse_normalized']:.1e}\nSSIM {row.scores['ssim']:.2f}"

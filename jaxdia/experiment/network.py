@@ -58,7 +58,15 @@ def create_model(
       f"config.model.name={settings.name} gives {_kind(found)}; expected a flax.linen.Module or a"
       " jaxdia.models.DropoutModel, or what returns one."
     )
-  return models.from_flax(found, image_shape)
+  try:
+    return models.from_flax(found, image_shape)
+  except InputError:
+    raise
+  except Exception as error:  # whatever the user's module raises
+    raise InputError(
+      f"config.model.name={settings.name} cannot be called on images of {image_shape}:"
+      f" {_reason(error)}."
+    ) from error
 
 
 def common_rate(model: DropoutModel) -> float:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdia.attacks import Candidate, Status
-from jaxdia.closed_form import Parts, Recovery, Verdict
+from jaxdia.closed_form import Parts, Recovery
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz, write_npz
 from jaxdia.core.types import Masks
@@ -243,31 +243,3 @@ def _load_origin(arrays) -> Origin | None:
     "seconds": float(fields["seconds"]),
   }
   return Origin(known_masks=known, **fields)
-
-
-def describe_origin(origin: Origin, number: int) -> dict[str, Any]:
-  """Returns what of one image's result came from the closed form, for results.jsonl.
-
-  Args:
-    origin: of the batch.
-    number: place of the image in the candidate.
-
-  Returns:
-    `verdict`, `residual`, `reason`, `label` (whether it is known to be this image's),
-    `masks` (the known share of each site) and `features`. The rest was searched or, without a
-    search, is missing.
-  """
-  size, residual = len(origin.verdict), float(origin.residual[number])
-  masks = {
-    site: float(np.mean(known[number] if len(known) == size else known))
-    for site, known in origin.known_masks.items()
-  }
-  return {
-    "verdict": Verdict(int(origin.verdict[number])).name.lower(),
-    "residual": residual if np.isfinite(residual) else None,
-    "reason": origin.reason or None,
-    "label": bool(origin.known_labels[number]),
-    "masks": {site: share for site, share in masks.items() if share},
-    "features": list(origin.features),
-    "seconds": round(origin.seconds, 3),
-  }

@@ -7,157 +7,203 @@ import numpy as np
 from jaxdia import data, evaluation
 from jaxdia.attacks import Status
 from jaxdia.client import Secret
+from jaxdia.closed_form import Verdict
+from jaxdia.core.types import Statistics
 from jaxdia.experiment import outcomes
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.network import common_rate
+from jaxdia.experiment.schema import ClosedForm, Row
 from jaxdia.models import DropoutModel
 
 
 class Scored(NamedTuple):
-  """One batch against the truth.
+  """One client's gradient against the truth.
 
   Attributes:
-    rows: one an image, as in results.jsonl.
+    rows: one an image.
     images: f32[B, H, W, C], pixels, in the order of the originals; NaN where there is none.
     recording: {iterations: f32[B, H, W, C]}, how they formed; pixels, in the same order.
   """
 
-  rows: list[dict[str, Any]]
+  rows: list[Row]
   images: np.ndarray
   recording: dict[int, np.ndarray]
 
 
+class Facts(NamedTuple):
+  """What holds for all rows of an experiment.
+
+  Attributes:
+    settings: of the experiment.
+    model: the clients' network.
+    victims: the images; they give statistics and names of classes.
+    pool: f32[P, H, W, C], pixels among which the images are.
+  """
+
+  settings: ExperimentSettings
+  model: DropoutModel
+  victims: data.Victims
+  pool: np.ndarray
+
+
 def score(
-  settings: ExperimentSettings,
-  model: DropoutModel,
-  name: str,
-  number: int,
+  facts: Facts,
+  attack: str,
   secret: Secret,
   outcome: outcomes.Outcome,
-  victims: data.Victims,
-  pool: np.ndarray,
-  recovered: np.ndarray | None,
+  *,
+  number: int,
+  recovered: np.ndarray | None = None,
 ) -> Scored:
   """Scores the finished trials of one gradient.
 
   Args:
-    settings: of the experiment.
-    model: the client's network.
-    name: of the attack.
-    number: of the gradient; those of the second mask seed come after all of the first.
+    facts: of the experiment.
+    attack: its name.
     secret: what the attack was after.
     outcome: what it found.
-    victims: give the statistics.
-    pool: f32[P, H, W, C], pixels among which the victims are.
+    number: of the gradient; those of the second mask seed come after all of the first.
     recovered: i[B], labels that were read from the gradient, if the attack reads them.
 
   Returns:
     The rows. What says nothing, as the masks of an attack that did not search them, is None.
   """
-  size = settings.data.batch_size
-  mask_seed, batch = divmod(number, settings.data.count // size)
-  record, origin = outcome.best, outcome.origin
+  settings, statistics = facts.settings, facts.victims.statistics
+  record, origin, size = outcome.best, outcome.origin, settings.data.batch_size
   alone = record.status == Status.NO_SEARCH
   result = evaluation.evaluate(
-    model,
+    facts.model,
     secret,
     outcome.candidate,
-    victims.statistics,
+    statistics,
     evaluation.found_labels(outcome.candidate, recovered),
     found=origin.verdict > 0 if alone else None,
     known_masks=origin.known_masks if alone else None,
-    pool=pool,
+    pool=facts.pool,
   )
-  seconds = record.seconds + (origin.seconds if origin else 0)
-  steps = sum(r.iterations for r in outcome.records)
-  reached = _reached(secret, outcome, result.order, victims.statistics)
-  oracle = _oracle(secret, outcome, victims.statistics)
+  mask_seed, client = divmod(number, settings.data.batches)
+  names = facts.victims.class_names
+  before = origin.seconds if origin else 0.0  # the search
+  costs = {
+    "objective": None if alone else record.objective,
+    "gradient_distance": None if alone or not np.isfinite(record.distance) else record.distance,
+    "iterations": record.iterations,
+    "best_iteration": record.best_iteration,
+    "restart": record.restart,
+    "seconds": round(before + record.seconds, 3),
+    # L-BFGS takes more in its line search, and does not tell how many.
+    "gradient_evaluations": None
+    if settings.attacks[attack].optimizer == "lbfgs"
+    else sum(r.iterations for r in outcome.records),
+  }
+  reached = _reached(secret, outcome, result.order, statistics)
+  oracle = _oracle(secret, outcome, statistics)
   rows = []
   for i, scores in enumerate(result.scores):
-    row = {
-      "victim": settings.data.offset + batch * size + i,
-      "batch": batch,
-      "mask_seed": mask_seed,
-      "label": int(secret.labels[i]),
-      "attack": name,
-      "model": settings.model.name,
-      "dropout_rate": common_rate(model),
-      "batch_size": size,
-    }
-    row |= {key: None if outcome.failed else value for key, value in scores.items()}
-    row |= {
-      "objective": None if outcome.failed or alone else record.objective,
-      "gradient_distance": None if outcome.failed or alone else record.distance,
-      "iterations": record.iterations,
-      "best_iteration": record.best_iteration,
-      "restart": record.restart,
-      "seconds": round(seconds, 3),
-      # L-BFGS takes more in its line search, and does not tell how many.
-      "gradient_evaluations": None if settings.attacks[name].optimizer == "lbfgs" else steps,
-    }
-    for level, iterations in zip(evaluation.SSIM_LEVELS, reached[:, i], strict=True):
-      known = bool(np.isfinite(iterations)) and not outcome.failed
-      row[f"iterations_to_ssim_{level}"] = int(iterations) if known else None
-      until = None
-      if known:
-        share = float(iterations) / max(record.iterations, 1)
-        until = round(seconds - record.seconds + record.seconds * share, 3)
-      row[f"seconds_to_ssim_{level}"] = until
-      row[f"gradient_evaluations_to_ssim_{level}"] = (
-        int(iterations) if known and row["gradient_evaluations"] is not None else None
+    scores = scores | costs | _until(costs, before, reached[:, i])
+    if outcome.failed:  # all but what it took
+      kept = ("iterations", "best_iteration", "restart", "seconds", "gradient_evaluations")
+      scores = {k: v if k in kept else None for k, v in scores.items()}
+    closed = origin and describe_origin(origin, int(result.order[i]))
+    status = closed.verdict if alone else "failed" if outcome.failed else record.status.name.lower()
+    rows.append(
+      Row(
+        image=settings.data.offset + client * size + i,
+        client=client,
+        mask_seed=mask_seed,
+        label=int(secret.labels[i]),
+        label_name=names[int(secret.labels[i])] if names else None,
+        attack=attack,
+        model=settings.model.name,
+        dropout_rate=common_rate(facts.model),
+        batch_size=size,
+        scores=scores,
+        oracle=None if outcome.failed else oracle and {k: v[i] for k, v in oracle.items()},
+        status=status,
+        closed_form=closed,
+        session=record.session,
       )
-    row["oracle"] = (
-      None if oracle is None or outcome.failed else {k: v[i] for k, v in oracle.items()}
     )
-    row["status"] = "failed" if outcome.failed else record.status.name.lower()
-    row["closed_form"] = None
-    if origin is not None:
-      row["closed_form"] = outcomes.describe_origin(origin, int(result.order[i]))
-    if alone:
-      row["status"] = row["closed_form"]["verdict"]
-    rows.append(row)
-  images = (
-    np.full_like(result.reconstructions, np.nan) if outcome.failed else result.reconstructions
-  )
+  images = result.reconstructions
   recording = {
-    n: data.denormalize(x, victims.statistics)[result.order] for n, x in outcome.recording.items()
+    n: data.denormalize(np.asarray(x), statistics)[result.order]
+    for n, x in outcome.recording.items()
   }
-  return Scored(rows, images, recording)
+  return Scored(rows, np.full_like(images, np.nan) if outcome.failed else images, recording)
 
 
-def _reached(secret, outcome, order, statistics) -> np.ndarray:
+def describe_origin(origin: outcomes.Origin, number: int) -> ClosedForm:
+  """Returns what of one image's result came from the closed form.
+
+  Args:
+    origin: of the client's images.
+    number: place of the image in the candidate.
+  """
+  size, residual = len(origin.verdict), float(origin.residual[number])
+  masks = {
+    site: float(np.mean(known[number] if len(known) == size else known))
+    for site, known in origin.known_masks.items()
+  }
+  return ClosedForm(
+    verdict=Verdict(int(origin.verdict[number])).name.lower(),
+    residual=residual if np.isfinite(residual) else None,
+    reason=origin.reason or None,
+    label=bool(origin.known_labels[number]),
+    masks={site: share for site, share in masks.items() if share},
+    features=list(origin.features),
+    seconds=round(origin.seconds, 3),
+  )
+
+
+def _reached(
+  secret: Secret, outcome: outcomes.Outcome, order: np.ndarray, statistics: Statistics
+) -> np.ndarray:
   """Returns f[levels, B], after how many of the recorded iterations, or in the end, it was so."""
-  reached = np.full((len(evaluation.SSIM_LEVELS), len(order)), np.inf)
   recorded = outcome.recording | {outcome.best.iterations: outcome.candidate.images}
   images = np.stack([np.asarray(x) for x in recorded.values()])
   ssim = evaluation.ssim_of_recording(secret, images, order, statistics)
   iterations = np.asarray(list(recorded), float)[:, None]
-  for k, level in enumerate(evaluation.SSIM_LEVELS):
-    reached[k] = np.min(np.where(ssim >= level, iterations, np.inf), axis=0)
-  return reached
+  return np.stack(
+    [
+      np.min(np.where(ssim >= level, iterations, np.inf), axis=0)
+      for level in evaluation.SSIM_LEVELS
+    ]
+  )
 
 
-def _oracle(secret, outcome, statistics) -> dict[str, list] | None:
+def _until(costs: dict[str, Any], before: float, reached: np.ndarray) -> dict[str, Any]:
+  """Returns what the search took until it first was so close, for each level of SSIM."""
+  columns = {}
+  for level, iterations in zip(evaluation.SSIM_LEVELS, reached, strict=True):
+    known = bool(np.isfinite(iterations))
+    counted = known and costs["gradient_evaluations"] is not None
+    share = iterations / max(costs["iterations"], 1)
+    seconds = before + (costs["seconds"] - before) * share
+    columns |= {
+      f"iterations_to_ssim_{level}": int(iterations) if known else None,
+      f"seconds_to_ssim_{level}": round(float(seconds), 3) if known else None,
+      f"gradient_evaluations_to_ssim_{level}": int(iterations) if counted else None,
+    }
+  return columns
+
+
+def _oracle(
+  secret: Secret, outcome: outcomes.Outcome, statistics: Statistics
+) -> dict[str, list[Any]] | None:
   """Returns the scores of the restart that the truth would choose, if there was a choice."""
   if len(outcome.images) == 1:
     return None
-  best = None
+  found = []
   for restart, images in outcome.images.items():
-    if not np.isfinite(images).all():
-      continue
-    order = evaluation.assign(images, np.asarray(secret.images))
-    mse = evaluation.mse(np.asarray(secret.images), images[order])
-    if best is None or np.mean(mse) < np.mean(best[1]):
-      best = restart, mse, images[order]
-  if best is None:
+    if np.isfinite(images).all():
+      order = evaluation.assign(images, secret.images)
+      pairs = evaluation.pair(secret.images, images[order], statistics)
+      found.append((evaluation.mse(*pairs.normalized), restart, pairs))
+  if not found:
     return None
-  restart, mse, images = best
-  pixels = [
-    data.denormalize(np.asarray(x), statistics).astype(np.float32) for x in (secret.images, images)
-  ]
-  ssim = evaluation.ssim(*pixels)
+  mse, restart, pairs = min(found, key=lambda one: np.mean(one[0]))
   return {
     "restart": [restart] * len(mse),
-    "mse_normalized": [float(x) for x in mse],
-    "ssim": [float(x) for x in ssim],
+    "mse_normalized": mse.tolist(),
+    "ssim": evaluation.ssim(*pairs.pixels).tolist(),
   }

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from jaxdia import engine, reporting
+from jaxdia import engine
 from jaxdia.core.errors import first_line
 from jaxdia.experiment.config import validate
 from jaxdia.experiment.description import describe
 from jaxdia.experiment.experiment import Experiment
+from jaxdia.experiment.progress import ProgressReport
 
 
 def run(
@@ -55,13 +56,14 @@ def run(
       for name, one in experiment.runs.items():
         if finished := len(one.finished):
           say(f"{name}: {finished} of {one.trials} trials were finished before")
-        progress = reporting.ProgressReport(name, one.attack.max_iterations)
+        most = one.attack.max_iterations
+        progress = ProgressReport([name], [most])
         try:
           errors = run_attack(
             name,
             alone,
             checkpoint_path=workdir / "checkpoint" / f"{name}.npz",
-            on_progress=progress.update,
+            on_progress=lambda p, show=progress, most=most: show.update(p, most),
             note=progress.note,
             say=say,
           )

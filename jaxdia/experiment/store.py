@@ -11,7 +11,7 @@ results tells by its `session` what made it.
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -140,7 +140,7 @@ class Store:
     """
     write_json_lines(self.path("results.jsonl"), rows)
 
-  def append_results(self, rows: list[dict[str, Any]]) -> None:
+  def append_results(self, rows: Iterable[dict[str, Any]]) -> None:
     """Adds rows to results.jsonl.
 
     Args:

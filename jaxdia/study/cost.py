@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import ml_collections
 import pandas as pd
 
-from jaxdia import reporting
 from jaxdia.attacks import dia
 from jaxdia.client import Observation
 from jaxdia.core.machine import matrix_product_rate
+from jaxdia.experiment.progress import duration
 from jaxdia.models import DropoutModel
 from jaxdia.study.groups import attack_of, group
 from jaxdia.study.plan import Cell, plan
@@ -85,13 +85,13 @@ def describe(config: ml_collections.ConfigDict) -> str:
         "attacks": ",".join(cell.settings.attacks),
         "images": d.count * d.mask_seeds,
         "trials": d.gradients * cell.settings.restarts,
-        "about": reporting.duration(seconds),
+        "about": duration(seconds),
       }
     )
   table = pd.DataFrame(lines).fillna("").to_string(index=False)
   shared = [one.describe(cells) for one in group(cells) if len(one.cells) > 1]
   return (
-    f"{config.title}: {len(cells)} cells, about {reporting.duration(total)} if no trial"
+    f"{config.title}: {len(cells)} cells, about {duration(total)} if no trial"
     f" ends early, compilation and closed forms apart\n\n{table}"
     + (f"\n\nin the same lanes: {'; '.join(shared)}" if shared else "")
   )

@@ -13,7 +13,7 @@ import jax
 import ml_collections
 import pandas as pd
 
-from jaxdia import experiment, reporting
+from jaxdia import evaluation, experiment
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import write_atomically, write_json, write_json_lines
 from jaxdia.core.machine import forget_programs
@@ -22,16 +22,14 @@ from jaxdia.experiment.clients import digest, load_images
 from jaxdia.experiment.lock import Lock, cannot_write
 from jaxdia.experiment.manifest import add_session, manifest
 from jaxdia.experiment.network import source_digest
+from jaxdia.experiment.progress import ProgressReport
 from jaxdia.experiment.store import differences
+from jaxdia.experiment.table import markdown
+from jaxdia.report import Cell as Read
+from jaxdia.report import read_experiment
 from jaxdia.study.cost import estimate
 from jaxdia.study.groups import Group, group
 from jaxdia.study.plan import Cell, plan
-
-# Columns of the table that a study ends with; the CSV has more.
-_SHOWN = (
-  *("cell", "attack", "finished", "attempted", "mse_median", "mse_best", "mse_worst"),
-  *("ssim_median", "ssim_best", "success_ssim_0.6", "masks_right", "iterations"),
-)
 
 
 def run(
@@ -69,7 +67,7 @@ def run(
 def _run(study: "_Study", cells: Sequence[Cell], say: Callable[[str], None]) -> dict[str, str]:
   groups = group(cells)
   costs = [sum(estimate(cells[n], one.attack) for n in one.cells) for one in groups]
-  progress = reporting.StudyProgress([one.describe(cells) for one in groups], costs)
+  progress = ProgressReport([one.describe(cells) for one in groups], costs)
   try:
     for number, cell in enumerate(cells):
       if cell.settings is None:
@@ -83,7 +81,8 @@ def _run(study: "_Study", cells: Sequence[Cell], say: Callable[[str], None]) -> 
   if not study.failures():
     shutil.rmtree(study.workdir / "checkpoint", ignore_errors=True)
   table = study.write()
-  shown = table[[name for name in _SHOWN if name in table]]
+  names = ["cell", "attack", *(column.key for _, column in evaluation.columns("study"))]
+  shown = table[[name for name in names if name in table]].dropna(axis="columns", how="all")
   say("\n" + shown.to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
   say(f"\nnumbers: {study.workdir / 'table.csv'}, {study.workdir / 'results.csv'}")
   return study.failures()
@@ -99,7 +98,7 @@ class _Study:
     self._lock = Lock(workdir)
     # By number of the cell: those that run, and what was read of those that are done.
     self._open: dict[int, Experiment] = {}
-    self._read: dict[int, reporting.Cell] = {}
+    self._read: dict[int, Read] = {}
     self._failed: set[int] = set()  # in this call
     base = json.loads(config.base.to_json_best_effort())
     # Of the engine, what changes results by rounding.
@@ -165,17 +164,17 @@ class _Study:
     if number in self._read:
       return True
     try:
-      found = reporting.read_experiment(self._folder(number))
-      if found.config["data"].get("sha256") != digest(load_images(settings.data)):
+      found = read_experiment(self._folder(number))
+      if found.config.data.get("sha256") != digest(load_images(settings.data)):
         return False
-      if found.config["model"].get("sha256") != source_digest(settings.model):
+      if found.config.model.get("sha256") != source_digest(settings.model):
         return False
     except InputError:
       return False  # its experiment goes on from what is left, or says what is wrong
     self._read[number] = found
     return True
 
-  def run_group(self, one: Group, progress: reporting.StudyProgress) -> bool:
+  def run_group(self, one: Group, progress: ProgressReport) -> bool:
     """Runs what is left of an attack in the cells that share its program.
 
     Args:
@@ -275,15 +274,15 @@ class _Study:
       if not self._is_done(number):
         continue  # or it is run again when its turn comes
       found, more = self._read[number], {"cell": cell.name} | cell.overrides
-      rows += [row | more for row in found.rows]
+      rows += [row.to_json() | more for row in found.rows]
       lines += [
-        reporting.line(more | {"attack": name}, summary) for name, summary in found.summary.items()
+        more | {"attack": name} | summary.columns() for name, summary in found.summary.items()
       ]
     write_json_lines(self.workdir / "results.jsonl", rows)
     table = pd.DataFrame(lines)
     for name, frame in (("results", pd.json_normalize(rows)), ("table", table)):
       text = frame.to_csv(index=False)
       write_atomically(self.workdir / f"{name}.csv", lambda f, t=text: f.write(t.encode()))
-    text = reporting.markdown(table)
+    text = markdown(list(table), table.itertuples(index=False))
     write_atomically(self.workdir / "table.md", lambda file: file.write(text.encode()))
     return table
