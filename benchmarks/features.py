@@ -46,7 +46,9 @@ def main() -> None:
     task = engine.Task(jax.random.key(1), attack, observations, parts=parts)
     trials = sorted(engine.run([task]), key=lambda t: t.job)
     scores = [
-      evaluation.evaluate(model, clients.secrets[t.job.victim], t.candidate, statistics).scores[0]
+      evaluation.evaluate(
+        model, clients.secrets[t.job.observation], t.candidate, statistics
+      ).scores[0]
       for t in trials
     ]
     ssim = np.array([score["ssim"] for score in scores])

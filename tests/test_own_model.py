@@ -145,6 +145,6 @@ def test_wrong_options_write_nothing(nets, tmp_path):
   with pytest.raises(InputError, match="num_filter"):
     experiment.run(config, tmp_path / "run", say=silent)
   assert not (tmp_path / "run").exists()
-  config.model.num_filter = {"a": {1}}
+  config.model = {"name": "mlp", "hidden_sizes": {"a": {1}}}
   with pytest.raises(InputError, match="expected a number, a string or a sequence"):
     validate(config)

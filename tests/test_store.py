@@ -179,7 +179,8 @@ def test_a_second_process_in_a_work_directory_ends_with_one_line(tmp_path):
 def test_a_lock_of_a_killed_process_holds_nobody_up(tmp_path):
   program = (
     "import pathlib, sys, time; from jaxdia.experiment.lock import Lock;"
-    "Lock(pathlib.Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)"
+    "lock = Lock(pathlib.Path(sys.argv[1])); lock.acquire();"
+    "print('held', flush=True); time.sleep(600)"
   )
   process = subprocess.Popen(
     [sys.executable, "-c", program, tmp_path], cwd=ROOT, stdout=subprocess.PIPE

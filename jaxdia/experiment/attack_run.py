@@ -85,8 +85,8 @@ class AttackRun:
     self.images = np.full(shape, np.nan, originals.dtype)
     for number in range(len(self._clients.secrets)):
       outcome = outcomes.load(self._outcome_path(number))
-      if outcome is not None:
-        self._keep(number, outcome)
+      if outcome is not None and self._keep(number, outcome):
+        self._recovery_path(number).unlink(missing_ok=True)
     self.times = self._times_before = _read_times(self._times_path)
 
   @property
@@ -141,8 +141,8 @@ class AttackRun:
   def plan(self) -> engine.Task:
     """Returns the attack for the engine to plan, without what it is told of single gradients."""
     pairs = itertools.product(range(len(self.observations)), range(self.restarts))
-    key = jax.random.fold_in(self._key, 2)
-    return engine.Task(key, self.attack, self.observations, self.restarts, finished=list(pairs))
+    task = self.task(0, lambda text: None)
+    return task._replace(masks=None, parts=None, finished=list(pairs))
 
   def take(self, trial: engine.Trial) -> None:
     """Keeps a finished trial, and scores its gradient if it was the last.

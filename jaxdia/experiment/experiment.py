@@ -60,8 +60,8 @@ class Experiment:
       InputError: another process has the directory, it cannot be written, or what is there is
         damaged.
     """
-    self.store.open()
     try:
+      self.store.open()
       for run in self.runs.values():
         run.load()
       self.store.write_results(self.rows)

@@ -63,8 +63,8 @@ class Store:
     Raises:
       InputError: another process has it, or it cannot be written.
     """
-    self._lock.acquire()
     try:
+      self._lock.acquire()
       self._engine = self._check()  # it may have become another's meanwhile
       self.path("trials").mkdir(parents=True, exist_ok=True)
       self._write_config()

@@ -59,8 +59,8 @@ def run(
   """
   cells, workdir = plan(config), pathlib.Path(workdir)
   study = _Study(config, cells, workdir)
-  study.begin()
   with contextlib.closing(study):
+    study.begin()
     return _run(study, cells, say)
 
 
