@@ -10,12 +10,13 @@ import time
 import jax
 import numpy as np
 from absl import flags
+from jaxdia.matching import prepare
 
 from jaxdia import attacks, closed_form, data, evaluation, models
 from jaxdia.client import observe
 from jaxdia.command_line import launch
 from jaxdia.core.errors import InputError
-from jaxdia.matching import prepare
+from jaxdia.experiment.table import markdown, markdown_row
 
 _VIT = [f"vit:{d}:1:{p}" for d in ("cifar10", "mnist") for p in (0.1, 0.25, 0.5, 0.75)]
 _MLP = [
@@ -31,14 +32,15 @@ _SOURCE = flags.DEFINE_string(
 _BATCHES = flags.DEFINE_integer("batches", 2, "Batches of a case, each with its own masks.", 1)
 _DIA = flags.DEFINE_bool("dia", True, "Whether to run DIA for as long.")
 
+_HEADINGS = (
+  *("network", "data", "batch", "p", "images", "MSE < 1e-3", "worst MSE", "first site"),
+  *("known sites", "labels", "seconds a batch", "DIA: median MSE", "MSE < 1e-3"),
+)
+
 
 def main() -> None:
   """Prints the table."""
-  print(
-    "| network | data | batch | p | images | MSE < 1e-3 | worst MSE | first site | known sites"
-    " | labels | seconds a batch | DIA: median MSE | MSE < 1e-3 |"
-  )
-  print("|" + "---|" * 13)
+  print(markdown(_HEADINGS, ()), end="", flush=True)
   for case in _CASES.value:
     _run(*case.split(":"))
 
@@ -106,7 +108,7 @@ def _run(name, dataset, size, rate):
     f"{mean:.3g}",
     *dia,
   ]
-  print("| " + " | ".join(cells) + " |", flush=True)
+  print(markdown_row(cells), end="", flush=True)
 
 
 def _dia(model, victims, observation, secret, seconds):

@@ -7,8 +7,6 @@ those masks, from random images, then searches with and without the distance of
 features in its objective.
 """
 
-import dataclasses
-
 import jax
 import numpy as np
 from absl import flags
@@ -16,8 +14,8 @@ from measuring import Table, about_device
 
 from jaxdia import attacks, closed_form, engine, evaluation
 from jaxdia.command_line import launch
-from jaxdia.config import config_for, validate
-from jaxdia.victims import create_model, load_victims, observe_clients
+from jaxdia.experiment import Clients
+from jaxdia.experiment.config import config_for, validate
 
 _WEIGHTS = flags.DEFINE_list("weights", ["0", "0.1", "1", "10"], "attack.feature_weight.")
 _DATASET = flags.DEFINE_string("dataset", "cifar10", "Of the samples.")
@@ -32,10 +30,9 @@ def main() -> None:
   config = config_for("lenet", _DATASET.value)
   config.data.count, config.model.dropout_rate = _COUNT.value, _RATE.value
   settings = validate(config)
-  victims = load_victims(settings.data)
-  model = create_model(settings.model, victims)
-  observations, secrets = observe_clients(settings, model, victims)
-  observations = [dataclasses.replace(o, labels=None) for o in observations]
+  clients = Clients(settings.clients)
+  model, observations = clients.model, clients.unlabelled
+  statistics = clients.data.statistics
   parts = []
   for observation in observations:
     found = closed_form.recover(jax.random.key(0), model, observation).parts
@@ -49,7 +46,9 @@ def main() -> None:
     task = engine.Task(jax.random.key(1), attack, observations, parts=parts)
     trials = sorted(engine.run([task]), key=lambda t: t.job)
     scores = [
-      evaluation.evaluate(model, secrets[t.job.victim], t.candidate, victims.statistics).scores[0]
+      evaluation.evaluate(
+        model, clients.secrets[t.job.observation], t.candidate, statistics
+      ).scores[0]
       for t in trials
     ]
     ssim = np.array([score["ssim"] for score in scores])

@@ -15,6 +15,7 @@ from jaxdia import attacks, data, matching, models
 from jaxdia.client import Observation, observe
 from jaxdia.engine import matrix_product_rate
 from jaxdia.engine.lanes import Given, LaneProgram, Lanes, create_program
+from jaxdia.experiment.table import markdown, markdown_row
 from jaxdia.models import DropoutModel
 
 # A trial that never ends.
@@ -195,14 +196,13 @@ class Table:
     print(
       ", ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in about.items())
     )
-    print("\n| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns), flush=True)
+    print("\n" + markdown(list(columns), ()), end="", flush=True)
 
   def add(self, **row: Any) -> None:
     """Adds a row and prints it."""
     self.rows.append(row)
     cells = [format(row[c], f) if row.get(c) is not None else "-" for c, f in self._columns.items()]
-    print("| " + " | ".join(cells) + " |", flush=True)
+    print(markdown_row(cells), end="", flush=True)
 
   def write(self, path: str | None) -> None:
     """Writes all rows as JSON, if there is a path."""

@@ -19,7 +19,7 @@ from measuring import Table, about_device
 
 from jaxdia import experiment, study
 from jaxdia.command_line import launch
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 
 _VARY = flags.DEFINE_list(
   "vary",

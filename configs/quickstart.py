@@ -5,7 +5,7 @@ python launch/attack.py --config=configs/quickstart.py
 
 import ml_collections
 
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 
 
 def get_config(dataset: str = "mnist") -> ml_collections.ConfigDict:

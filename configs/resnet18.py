@@ -5,7 +5,7 @@ python launch/attack.py --config=configs/resnet18.py:cifar10
 
 import ml_collections
 
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 
 
 def get_config(dataset: str = "cifar10") -> ml_collections.ConfigDict:

@@ -5,8 +5,8 @@ python launch/attack.py --config=configs/vit.py:cifar10
 
 import ml_collections
 
-from jaxdia.config import config_for
 from jaxdia.core.errors import InputError
+from jaxdia.experiment.config import config_for
 
 
 def get_config(dataset: str = "cifar10") -> ml_collections.ConfigDict:

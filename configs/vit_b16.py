@@ -5,7 +5,7 @@ python launch/attack.py --config=configs/vit_b16.py:imagenet
 
 import ml_collections
 
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 
 
 def get_config(dataset: str = "imagenet") -> ml_collections.ConfigDict:

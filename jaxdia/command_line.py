@@ -9,7 +9,7 @@ import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxdia.core.errors import InputError
+from jaxdia.core.errors import InputError, first_line
 
 _MAX_CPU_DEVICES = 8
 
@@ -70,23 +70,28 @@ def _fail(error: object) -> int:
 
 
 def _parse_flags(argv: list[str], config: flags.FlagHolder | None) -> list[str]:
+  sys.path.append(os.getcwd())  # where a network of the user's own may be
   try:
     rest = flags.FLAGS(argv)
     if config is not None:
       config.value.to_dict()  # a file that was not found says so only when it is used
-  except (flags.Error, KeyError, AttributeError, OSError, TypeError, ValueError) as error:
-    sys.exit(_fail(_first_cause(error)))
+  except Exception as error:  # a config file is a program, and may raise anything
+    sys.exit(_fail(_in_one_line(error)))
   if len(rest) > 1:
     sys.exit(_fail(f"unknown arguments {rest[1:]}; settings are given as --config.FIELD=VALUE."))
   return rest
 
 
-def _first_cause(error: Exception) -> str:
-  """Returns what was wrong as one line, without the traceback that flags wrap it in."""
-  while error.args and isinstance(error.args[0], Exception):
-    error = error.args[0]
-  if isinstance(error, (KeyError, AttributeError)):  # of a field that the config lacks
+def _in_one_line(error: BaseException) -> str:
+  """Returns what was wrong, without the traceback that flags wrap it in."""
+  root = error
+  while root.__context__ is not None:
+    root = root.__context__
+  if isinstance(root, InputError):
+    return str(root)
+  if isinstance(error, KeyError):  # of a group that the config lacks
     return "the config has no field " + ". ".join(str(error.args[0]).splitlines())
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  wrapped = [line for line in lines if "Error: " in line and not line.startswith("flag ")]
-  return wrapped[-1].split("Error: ", 1)[1] if wrapped else " ".join(lines)
+  if error is root:
+    return " ".join(line.strip() for line in str(error).splitlines())
+  text, cause = first_line(error), first_line(root)
+  return text if cause in text else f"{text} {type(root).__name__}: {cause}"

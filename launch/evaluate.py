@@ -22,6 +22,8 @@ _CONFIG = config_flags.DEFINE_config_file(
   None,
   "Config file of the study: one of configs/studies/. Fields of the experiments are"
   " --config.base.data.count=128, --config.base.attack.max_iterations=2000 and so on.",
+  lock_config=False,
+  accept_new_attributes=True,  # options of a network of the user's own; others are refused later
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where results are written; by default runs/NAME of the config."

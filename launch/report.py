@@ -11,7 +11,7 @@ import pathlib
 from absl import flags
 
 from jaxdia.command_line import launch
-from jaxdia.reporting import publish, write_report, write_scalars
+from jaxdia.report import publish, write_report, write_scalars
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Work directory of a finished experiment or of a study."

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from jaxdia.attacks.told import told
 from jaxdia.core.files import write_json
 
 HOSTILE = "<script>alert(1)</script> & \"x\" 'y' $\\frac$"
@@ -51,7 +52,7 @@ def write_experiment(
     best = 0.3 + 0.65 * number / max(len(attacks) - 1, 1) if ssim is None else ssim
     found = [
       {
-        "victim": 3 + i, "batch": i // batch_size, "label": 1, "attack": attack, "model": "mlp",
+        "image": 3 + i, "client": i // batch_size, "label": 1, "attack": attack, "model": "mlp",
         "dropout_rate": rate, "batch_size": batch_size, "lpips": None, "identified": None,
         "mse_normalized": None if i == 1 else 10 ** rng.uniform(-5, -1),
         "ssim": None if i == 1 else max(best - 0.1 * i, 0.01) + rng.uniform(0, 1e-3),
@@ -65,6 +66,7 @@ def write_experiment(
     rate_at = [sum((r["ssim"] or 0) >= t for r in found) / count for t in THRESHOLDS]
     summary[attack] = {
       "attempted": count, "finished": count - 1, "failed": 1, "not_applicable": 0,
+      "told": told(masks.get(attack, "free"), "given"),
       "metrics": {m: s for m in METRICS if (s := _statistics([r[m] for r in found]))},
       "mask_accuracy_by_site": {"dropout_0": rng.uniform(), "dropout_1": rng.uniform()},
       "mask_auc_by_site": {}, "oracle": {"ssim": _statistics([rng.uniform(), 0.5])},

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from closed_form_cases import compute_scores, make_lenet, make_model, observe_vi
 from conftest import compilations
 from flax import linen as nn
 
-from jaxdia import attacks, config, engine, experiment, models
+from jaxdia import attacks, engine, experiment, models
 from jaxdia.client import observe
 from jaxdia.closed_form import Verdict, recover, recover_labels
 from jaxdia.closed_form.batch import solve
@@ -20,6 +19,7 @@ from jaxdia.closed_form.patches import find_patching
 from jaxdia.closed_form.sparse import search, split_zeros
 from jaxdia.closed_form.structure import find_chain
 from jaxdia.core.errors import InputError
+from jaxdia.experiment import config
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
@@ -305,7 +305,8 @@ def test_a_search_that_matches_features_is_interrupted_and_resumed(tmp_path):
 def test_closed_forms_outlive_an_interruption_of_the_search(tmp_path, monkeypatch):
   c = _config("mlp", 2, 1, name="hybrid", feature_weight=0.0)
 
-  def interrupted(*arguments, **options):
+  def interrupted(tasks, **options):
+    assert all(tasks[0].parts)
     raise KeyboardInterrupt
 
   run = engine.run
@@ -314,7 +315,7 @@ def test_closed_forms_outlive_an_interruption_of_the_search(tmp_path, monkeypatc
     experiment.run(c, tmp_path, say=print)
   assert len(list((tmp_path / "checkpoint").glob("hybrid_closed_form_*.npz"))) == 2
   monkeypatch.setattr(engine, "run", run)
-  monkeypatch.setattr(sys.modules["jaxdia.experiment.experiment"], "recover", None)
+  monkeypatch.setattr("jaxdia.closed_form.recover", None)
   summary = experiment.run(c, tmp_path, say=print)
   assert summary["hybrid"]["finished"] == 2
   assert summary["hybrid"]["metrics"]["mse_normalized"]["max"] < 1e-8

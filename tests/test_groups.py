@@ -8,7 +8,8 @@ import pytest
 from conftest import compilations
 
 from jaxdia import engine, experiment, study
-from jaxdia.config import config_for
+from jaxdia.experiment.clients import KEPT
+from jaxdia.experiment.config import config_for
 from jaxdia.study import Group, group
 
 RATES_AND_WEIGHTS = [
@@ -35,7 +36,9 @@ def _silent(text):
 
 def _rows(workdir):
   rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+  return [
+    {k: v for k, v in row.items() if not k.startswith(("seconds", "session"))} for row in rows
+  ]
 
 
 def _groups(config):
@@ -86,18 +89,19 @@ def test_each_attack_is_a_group_and_closed_forms_are_alone():
   ]
 
 
-def test_gradients_that_do_not_fit_into_the_memory_together_are_apart(monkeypatch):
+def test_clients_that_do_not_fit_into_the_memory_together_are_apart(monkeypatch):
   base = _base(name="ig,dia")
   config = _study(base=base, grid=[("model.dropout_rate", (0.2, 0.4, 0.6))])
   assert len(_groups(config)) == 2
   entries = 784 * 32 + 32 + 32 * 32 + 32 + 32 * 10 + 10
-  total = 4 * (2 * entries * 4) * 2  # a quarter of it holds two gradients for two cells
-  monkeypatch.setattr("jaxdia.study.groups.total_memory", lambda: total)
+  # A quarter of it holds the weights and the gradients that are kept of two cells.
+  total = 4 * (1 + KEPT) * (entries * 4) * 2
+  monkeypatch.setattr("jaxdia.study.groups.memory_of", lambda device: total)
   assert _groups(config) == [
     *(Group("ig", (0, 1)), Group("dia", (0, 1))),
     *(Group("ig", (2,)), Group("dia", (2,))),
   ]
-  # Cells with the same clients need their gradients once.
+  # Cells with the same clients have them in common.
   config = _study(grid=[("attack.mask_weight", tuple(range(9)))])
   assert _groups(config) == [Group("dia", tuple(range(9)))]
 
@@ -150,13 +154,13 @@ def test_a_cell_that_fails_does_not_take_those_with_it_that_share_its_lanes(tmp_
   folder = tmp_path / "cells" / cells[1].name
   folder.mkdir(parents=True)
   (folder / "config.json").write_text('{"seed": 77}')
-  scoring = sys.modules["jaxdia.experiment.experiment"]
+  scoring = sys.modules["jaxdia.experiment.attack_run"]
   score = scoring.score
 
-  def fail(settings, *arguments):
-    if settings.attacks["dia"].tv_weight == 1e-5:
+  def fail(facts, *arguments, **more):
+    if facts.settings.attacks["dia"].tv_weight == 1e-5:
       raise ValueError("too ugly\nto look at")
-    return score(settings, *arguments)
+    return score(facts, *arguments, **more)
 
   monkeypatch.setattr(scoring, "score", fail)
   failures = study.run(config, tmp_path, say=_silent)
@@ -220,13 +224,14 @@ def test_a_group_that_is_interrupted_again_and_again_ends_like_one_left_alone(
   base = _base(name="ig,dia")
   base.engine.chunk, base.engine.checkpoint_seconds = 5, 0
   config = _study(base=base, grid=[*RATES_AND_WEIGHTS, ("precision", ("float32", "half"))])
-  scoring = sys.modules["jaxdia.experiment.experiment"]
+  scoring = sys.modules["jaxdia.experiment.attack_run"]
   score = scoring.score
 
-  def fail(settings, model, name, *arguments):
-    if settings.model["dropout_rate"] == 0.6 and settings.attacks["dia"].mask_weight == 1e-2:
+  def fail(facts, *arguments, **more):
+    settings = facts.settings
+    if settings.model.dropout_rate == 0.6 and settings.attacks["dia"].mask_weight == 1e-2:
       raise ValueError("this cell fails each time")
-    return score(settings, model, name, *arguments)
+    return score(facts, *arguments, **more)
 
   monkeypatch.setattr(scoring, "score", fail)
   alone = study.run(config, tmp_path / "alone", say=_silent)

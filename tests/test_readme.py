@@ -33,7 +33,7 @@ def test_links_lead_somewhere():
 
 
 def test_config_fields_that_it_names_exist():
-  from jaxdia.config import default_config
+  from jaxdia.experiment.config import default_config
 
   config = default_config()
   for group, field in re.findall(r"config\.(?:base\.)?(data|attack|engine|model)\.(\w+)", README):

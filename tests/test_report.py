@@ -19,7 +19,8 @@ from report_cases import HOSTILE, METRICS, THRESHOLDS, write_experiment, write_s
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json
-from jaxdia.reporting.report import write_report
+from jaxdia.experiment.schema import Row
+from jaxdia.report import write_report
 
 ROOT = pathlib.Path(__file__).parent.parent
 BROWSER = next(
@@ -143,7 +144,7 @@ def test_images_of_several_masks_have_their_own_score(tmp_path):
   write_json(tmp_path / "config.json", config)
   rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
   for i, row in enumerate(rows):
-    row |= {"victim": 3 + i % 2, "mask_seed": i // 2}
+    row |= {"image": 3 + i % 2, "mask_seed": i // 2}
   (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   page = Page(write_report(tmp_path))
   shown = [f"SSIM {row['ssim']:.3f}" for row in rows if row["ssim"] is not None]
@@ -231,13 +232,17 @@ def test_report_without_what_older_results_lack(tmp_path):
   summary = json.loads((tmp_path / "summary.json").read_text())
   del summary["floors"]
   for attack in summary.values():
-    for key in ("success", "pool", "iip", "run_seconds", "compile_seconds"):
+    for key in ("success", "pool", "iip", "run_seconds", "compile_seconds", "told"):
       del attack[key]
     for statistics in attack["metrics"].values():
       del statistics["ci95"]
   write_json(tmp_path / "summary.json", summary)
+  text = (tmp_path / "results.jsonl").read_text()
+  text = text.replace('"image"', '"victim"').replace('"client"', '"batch"')
+  (tmp_path / "results.jsonl").write_text(text)
   page = Page(write_report(tmp_path))
   assert "The command was not recorded." in page.text
+  assert "what it was told of labels and masks is not recorded" in page.text
   assert page.numbers[tmp_path.name, "dia", "iip", "value"] is None
 
 
@@ -267,8 +272,10 @@ def _spoil(name, text):
     _spoil("config.json", '{"data": {}, "model": {}}'),
     _spoil("summary.json", '{"dia": {"attempted": 1}}'),
     _spoil("summary.json", "\x00"),
-    _spoil("results.jsonl", '{"attack": "dia", "victim": 1}\n{"attack"'),
-    _spoil("results.jsonl", '{"attack": "dia", "victim": 1, "ssim": "good"}'),
+    _spoil("results.jsonl", '{"attack": "dia", "image": 1}\n{"attack"'),
+    _spoil("results.jsonl", '{"attack": "dia", "image": 1, "ssim": "good"}'),
+    _spoil("results.jsonl", '{"attack": "dia", "image": 1, "ssim": NaN}'),
+    _spoil("results.jsonl", '{"attack": "dia", "image": "first"}'),
     _spoil("reconstructions.npz", "PK"),
     _spoil("recordings.npz", "PK"),
     _spoil("study.json", '{"cells": 3}'),
@@ -288,6 +295,36 @@ def test_missing_or_damaged_results_are_named(tmp_path, spoil):
     write_report(folder)
   assert str(folder) in str(error.value) and "\n" not in str(error.value)
   assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "old", "new", "named"),
+  [
+    ("results.jsonl", '"ssim": null', '"ssim": "good"', ("line 2", "ssim", "str")),
+    ("results.jsonl", '"label": 1', '"label": 1.5', ("line 1", "label", "float")),
+    ("summary.json", '"attempted": 5', '"attempted": true', ("ig", "attempted", "bool")),
+    ("summary.json", '"median"', '"middle"', ("ig", "metrics", "median")),
+    ("summary.json", "0.1,\n", "", ("ig", "success", "3 thresholds have 4 rates")),
+    ("config.json", '"attacks"', '"attacked"', ("attacks",)),
+  ],
+)
+def test_an_error_names_file_line_and_field(tmp_path, name, old, new, named):
+  write_experiment(tmp_path)
+  text = (tmp_path / name).read_text()
+  assert old in text
+  (tmp_path / name).write_text(text.replace(old, new, 1))
+  with pytest.raises(InputError) as error:
+    write_report(tmp_path)
+  for word in (name, *named):
+    assert word in str(error.value), error.value
+
+
+def test_rows_are_flat_and_come_back_as_they_were():
+  scores = {"ssim": 0.5, "lpips": None, "iterations": 7, "mask_accuracy_by_site": {"a": 0.25}}
+  row = Row(image=3, attack="dia", label=1, label_name="cat", scores=scores)
+  columns = json.loads(json.dumps(row.to_json()))
+  assert columns["label_name"] == "cat" and columns["ssim"] == 0.5 and "session" not in columns
+  assert "scores" not in columns and Row.from_json(columns) == row
 
 
 def _launch(*arguments):

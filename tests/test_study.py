@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxdia import experiment, reporting, study
-from jaxdia.config import config_for
+from jaxdia import experiment, report, study
 from jaxdia.core.errors import InputError
+from jaxdia.experiment.config import config_for
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = """
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 from jaxdia.study import study_config
 
 
@@ -51,7 +51,9 @@ def _launch(config, *arguments, popen=False):
 
 def _rows(workdir):
   rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+  return [
+    {k: v for k, v in row.items() if not k.startswith(("seconds", "session"))} for row in rows
+  ]
 
 
 def test_a_study_killed_at_three_moments_ends_with_the_table_of_one_left_alone(tmp_path):
@@ -124,14 +126,14 @@ def test_a_study_as_files_for_a_repository_and_as_scalars(tmp_path, monkeypatch)
   grid = [("model.dropout_rate", (0.1, 0.4)), ("seed", (0, 1))]
   work, docs = tmp_path / "work", tmp_path / "docs"
   study.run(_study(grid=grid), work, say=lambda text: None)
-  page = reporting.publish(work, docs, "rates")
+  page = report.publish(work, docs, "rates")
   text = page.read_text()
   assert text.startswith("# T\n\nQ?\n\n    python launch/") and "| DIA | 1/1 |" in text
   assert "somebody" not in text and "    python launch/evaluate.py --workdir=runs/rates\n" in text
   for name in ("rates_dropout_rate_mse_normalized.png", "rates_dropout_rate_ssim.png"):
     assert name in text and (docs / name).read_bytes().startswith(b"\x89PNG")
   assert len(pd.read_csv(docs / "rates.csv")) == 4
-  folder = reporting.write_scalars(work)
+  folder = report.write_scalars(work)
   (events,) = sorted(folder.glob("000*/dia/events.*"))
   tags = _scalars(events)
   (cell,) = [c.name for c in study.plan(_study(grid=grid))][:1]
@@ -139,7 +141,7 @@ def test_a_study_as_files_for_a_repository_and_as_scalars(tmp_path, monkeypatch)
   np.testing.assert_allclose(tags["mean/ssim"], summary["dia"]["metrics"]["ssim"]["mean"], 1e-5)
   assert len(tags["ssim/image_0"]) == 3  # three iterations, all recorded
   with pytest.raises(InputError, match="holds no study"):
-    reporting.publish(work / "cells" / cell, docs, "other")
+    report.publish(work / "cells" / cell, docs, "other")
 
 
 def test_results_load_into_pandas_with_one_line(tmp_path):
@@ -201,7 +203,7 @@ def test_cells_are_variants_times_grid():
     {"attack.name": "dia", "seed": 3, "model.dropout_rate": 0.1},
     {"attack.name": "dia", "seed": 3, "model.dropout_rate": 0.2},
   ]
-  assert cells[2].settings.seed == 3 and cells[1].settings.model["dropout_rate"] == 0.2
+  assert cells[2].settings.seed == 3 and cells[1].settings.model.dropout_rate == 0.2
 
 
 def test_an_estimate_grows_with_the_work():

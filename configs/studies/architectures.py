@@ -8,8 +8,8 @@ python launch/evaluate.py --config=configs/studies/architectures.py --workdir=ru
 
 import ml_collections
 
-from jaxdia.config import config_for
 from jaxdia.core.errors import unknown
+from jaxdia.experiment.config import config_for
 from jaxdia.study import study_config
 
 

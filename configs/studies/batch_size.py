@@ -5,7 +5,7 @@ python launch/evaluate.py --config=configs/studies/batch_size.py --workdir=runs/
 
 import ml_collections
 
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 from jaxdia.study import study_config
 
 

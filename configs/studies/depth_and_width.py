@@ -5,7 +5,7 @@ python launch/evaluate.py --config=configs/studies/depth_and_width.py --workdir=
 
 import ml_collections
 
-from jaxdia.config import config_for
+from jaxdia.experiment.config import config_for
 from jaxdia.study import study_config
 
 

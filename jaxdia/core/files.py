@@ -15,29 +15,39 @@ class UnreadableFile(Exception):
   """An npz file that is damaged or none."""
 
 
-def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_atomically(
+  path: pathlib.Path, write: Callable[[BinaryIO], Any], *, durable: bool = True
+) -> None:
   """Writes a file beside its place and moves it there once it is whole.
 
   Args:
     path: where the file shall be; its folder is made if needed.
     write: called with the open binary file.
+    durable: whether to wait until it would outlast a power failure.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.tmp")
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with open(temporary, "wb") as file:
       write(file)
-      file.flush()
-      os.fsync(file.fileno())
+      if durable:
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a value as indented JSON; NaN and infinity are refused, as JSON has none."""
+def write_json(path: pathlib.Path, value: Any, *, durable: bool = True) -> None:
+  """Writes a value as indented JSON; NaN and infinity are refused, as JSON has none.
+
+  Args:
+    path: where the file shall be.
+    value: dictionaries, lists, texts and numbers.
+    durable: see `write_atomically`.
+  """
   text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-  write_atomically(path, lambda file: file.write(text.encode()))
+  write_atomically(path, lambda file: file.write(text.encode()), durable=durable)
 
 
 def write_json_lines(path: pathlib.Path, rows: Iterable[Any]) -> None:

@@ -5,37 +5,48 @@ from jaxdia.evaluation.evaluate import (
   evaluate,
   floors,
   found_labels,
+  pair,
   ssim_of_recording,
 )
+from jaxdia.evaluation.lpips import lpips
 from jaxdia.evaluation.masks import mask_diagnostics
-from jaxdia.evaluation.metrics import assign, identified, lpips, mse, psnr, rescale, ssim
+from jaxdia.evaluation.matching import assign, identified
+from jaxdia.evaluation.metric import TABLES, Column, Metric, Pairs, compiled, rescale
+from jaxdia.evaluation.metrics import REGISTRY, columns, find, mse, psnr, ssim
 from jaxdia.evaluation.success import (
   NEARLY_EXACT_SSIM,
   RECOGNISABLE_SSIM,
   SSIM_LEVELS,
-  THRESHOLDS,
   bootstrap_interval,
-  success_curve,
+  success_rates,
 )
 
 __all__ = [
   "NEARLY_EXACT_SSIM",
   "RECOGNISABLE_SSIM",
+  "REGISTRY",
   "SSIM_LEVELS",
-  "THRESHOLDS",
+  "TABLES",
+  "Column",
   "Evaluation",
+  "Metric",
+  "Pairs",
   "assign",
   "bootstrap_interval",
+  "columns",
+  "compiled",
   "evaluate",
+  "find",
   "floors",
   "found_labels",
   "identified",
   "lpips",
   "mask_diagnostics",
   "mse",
+  "pair",
   "psnr",
   "rescale",
   "ssim",
   "ssim_of_recording",
-  "success_curve",
+  "success_rates",
 ]

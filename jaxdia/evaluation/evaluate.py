@@ -11,10 +11,9 @@ from jaxdia.core.types import Masks, Statistics
 from jaxdia.data import denormalize, normalize
 from jaxdia.evaluation import metrics
 from jaxdia.evaluation.masks import mask_diagnostics
+from jaxdia.evaluation.matching import assign
+from jaxdia.evaluation.metric import Pairs
 from jaxdia.models import DropoutModel
-
-_SCALED = ("mse_scaled", "psnr_scaled", "ssim_scaled")
-_IMAGE_METRICS = ("mse_normalized", "mse", "psnr", "ssim", "lpips", *_SCALED, "identified")
 
 
 class Evaluation(NamedTuple):
@@ -48,7 +47,7 @@ def evaluate(
 
   Args:
     model: the client's network.
-    secret: what the attack was after.
+    secret: what the attack was after; masks that nobody knows (None) score nothing.
     candidate: what it found; masks that were not searched (None) get no score.
     statistics: what normalised the images.
     labels: i[B], the labels that the attack found by itself, if it did.
@@ -58,50 +57,30 @@ def evaluate(
     pool: f[P, H, W, C], pixels of images among which the originals are.
 
   Returns:
-    For each image `mse_normalized` (the paper's MSE); `mse`, `psnr`, `ssim` and
-    `lpips` on pixels (see `jaxdia.evaluation.lpips` for when there is none), and
-    `mse_scaled`, `psnr_scaled`, `ssim_scaled` where both images are first rescaled
-    to [0, 1]; `identified`, 0 or 1, whether the original is the nearest in the pool;
-    `mask_accuracy` over all entries and `mask_accuracy_by_site`, `mask_auc_by_site`,
+    For each image all metrics of images in `jaxdia.evaluation.REGISTRY`; `mask_accuracy`
+    over all entries and `mask_accuracy_by_site`, `mask_auc_by_site`,
     `mask_undecided_by_site`, `mask_dropped_by_site` (see
     `jaxdia.evaluation.mask_diagnostics`); `label_accuracy`, 0 or 1. What does not
-    apply is None.
+    apply, or is no finite number, is None.
   """
-  originals, images = np.asarray(secret.images), np.asarray(candidate.images)
-  order = metrics.assign(images, originals, found)
-  images = images[order]
-  pixels, found_pixels = (
-    denormalize(x, statistics).astype(np.float32) for x in (originals, images)
-  )
-  lpips = metrics.lpips(originals.shape[-1])
-  scaled, found_scaled = metrics.rescale(pixels), metrics.rescale(found_pixels)
-  columns: dict[str, Any] = {
-    "mse_normalized": metrics.mse(originals, images),
-    "mse": metrics.mse(pixels, found_pixels),
-    "psnr": metrics.psnr(pixels, found_pixels),
-    "ssim": metrics.ssim(pixels, found_pixels),
-    "lpips": None if lpips is None else lpips(pixels, found_pixels),
-    "mse_scaled": metrics.mse(scaled, found_scaled),
-    "psnr_scaled": metrics.psnr(scaled, found_scaled),
-    "ssim_scaled": metrics.ssim(scaled, found_scaled),
-    "identified": None
-    if pool is None
-    else metrics.identified(found_pixels, pixels, np.asarray(pool)),
-    "mask_accuracy": None,
-    "label_accuracy": None
-    if labels is None
-    else (np.asarray(labels)[order] == np.asarray(secret.labels)).astype(float),
-  }
+  originals, images = as_float(secret.images), as_float(candidate.images)
+  order = assign(images, originals, found)
+  pairs = pair(originals, images[order], statistics, pool)
+  columns = image_scores(pairs)
+  columns["label_accuracy"] = None
+  if labels is not None:
+    columns["label_accuracy"] = np.asarray(labels)[order] == np.asarray(secret.labels)
   by_site = {}
-  if candidate.masks:
+  if candidate.masks and secret.masks is not None:
     by_site = mask_diagnostics(model, candidate.masks, secret.masks, order, known_masks)
-    columns["mask_accuracy"] = _mean_accuracy(by_site)
+  columns["mask_accuracy"] = _mean_accuracy(by_site) if by_site else None
+  of_images = [name for name, metric in metrics.REGISTRY.items() if metric.function]
   scores = []
   missing = np.zeros(len(originals), bool) if found is None else ~np.asarray(found)[order]
   for i in range(len(originals)):
-    score = {name: None if c is None else float(c[i]) for name, c in columns.items()}
+    score: dict[str, Any] = {n: None if c is None else _finite(c[i]) for n, c in columns.items()}
     if missing[i]:
-      score |= {name: None for name in _IMAGE_METRICS}
+      score |= dict.fromkeys(of_images)
     # Of a batch nothing says whose masks those of a missing image are.
     shown = {} if missing[i] and len(originals) > 1 else by_site
     for name in ("accuracy", "auc", "undecided", "dropped"):
@@ -110,8 +89,37 @@ def evaluate(
     if score["mask_accuracy_by_site"] is None:
       score["mask_accuracy"] = None
     scores.append(score)
-  found_pixels[missing] = np.nan
-  return Evaluation(pixels, found_pixels, scores, order)
+  reconstructions = np.where(missing[:, None, None, None], np.nan, pairs.reconstructions)
+  return Evaluation(pairs.originals, reconstructions, scores, order)
+
+
+def as_float(array: Any) -> np.ndarray:
+  """Returns a host array of a type in which numpy and scipy compute; bfloat16 is none."""
+  array = np.asarray(array)
+  return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+
+
+def pair(
+  originals: np.ndarray, images: np.ndarray, statistics: Statistics, pool: np.ndarray | None = None
+) -> Pairs:
+  """Returns what the metrics of images are given.
+
+  Args:
+    originals: f[B, H, W, C], normalised.
+    images: f[B, H, W, C], normalised, in the same order.
+    statistics: what normalised them.
+    pool: f[P, H, W, C], pixels, if there is one.
+  """
+  normalized = as_float(originals), as_float(images)
+  pixels = (denormalize(x, statistics).astype(np.float32) for x in normalized)
+  return Pairs(*pixels, normalized, None if pool is None else np.asarray(pool))
+
+
+def image_scores(pairs: Pairs) -> dict[str, np.ndarray | None]:
+  """Returns by name what all metrics of images say: f[B], None where one does not apply."""
+  return {
+    name: metric.function(pairs) for name, metric in metrics.REGISTRY.items() if metric.function
+  }
 
 
 def ssim_of_recording(
@@ -125,9 +133,10 @@ def ssim_of_recording(
     order: i[B], the matching of the end.
     statistics: what normalised the images.
   """
-  originals = denormalize(np.asarray(secret.images), statistics).astype(np.float32)
-  pixels = denormalize(np.asarray(images), statistics).astype(np.float32)[:, order]
-  return np.stack([metrics.ssim(originals, recorded) for recorded in pixels])
+  recorded = as_float(images)[:, order]
+  originals = np.broadcast_to(as_float(secret.images), recorded.shape)
+  flat = (x.reshape(-1, *recorded.shape[2:]) for x in (originals, recorded))
+  return metrics.ssim(*pair(*flat, statistics).pixels).reshape(recorded.shape[:2])
 
 
 def floors(
@@ -142,7 +151,7 @@ def floors(
 
   Returns:
     For `mean_image`, the mean of the pool, and `random_image`, pixels drawn uniformly, the
-    mean of each metric of images.
+    mean of each metric of images that needs no pool.
   """
   rng = np.random.default_rng(0)
   guesses = {
@@ -152,23 +161,11 @@ def floors(
   result = {}
   for name, guess in guesses.items():
     guess = guess.astype(np.float32)
-    normalized = (normalize(x, statistics) for x in (originals, guess))
-    scores = {
-      "mse_normalized": metrics.mse(*normalized),
-      "mse": metrics.mse(originals, guess),
-      "psnr": metrics.psnr(originals, guess),
-      "ssim": metrics.ssim(originals, guess),
-    }
-    if (lpips := metrics.lpips(originals.shape[-1])) is not None:
-      scores["lpips"] = lpips(originals, guess)
-    result[name] = {metric: float(np.mean(values)) for metric, values in scores.items()}
+    normalized = tuple(normalize(x, statistics) for x in (originals, guess))
+    scores = image_scores(Pairs(originals, guess, normalized))
+    means = {n: _finite(np.mean(values)) for n, values in scores.items() if values is not None}
+    result[name] = {n: mean for n, mean in means.items() if mean is not None}
   return result
-
-
-def _mean_accuracy(by_site) -> np.ndarray:
-  """Returns f[B], the share of right entries over all sites; 0 where none counts."""
-  right = sum(np.nan_to_num(values["accuracy"]) * values["count"] for values in by_site.values())
-  return right / np.maximum(sum(values["count"] for values in by_site.values()), 1)
 
 
 def found_labels(candidate: Candidate, recovered: jax.Array | None) -> np.ndarray | None:
@@ -181,3 +178,13 @@ def found_labels(candidate: Candidate, recovered: jax.Array | None) -> np.ndarra
   if candidate.labels is not None:
     return np.argmax(candidate.labels, axis=-1)
   return None if recovered is None else np.asarray(recovered)
+
+
+def _finite(value: Any) -> float | None:
+  return float(value) if np.isfinite(value) else None
+
+
+def _mean_accuracy(by_site: dict[str, dict[str, np.ndarray]]) -> np.ndarray:
+  """Returns f[B], the share of right entries over all sites; 0 where none counts."""
+  right = sum(np.nan_to_num(values["accuracy"]) * values["count"] for values in by_site.values())
+  return right / np.maximum(sum(values["count"] for values in by_site.values()), 1)

@@ -37,10 +37,13 @@ def mask_diagnostics(
   batch, axes = len(order), batch_axes(model)
 
   def by_image(site, mask):
+    mask = np.asarray(mask)
+    if mask.dtype not in (bool, np.float32, np.float64):  # as bfloat16, which scipy cannot rank
+      mask = mask.astype(np.float32)
     if axes[site] is None:
-      return np.broadcast_to(np.asarray(mask).reshape(1, -1), (batch, np.size(mask)))
+      return np.broadcast_to(mask.reshape(1, -1), (batch, mask.size))
     # Some networks fold another axis into that of the batch, as (batch * tokens).
-    return np.moveaxis(np.asarray(mask), axes[site], 0).reshape(batch, -1)
+    return np.moveaxis(mask, axes[site], 0).reshape(batch, -1)
 
   result = {}
   for site in true:

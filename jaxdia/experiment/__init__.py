@@ -1,6 +1,7 @@
 """Configured experiments in work directories, alone or several together."""
 
-from jaxdia.experiment.experiment import Experiment, clients_key
-from jaxdia.experiment.run import run, search
+from jaxdia.experiment.clients import Clients
+from jaxdia.experiment.experiment import Experiment
+from jaxdia.experiment.run import run, run_attack
 
-__all__ = ["Experiment", "clients_key", "run", "search"]
+__all__ = ["Clients", "Experiment", "run", "run_attack"]

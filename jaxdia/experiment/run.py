@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from jaxdia import engine, reporting
-from jaxdia.config import validate
+from jaxdia import engine
 from jaxdia.core.errors import first_line
-from jaxdia.description import describe
+from jaxdia.experiment.config import validate
+from jaxdia.experiment.description import describe
 from jaxdia.experiment.experiment import Experiment
+from jaxdia.experiment.progress import ProgressReport
 
 
 def run(
@@ -22,17 +23,18 @@ def run(
   *,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Attacks the configured victims, and writes and returns what came of it.
+  """Attacks the configured images, and writes and returns what came of it.
 
-  In the work directory are afterwards `config.json`, `manifest.json`, `results.jsonl`
-  (one object an image), `summary.json`, `reconstructions.npz`, `recordings.npz` if
-  there was a search, and `grid.png`; `trials/` keeps finished trials, and
-  `checkpoint/` running ones while they run. The same call goes on where it was
-  interrupted.
+  In the work directory are afterwards `config.json`, `manifest.json` of the first session and
+  `sessions.jsonl` of all, `results.jsonl` (one object an image), `summary.json`,
+  `reconstructions.npz`, `recordings.npz` if there was a search, and `grid.png`; `trials/` keeps
+  finished trials, and `checkpoint/` running ones while they run. The same call goes on where
+  it was interrupted, and ends with the same numbers (see `jaxdia.experiment.store`).
 
   Args:
     config: as made by the files in `configs/`.
-    workdir: made if needed; refused if it belongs to another experiment.
+    workdir: made if needed; refused if it belongs to another experiment, or if another process
+      is in it.
     say: called with what a person should read.
 
   Returns:
@@ -46,38 +48,52 @@ def run(
   with jax.enable_x64(settings.precision == "float64"):
     experiment = Experiment(settings, workdir)
     experiment.begin()
-    model, observations = experiment.model, experiment.observations
-    trials = len(observations) * settings.restarts
-    lanes, devices = settings.engine.lanes, jax.local_devices()[:trials]
-    if lanes is None:
-      lanes = engine.choose_lanes(model, observations[0], trials, devices)
-    say(describe(settings, model, observations[0], lanes, len(devices)))
-    for name, attack in settings.attacks.items():
-      if finished := len(experiment.finished(name)):
-        say(f"{name}: {finished} of {trials} trials were finished before")
-      progress = reporting.ProgressReport(name, attack.max_iterations)
-      try:
-        errors = search(
-          name,
-          {0: experiment},
-          lanes=lanes,
-          checkpoint_path=workdir / "checkpoint" / f"{name}.npz",
-          on_progress=progress.update,
-          note=progress.note,
-          say=say,
-        )
-      finally:
-        progress.close()
-      for error in errors.values():
-        raise error
-    return experiment.finish(say)
+    with contextlib.closing(experiment):
+      alone = {0: experiment}
+      plans = {name: _plan(name, alone, _lanes(name, alone)[0] or None) for name in experiment.runs}
+      attacks = {name: one.attack for name, one in experiment.runs.items()}
+      say(describe(settings, experiment.clients, attacks, plans))
+      for name, one in experiment.runs.items():
+        if finished := len(one.finished):
+          say(f"{name}: {finished} of {one.trials} trials were finished before")
+        most = one.attack.max_iterations
+        progress = ProgressReport([name], [most])
+        try:
+          errors = run_attack(
+            name,
+            alone,
+            checkpoint_path=workdir / "checkpoint" / f"{name}.npz",
+            on_progress=lambda p, show=progress, most=most: show.update(p, most),
+            note=progress.note,
+            say=say,
+          )
+        finally:
+          progress.close()
+        for error in errors.values():
+          raise error
+      return experiment.finish(say)
 
 
-def search(
+def _plan(name: str, experiments: Mapping[int, Experiment], lanes: int | None) -> engine.Plan:
+  """Returns how the engine shares out an attack, whatever of it is finished."""
+  tasks = [one.runs[name].plan() for one in experiments.values()]
+  devices = next(iter(experiments.values())).store.devices
+  return engine.plan(tasks, lanes=lanes, devices=devices)
+
+
+def _lanes(name: str, experiments: Mapping[int, Experiment]) -> tuple[int, int]:
+  """Returns in how many lanes a device an attack goes on, and in how many it would begin."""
+  asked = next(iter(experiments.values())).settings.engine.lanes
+  before = (one.store.lanes(name) for one in experiments.values())
+  lanes = next((lanes for lanes in before if lanes is not None), None)
+  fresh = _plan(name, experiments, lanes if asked is None else asked).lanes
+  return fresh if lanes is None else lanes, fresh
+
+
+def run_attack(
   name: str,
   experiments: Mapping[int, Experiment],
   *,
-  lanes: int | None,
   checkpoint_path: pathlib.Path,
   on_progress: Callable[[engine.Progress], None],
   note: Callable[[str], None],
@@ -85,19 +101,21 @@ def search(
 ) -> dict[int, Exception]:
   """Runs an attack of each experiment, or what is left of it, all in the same lanes.
 
+  No error of an experiment is raised but for an interruption (whatever is no `Exception`): it is
+  returned, so that the others go on. An error of the engine, which is of no one experiment, makes
+  each run by itself, and is returned of those that it is raised for again.
+
   Args:
     name: of the attack.
     experiments: by number; their settings of the engine are the same, and their attacks share a
       program. Of one that is not begun nothing is run; it only tells how many trials there are.
-    lanes: trials that a device runs at once; None chooses.
     checkpoint_path: where running trials are saved, known by the numbers.
     on_progress: called once a chunk.
     note: called with a line after each closed form.
     say: called with what a person should read.
 
   Returns:
-    {number: error} of those that failed. The others were run to their end: an error that is
-    of no one experiment makes each run by itself.
+    {number: error} of those that failed. The others were run to their end.
   """
   errors: dict[int, Exception] = {}
 
@@ -107,28 +125,34 @@ def search(
     except Exception as error:  # the others go on without it, whatever it is
       errors.setdefault(number, error)
 
-  for number, experiment in experiments.items():
-    attempt(number, experiment.recover, name, note)
-  well = {number: one for number, one in experiments.items() if number not in errors}
-  left = [number for number, one in well.items() if not one.is_finished(name)]
+  left = [number for number, one in experiments.items() if not one.runs[name].is_finished]
   if not left:
     return errors
-  settings = well[left[0]].settings
+  lanes, fresh = _lanes(name, experiments)
+  for number in left:
+    attempt(number, experiments[number].store.start, name, lanes, fresh, say)
+  runs = {number: one.runs[name] for number, one in experiments.items() if number not in errors}
+  left = [number for number in left if number in runs]
+  if not left:
+    return errors
+  most = runs[left[0]].attack.max_iterations
+  settings, store = experiments[left[0]].settings, experiments[left[0]].store
 
   def report(progress: engine.Progress) -> None:
     on_progress(progress)
     for number in left:
       with contextlib.suppress(OSError):  # for times alone none need fail
         seconds = progress.task_seconds[number], progress.compile_seconds / len(left)
-        well[number].note_times(name, *seconds)
+        runs[number].note_times(*seconds)
 
   try:
     trials = engine.run(
-      [one.task(name, number) for number, one in well.items()],
-      lanes=lanes,
+      [one.task(number, note) for number, one in runs.items()],
+      lanes=lanes or None,  # an attack that takes no step has none
       chunk=settings.engine.chunk,
+      devices=store.devices,
       matching=settings.engine.matching,
-      record=engine.recorded_iterations(settings.attacks[name].max_iterations),
+      record=engine.recorded_iterations(most) if most else (),
       checkpoint_path=checkpoint_path,
       checkpoint_seconds=settings.engine.checkpoint_seconds,
       on_progress=report,
@@ -136,17 +160,21 @@ def search(
     )
     for trial in trials:
       number = trial.job.task
-      attempt(number, well[number].take, name, trial)
+      attempt(number, runs[number].take, trial)
       if errors.keys() >= set(left):
         break
   except Exception as error:
-    unfinished = [n for n in left if n not in errors and not well[n].is_finished(name)]
-    if len(well) == 1:
+    unfinished = [n for n in left if n not in errors and not runs[n].is_finished]
+    if len(runs) == 1:
       return errors | dict.fromkeys(unfinished, error)
     say(f"{name}: {first_line(error)}; going on with each experiment by itself")
     for number in unfinished:
-      path = checkpoint_path.with_stem(f"{checkpoint_path.stem}_{number}")
-      alone = {number: well[number]}
-      options = {"on_progress": on_progress, "note": note, "say": say}
-      errors |= search(name, alone, lanes=lanes, checkpoint_path=path, **options)
+      errors |= run_attack(
+        name,
+        {number: experiments[number]},
+        checkpoint_path=checkpoint_path.with_stem(f"{checkpoint_path.stem}_{number}"),
+        on_progress=on_progress,
+        note=note,
+        say=say,
+      )
   return errors

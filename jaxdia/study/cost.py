@@ -2,22 +2,19 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import pandas as pd
 
-from jaxdia import reporting
-from jaxdia.attacks import PRESETS, create_attack
+from jaxdia.attacks import dia
 from jaxdia.client import Observation
-from jaxdia.config import DataSettings
-from jaxdia.core.errors import InputError
-from jaxdia.engine import matrix_product_rate
-from jaxdia.study.groups import group
+from jaxdia.core.machine import matrix_product_rate
+from jaxdia.experiment.progress import duration
+from jaxdia.models import DropoutModel
+from jaxdia.study.groups import attack_of, group
 from jaxdia.study.plan import Cell, plan
-from jaxdia.victims import create_model, load_victims
 
 # Of the rate of a large matrix product, what an iteration of an attack reaches, with convolutions
 # and without (README, "How fast it is").
@@ -38,34 +35,31 @@ def estimate(cell: Cell, attack: str | None = None) -> float:
   settings = cell.settings
   if settings is None:
     return 0.0
-  d = settings.data
-  trials = d.count // d.batch_size * d.mask_seeds * settings.restarts
-  attacks = settings.attacks.values() if attack is None else [settings.attacks[attack]]
-  searches = [a for a in attacks if a.closed_form != "only"]
-  try:
-    one = dataclasses.replace(d, count=1, mask_seeds=1)
-    network = settings.model | {"dropout_rate": 0.5 if settings.model["dropout_rate"] else 0.0}
-    each, rate = _cost(json.dumps(network), one) if searches else (0.0, 1.0)
-  except InputError:  # the cell will say so when it is run
+  names = settings.attacks if attack is None else [attack]
+  attacks = [found for name in names if (found := attack_of(settings, name))]
+  iterations = sum(one.max_iterations for one in attacks)
+  if not iterations:
     return 0.0
-  return each * trials * sum(a.max_iterations for a in searches) / rate
+  model = attacks[0].model
+  at_one_rate = dataclasses.replace(model, rates=dict.fromkeys(model.rates, 0.5))
+  efficiency = _EFFICIENCY[bool(model.convolutions)]
+  rate = efficiency * _product_rate() * len(jax.local_devices())
+  d = settings.data
+  trials = d.gradients * settings.restarts
+  return _operations(at_one_rate, d.batch_size) * trials * iterations / rate
 
 
 @functools.lru_cache
-def _cost(model_json: str, data: DataSettings) -> tuple[float, float]:
-  """Returns operations of an iteration of DIA, counted without compiling, and those a second."""
-  model = create_model(json.loads(model_json), load_victims(data))
+def _operations(model: DropoutModel, size: int) -> float:
+  """Returns the operations of an iteration of DIA on a batch, counted without compiling."""
   params = jax.eval_shape(model.init, jax.random.key(0))
-  size, channels = data.batch_size, model.image_shape[-1]
-  statistics = jax.ShapeDtypeStruct((channels,), jnp.float32)
+  numbers = jax.ShapeDtypeStruct((1,), jnp.float32)
   labels = jax.ShapeDtypeStruct((size,), jnp.int32)
-  observation = Observation(params, params, labels, statistics, statistics, size)
-  attack = create_attack(model, PRESETS["dia"])
+  observation = Observation(params, params, labels, numbers, numbers, size)
+  attack = dia(model)
   state = jax.eval_shape(attack.init, jax.random.key(0), observation)
   analysis = jax.jit(attack.step).lower(observation, state).cost_analysis() or {}
-  efficiency = _EFFICIENCY[bool(model.convolutions)]
-  rate = efficiency * _product_rate() * len(jax.local_devices())
-  return float(analysis.get("flops", 0.0)), rate
+  return float(analysis.get("flops", 0.0))
 
 
 def describe(config: ml_collections.ConfigDict) -> str:
@@ -90,14 +84,14 @@ def describe(config: ml_collections.ConfigDict) -> str:
         "cell": cell.name,
         "attacks": ",".join(cell.settings.attacks),
         "images": d.count * d.mask_seeds,
-        "trials": d.count // d.batch_size * d.mask_seeds * cell.settings.restarts,
-        "about": reporting.duration(seconds),
+        "trials": d.gradients * cell.settings.restarts,
+        "about": duration(seconds),
       }
     )
   table = pd.DataFrame(lines).fillna("").to_string(index=False)
   shared = [one.describe(cells) for one in group(cells) if len(one.cells) > 1]
   return (
-    f"{config.title}: {len(cells)} cells, about {reporting.duration(total)} if no trial"
+    f"{config.title}: {len(cells)} cells, about {duration(total)} if no trial"
     f" ends early, compilation and closed forms apart\n\n{table}"
     + (f"\n\nin the same lanes: {'; '.join(shared)}" if shared else "")
   )

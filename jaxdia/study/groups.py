@@ -2,20 +2,26 @@
 
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
 
-from jaxdia.config import DataSettings, ExperimentSettings
+from jaxdia.attacks import CATALOGUE, Attack
 from jaxdia.core.errors import InputError
-from jaxdia.engine import total_memory
-from jaxdia.experiment import clients_key
+from jaxdia.core.machine import memory_of
+from jaxdia.experiment.clients import KEPT, load_images
+from jaxdia.experiment.config import (
+  ClientsSettings,
+  DataSettings,
+  ExperimentSettings,
+  ModelSettings,
+)
+from jaxdia.experiment.network import create_model
+from jaxdia.models import DropoutModel
 from jaxdia.study.plan import Cell
-from jaxdia.victims import create_model, load_victims
 
-# Of the memory, the share that the gradients of all clients of a group may take.
+# Of the memory, the share that the weights and gradients of all clients of a group may take.
 _MEMORY_SHARE = 0.25
 
 
@@ -43,20 +49,21 @@ class Group(NamedTuple):
 def group(cells: Sequence[Cell]) -> list[Group]:
   """Returns the groups of a study, in the order in which they are run.
 
-  Cells are apart in which the attack needs another program: another network, other shapes, rate 0
-  (which has no masks), or other settings than `AttackSettings` has as leaves. So are cells
-  whose gradients would not fit into the memory together.
+  Cells are apart in which the attack needs another program: it, with its network, has another
+  structure as a tree, or images or batches have other shapes. So are cells whose weights would
+  not fit into the memory together.
 
   Args:
     cells: of the study; those that cannot be run are in no group.
   """
-  found: dict[str, list[Group]] = {}  # by program
-  sizes: dict[str, dict[str, int]] = {}  # by program, of the clients of its last group
-  most = _MEMORY_SHARE * total_memory()
+  found: dict[Hashable, list[Group]] = {}  # by program
+  # By program, of the clients of its last group.
+  sizes: dict[Hashable, dict[ClientsSettings, int]] = {}
+  most = _MEMORY_SHARE * memory_of(jax.local_devices()[0])
   for number, cell in enumerate(cells):
     if cell.settings is None:
       continue
-    clients, size = clients_key(cell.settings), _gradient_bytes(cell.settings)
+    clients, size = cell.settings.clients, _client_bytes(cell.settings)
     for name in cell.settings.attacks:
       program = _program(number, cell.settings, name)
       groups, inside = found.setdefault(program, []), sizes.setdefault(program, {})
@@ -70,45 +77,51 @@ def group(cells: Sequence[Cell]) -> list[Group]:
   return sorted((one for groups in found.values() for one in groups), key=lambda g: g.cells[0])
 
 
-def _program(number: int, settings: ExperimentSettings, name: str) -> str:
+def attack_of(settings: ExperimentSettings, name: str) -> Attack | None:
+  """Returns an attack of an experiment; None if it cannot be made, as the cell will say when run.
+
+  Args:
+    settings: of the experiment.
+    name: of the attack.
+  """
+  network = _network(settings.clients)
+  try:
+    return network and CATALOGUE[name].build(network[0], settings.attacks[name])
+  except InputError:
+    return None
+
+
+def _program(number: int, settings: ExperimentSettings, name: str) -> Hashable:
   """Returns what attacks of one program have in common."""
-  attack, model = settings.attacks[name], dict(settings.model)
-  rate = model.pop("dropout_rate")
-  form = _form(settings.data)
-  alone = form is None or attack.closed_form == "only"  # nothing that runs in lanes
-  return repr(
-    (
-      *(name, jax.tree.structure(attack), number if alone else form),
-      *(json.dumps(model, sort_keys=True), rate == 0),
-      *(settings.data.batch_size, settings.precision, dataclasses.astuple(settings.engine)),
-    )
-  )
+  attack = attack_of(settings, name)
+  if attack is None or attack.max_iterations == 0:  # nothing that runs in lanes
+    return name, number
+  channels = _network(settings.clients)[1]
+  shared = (settings.data.batch_size, channels, settings.precision, settings.engine)
+  return name, jax.tree.structure(attack), *shared
+
+
+def _network(clients: ClientsSettings) -> tuple[DropoutModel, int] | None:
+  """Returns network and number of channels of the statistics; None if there are none."""
+  data = clients.data
+  return _load_network(clients.model, dataclasses.replace(data, count=data.batch_size))
 
 
 @functools.lru_cache
-def _form(data: DataSettings) -> tuple | None:
-  """Returns what of images makes a program; None if they cannot be loaded."""
+def _load_network(model: ModelSettings, data: DataSettings) -> tuple[DropoutModel, int] | None:
   try:
-    victims = load_victims(data)
+    loaded = load_images(data)
+    network = create_model(model, loaded.images.shape[1:], loaded.num_classes)
   except InputError:  # the cell will say so when it is run
     return None
-  return victims.images.shape[1:], victims.num_classes, len(victims.statistics.mean)
+  return network, len(loaded.statistics.mean)
 
 
-def _gradient_bytes(settings: ExperimentSettings) -> int:
-  d = settings.data
-  one = dataclasses.replace(d, count=d.batch_size, mask_seeds=1)
-  count = d.count // d.batch_size * d.mask_seeds
-  width = 8 if settings.precision == "float64" else 4
-  return width * count * _entries(json.dumps(settings.model, sort_keys=True), one)
-
-
-@functools.lru_cache
-def _entries(model_json: str, data: DataSettings) -> int:
-  """Returns the number of entries of a gradient; 0 if there is none."""
-  try:
-    model = create_model(json.loads(model_json), load_victims(data))
-  except InputError:
+def _client_bytes(settings: ExperimentSettings) -> int:
+  """Returns the memory of the weights and of the gradients that are kept of an experiment."""
+  network = _network(settings.clients)
+  if network is None:
     return 0
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
+  params = jax.eval_shape(network[0].init, jax.random.key(0))
+  entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+  return (1 + KEPT) * entries * (8 if settings.precision == "float64" else 4)

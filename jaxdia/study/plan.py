@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from jaxdia.config import ExperimentSettings, validate
 from jaxdia.core.errors import InputError, first_line
+from jaxdia.experiment.config import ExperimentSettings, validate
 
 # ((field, value), ...): fields of the config that a cell sets, such as ("model.dropout_rate", 0.5)
 Overrides = tuple[tuple[str, Any], ...]
@@ -77,7 +77,7 @@ def plan(config: ml_collections.ConfigDict) -> list[Cell]:
     InputError: the config is none of a study, a field does not exist, or no cell can be run.
   """
   fields = {"title", "question", "base", "grid", "variants"}
-  if not fields <= set(config) or not isinstance(config.base, ml_collections.ConfigDict):
+  if fields != set(config) or not isinstance(config.base, ml_collections.ConfigDict):
     raise InputError(
       f"the config has the fields {sorted(config)}; expected a study, with base, grid and"
       " variants. Take one of configs/studies/, or run this one with launch/attack.py."

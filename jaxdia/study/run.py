@@ -1,32 +1,35 @@
 """Runs a study, group after group of cells."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_collections
 import pandas as pd
 
-from jaxdia import engine, experiment, reporting
+from jaxdia import evaluation, experiment
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import write_atomically, write_json, write_json_lines
-from jaxdia.experiment import Experiment, clients_key
-from jaxdia.manifest import manifest
+from jaxdia.core.machine import forget_programs
+from jaxdia.experiment import Experiment
+from jaxdia.experiment.clients import digest, load_images
+from jaxdia.experiment.lock import Lock, cannot_write
+from jaxdia.experiment.manifest import add_session, manifest
+from jaxdia.experiment.network import source_digest
+from jaxdia.experiment.progress import ProgressReport
+from jaxdia.experiment.store import differences
+from jaxdia.experiment.table import markdown
+from jaxdia.report import Cell as Read
+from jaxdia.report import read_experiment
 from jaxdia.study.cost import estimate
 from jaxdia.study.groups import Group, group
 from jaxdia.study.plan import Cell, plan
-from jaxdia.victims import load_victims
-from jaxdia.workdir import digest
-
-# Columns of the table that a study ends with; the CSV has more.
-_SHOWN = (
-  *("cell", "attack", "finished", "attempted", "mse_median", "mse_best", "mse_worst"),
-  *("ssim_median", "ssim_best", "success_ssim_0.6", "masks_right", "iterations"),
-)
 
 
 def run(
@@ -37,14 +40,15 @@ def run(
 ) -> dict[str, str]:
   """Runs what is left of a study.
 
-  In the work directory are afterwards `study.json`, `results.jsonl` and `results.csv` with all
-  rows, `table.md` and `table.csv` with a line for each cell and attack, and
-  `cells/`, a work directory of each experiment. The same call goes on where it was
+  In the work directory are afterwards `study.json`, `sessions.jsonl`, `results.jsonl` and
+  `results.csv` with all rows, `table.md` and `table.csv` with a line for each cell and attack,
+  and `cells/`, a work directory of each experiment. The same call goes on where it was
   interrupted, and tries again what failed.
 
   Args:
     config: of `study_config`.
-    workdir: made if needed; refused if it belongs to another study.
+    workdir: made if needed; refused if it belongs to another study, or if another process is
+      in it.
     say: called with what a person should read.
 
   Returns:
@@ -54,10 +58,16 @@ def run(
     InputError: see `plan`; or the work directory cannot be used.
   """
   cells, workdir = plan(config), pathlib.Path(workdir)
-  groups = group(cells)
   study = _Study(config, cells, workdir)
+  with contextlib.closing(study):
+    study.begin()
+    return _run(study, cells, say)
+
+
+def _run(study: "_Study", cells: Sequence[Cell], say: Callable[[str], None]) -> dict[str, str]:
+  groups = group(cells)
   costs = [sum(estimate(cells[n], one.attack) for n in one.cells) for one in groups]
-  progress = reporting.StudyProgress([one.describe(cells) for one in groups], costs)
+  progress = ProgressReport([one.describe(cells) for one in groups], costs)
   try:
     for number, cell in enumerate(cells):
       if cell.settings is None:
@@ -65,73 +75,86 @@ def run(
     for number, one in enumerate(groups):
       progress.start(number)
       progress.finish(number, study.run_group(one, progress))
-      engine.forget_programs()
+      forget_programs()
   finally:
     progress.close()
   if not study.failures():
-    shutil.rmtree(workdir / "checkpoint", ignore_errors=True)
+    shutil.rmtree(study.workdir / "checkpoint", ignore_errors=True)
   table = study.write()
-  shown = table[[name for name in _SHOWN if name in table]]
+  names = ["cell", "attack", *(column.key for _, column in evaluation.columns("study"))]
+  shown = table[[name for name in names if name in table]].dropna(axis="columns", how="all")
   say("\n" + shown.to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
-  say(f"\nnumbers: {workdir / 'table.csv'}, {workdir / 'results.csv'}")
+  say(f"\nnumbers: {study.workdir / 'table.csv'}, {study.workdir / 'results.csv'}")
   return study.failures()
 
 
 class _Study:
   """The files of a study, and those of its experiments that are open."""
 
-  def __init__(self, config, cells, workdir):
-    self._cells: list[Cell] = cells
-    self._workdir: pathlib.Path = workdir
+  def __init__(self, config: ml_collections.ConfigDict, cells: list[Cell], workdir: pathlib.Path):
+    """Looks whether the work directory is free or this study's; nothing is written."""
+    self.workdir = workdir
+    self._cells = cells
+    self._lock = Lock(workdir)
     # By number of the cell: those that run, and what was read of those that are done.
     self._open: dict[int, Experiment] = {}
-    self._read: dict[int, reporting.Cell] = {}
+    self._read: dict[int, Read] = {}
     self._failed: set[int] = set()  # in this call
-    definition = {
-      "title": config.title,
-      "question": config.question,
-      "base": json.loads(config.base.to_json_best_effort()),
-    }
-    definition["base"].pop("engine", None)  # which changes no result
-    cells_json = [
-      {"name": cell.name, "overrides": cell.overrides, "status": "pending", "reason": None}
-      | {"seconds": None}
-      for cell in cells
-    ]
-    self._json = definition | {"manifest": manifest(), "cells": cells_json}
-    path = workdir / "study.json"
-    if path.exists():
-      self._go_on(path, definition)
-    elif (workdir / "config.json").exists():
-      raise InputError(
-        f"the work directory {workdir} holds an experiment. Choose another --workdir."
-      )
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      write_json(path, self._json)
-    except OSError as error:
-      raise InputError(
-        f"cannot write in the work directory {workdir} ({error}). Choose another --workdir."
-      ) from error
+    base = json.loads(config.base.to_json_best_effort())
+    # Of the engine, what changes results by rounding.
+    base["engine"] = {name: base["engine"].get(name) for name in ("lanes", "matching")}
+    self._definition = {"title": config.title, "question": config.question, "base": base}
+    self._json = self._check()
 
-  def _go_on(self, path, definition):
+  def begin(self) -> None:
+    """Takes the work directory for this process.
+
+    Raises:
+      InputError: another process has it, or it cannot be written.
+    """
+    self._lock.acquire()
+    try:
+      self._json = self._check()  # it may have become another's meanwhile
+      add_session(self.workdir)
+      write_json(self.workdir / "study.json", self._json)
+    except OSError as error:
+      raise cannot_write(self.workdir, error) from error
+
+  def close(self) -> None:
+    """Gives the work directory back to others, and those of the cells."""
+    for opened in self._open.values():
+      opened.close()
+    self._lock.release()
+
+  def _check(self) -> dict[str, Any]:
+    """Returns what is to be in study.json: what is there, or what a new study begins with."""
+    path, definition = self.workdir / "study.json", self._definition
+    new = [{"name": cell.name, "overrides": cell.overrides} for cell in self._cells]
+    if not path.exists():
+      if (self.workdir / "config.json").exists():
+        raise InputError(
+          f"the work directory {self.workdir} holds an experiment. Choose another --workdir."
+        )
+      pending = {"status": "pending", "reason": None, "seconds": None}
+      return definition | {"manifest": manifest(), "cells": [cell | pending for cell in new]}
     try:
       there = json.loads(path.read_text())
-      same = {name: there[name] for name in definition} == definition
-      cells = [(cell["name"], cell["overrides"]) for cell in there["cells"]]
+      same = {name: there[name] for name in definition}
+      same["cells"] = [{"name": c["name"], "overrides": c["overrides"]} for c in there["cells"]]
       _ = [(cell["status"], cell["reason"], float(cell["seconds"] or 0)) for cell in there["cells"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise InputError(f"{path} is damaged ({error!r}). Choose another --workdir.") from error
-    here = json.loads(json.dumps([(c["name"], c["overrides"]) for c in self._json["cells"]]))
-    if not same or [list(cell) for cell in cells] != here:
+    here = json.loads(json.dumps(definition | {"cells": new}))
+    if differing := [name for name, _, _ in differences(same, here)]:
       raise InputError(
-        f"the work directory {path.parent} holds another study ({there['title']!r}, of"
-        f" {len(cells)} cells). Choose another --workdir, or delete that one."
+        f"the work directory {self.workdir} holds another study ({there['title']!r}, of"
+        f" {len(there['cells'])} cells): its {differing[0]} differs. Choose another --workdir, or"
+        " delete that one."
       )
-    self._json = there
+    return there
 
   def _folder(self, number) -> pathlib.Path:
-    return self._workdir / "cells" / self._cells[number].name
+    return self.workdir / "cells" / self._cells[number].name
 
   def _is_done(self, number) -> bool:
     """Returns whether a cell was finished before, with the images that there are now."""
@@ -141,15 +164,17 @@ class _Study:
     if number in self._read:
       return True
     try:
-      found = reporting.read_experiment(self._folder(number))
-      if found.config["data"].get("sha256") != digest(load_victims(settings.data)):
+      found = read_experiment(self._folder(number))
+      if found.config.data.get("sha256") != digest(load_images(settings.data)):
+        return False
+      if found.config.model.get("sha256") != source_digest(settings.model):
         return False
     except InputError:
       return False  # its experiment goes on from what is left, or says what is wrong
     self._read[number] = found
     return True
 
-  def run_group(self, one: Group, progress: reporting.StudyProgress) -> bool:
+  def run_group(self, one: Group, progress: ProgressReport) -> bool:
     """Runs what is left of an attack in the cells that share its program.
 
     Args:
@@ -169,15 +194,15 @@ class _Study:
       experiments = {number: self._open[number] for number in one.cells if number in self._open}
       if not experiments:
         return False
+      most = next(iter(experiments.values())).runs[one.attack].attack.max_iterations
       # Of these cells alone, in which trials are known by the numbers of their cells.
       names = [self._cells[number].name for number in one.cells]
       file = hashlib.sha256("\n".join([one.attack, *names]).encode()).hexdigest()[:16]
-      errors = experiment.search(
+      errors = experiment.run_attack(
         one.attack,
         experiments,
-        lanes=settings.engine.lanes,
-        checkpoint_path=self._workdir / "checkpoint" / f"{file}.npz",
-        on_progress=lambda p: progress.update(p, settings.attacks[one.attack].max_iterations),
+        checkpoint_path=self.workdir / "checkpoint" / f"{file}.npz",
+        on_progress=lambda p: progress.update(p, most),
         note=progress.note,
         say=progress.say,
       )
@@ -195,23 +220,23 @@ class _Study:
       if not self._is_done(number):  # else it was only to fill lanes
         self.fail(number, error, say)
 
-  def _enter(self, number) -> None:
+  def _enter(self, number: int) -> None:
     """Opens a cell; one that is done only so that the lanes are those before an interruption."""
     if number in self._open:
       return
     settings = self._cells[number].settings
-    key = clients_key(settings)
-    alike = (other for other in self._open.values() if clients_key(other.settings) == key)
+    alike = (one.clients for one in self._open.values() if one.clients.settings == settings.clients)
     opened = Experiment(settings, self._folder(number), next(alike, None))
     if not self._is_done(number):
       opened.begin()
     self._open[number] = opened
 
-  def _finish(self, number) -> None:
+  def _finish(self, number: int) -> None:
     opened = self._open.pop(number)
-    if not self._is_done(number):
-      opened.finish(lambda text: None)
-      self._note(number, "done", None, opened.seconds)
+    with contextlib.closing(opened):
+      if not self._is_done(number):
+        opened.finish(lambda text: None)
+        self._note(number, "done", None, opened.seconds)
 
   def fail(self, number: int, error: Exception, say: Callable[[str], None]) -> None:
     """Keeps why a cell failed; the study goes on without it, whatever it is.
@@ -224,6 +249,8 @@ class _Study:
     kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
     reason = kind + first_line(error)
     opened = self._open.pop(number, None)
+    if opened:
+      opened.close()
     self._failed.add(number)
     before = self._json["cells"][number]["seconds"] or 0.0
     self._note(number, "failed", reason, opened.seconds if opened else before)
@@ -233,7 +260,7 @@ class _Study:
     """Keeps how a cell ended."""
     self._json["cells"][number].update(status=status, reason=reason, seconds=round(seconds, 1))
     self._read.pop(number, None)
-    write_json(self._workdir / "study.json", self._json)
+    write_json(self.workdir / "study.json", self._json)
     self.write()
 
   def failures(self) -> dict[str, str]:
@@ -247,15 +274,15 @@ class _Study:
       if not self._is_done(number):
         continue  # or it is run again when its turn comes
       found, more = self._read[number], {"cell": cell.name} | cell.overrides
-      rows += [row | more for row in found.rows]
+      rows += [row.to_json() | more for row in found.rows]
       lines += [
-        reporting.line(more | {"attack": name}, summary) for name, summary in found.summary.items()
+        more | {"attack": name} | summary.columns() for name, summary in found.summary.items()
       ]
-    write_json_lines(self._workdir / "results.jsonl", rows)
+    write_json_lines(self.workdir / "results.jsonl", rows)
     table = pd.DataFrame(lines)
     for name, frame in (("results", pd.json_normalize(rows)), ("table", table)):
       text = frame.to_csv(index=False)
-      write_atomically(self._workdir / f"{name}.csv", lambda f, t=text: f.write(t.encode()))
-    text = reporting.markdown(table)
-    write_atomically(self._workdir / "table.md", lambda file: file.write(text.encode()))
+      write_atomically(self.workdir / f"{name}.csv", lambda f, t=text: f.write(t.encode()))
+    text = markdown(list(table), table.itertuples(index=False))
+    write_atomically(self.workdir / "table.md", lambda file: file.write(text.encode()))
     return table

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxdia.core.errors import InputError
 from jaxdia.evaluation import ssim
-from jaxdia.reporting.results import Cell, read_study
+from jaxdia.report.results import Cell, read_study
 
 
 def write_scalars(workdir: pathlib.Path) -> pathlib.Path:
@@ -44,8 +44,8 @@ def _write(folder: pathlib.Path, cell: Cell, attack: str) -> None:
   for old in folder.glob("events.*"):  # else TensorBoard would show each twice
     old.unlink()
   with SummaryWriter(str(folder)) as writer:
-    for metric, statistics in cell.summary[attack]["metrics"].items():
-      writer.add_scalar(f"mean/{metric}", statistics["mean"], 0)
+    for metric, statistics in cell.summary[attack].metrics.items():
+      writer.add_scalar(f"mean/{metric}", statistics.mean, 0)
     recordings = cell.read_recordings()
     if attack not in recordings:
       return

@@ -5,29 +5,14 @@ import shlex
 
 import pandas as pd
 
+from jaxdia import evaluation
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_atomically
-from jaxdia.reporting import figures
-from jaxdia.reporting.results import Study, read_study
-from jaxdia.reporting.sweeps import find_sweeps
-from jaxdia.reporting.tables import markdown
-from jaxdia.reporting.wording import attack_label
-
-_FIGURES = ("mse_normalized", "ssim")
-# Columns of the Markdown table, of those of the CSV, and what they are called there.
-_COLUMNS = {
-  "mse_median": "MSE median",
-  "mse_best": "MSE least",
-  "mse_worst": "MSE worst",
-  "ssim_median": "SSIM median",
-  "ssim_best": "SSIM of the worst protected",
-  "success_ssim_0.6": "SSIM ≥ 0.6",
-  "iip": "identified",
-  "masks_right": "masks right",
-  "labels_right": "labels right",
-  "iterations": "iterations",
-  "seconds": "seconds",
-}
+from jaxdia.experiment.table import markdown
+from jaxdia.report import figures
+from jaxdia.report.results import Study, read_study
+from jaxdia.report.sweeps import DRAWN, find_sweeps
+from jaxdia.report.words import attack_label
 
 
 def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -77,11 +62,11 @@ def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.P
     write_atomically(folder / f"{name}.csv", lambda file: file.write(csv))
   except OSError as error:
     raise InputError(f"cannot write in {folder} ({error}). Choose another folder.") from error
-  failed = [cell for cell in study.cells if cell.status != "done"]
-  lines += [f"Not done: {cell.name}: {cell.reason or cell.status}" for cell in failed]
-  for sweep in find_sweeps(study, _FIGURES):
+  failed = [cell for cell in study.cells if cell.entry.status != "done"]
+  lines += [f"Not done: {cell.name}: {cell.entry.reason or cell.entry.status}" for cell in failed]
+  for sweep in find_sweeps(study):
     pictures = []
-    for metric in _FIGURES:
+    for metric in DRAWN:
       file = f"{name}_{sweep.setting.rpartition('.')[2]}_{metric}.png"
       picture = figures.sweep_curves(sweep, metric)
       write_atomically(folder / file, lambda f, data=picture: f.write(data))
@@ -95,13 +80,15 @@ def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.P
 
 def _table(study: Study, table: pd.DataFrame) -> str:
   """Returns what differs between the cells, and the main numbers, as Markdown."""
-  settings = dict.fromkeys(name for cell in study.done for name in cell.overrides)
-  values = {name: [str(cell.overrides.get(name)) for cell in study.done] for name in settings}
+  settings = dict.fromkeys(name for cell in study.done for name in cell.entry.overrides)
+  values = {name: [str(cell.entry.overrides.get(name)) for cell in study.done] for name in settings}
   about = [name for name in settings if len(set(values[name])) > 1 and name != "attack.name"]
-  kept = {name: name for name in about} | {"attack": "attack"} | _COLUMNS
+  kept = {name: name for name in about} | {"attack": "attack"}
+  kept |= {column.key: column.heading for _, column in evaluation.columns("published")}
   kept = {name: heading for name, heading in kept.items() if name in table}
   shown = table[list(kept)].rename(columns=kept).copy()
   shown["attack"] = [attack_label(attack) for attack in shown["attack"]]
   done = zip(table["finished"], table["attempted"], strict=True)
   shown.insert(len(about) + 1, "images", [f"{a}/{b}" for a, b in done])
-  return markdown(shown.dropna(axis="columns", how="all")).rstrip()
+  shown = shown.dropna(axis="columns", how="all")
+  return markdown(list(shown), shown.itertuples(index=False)).rstrip()

@@ -1,28 +1,30 @@
 """One self-contained HTML page about finished results."""
 
+import itertools
 import json
 import pathlib
 import shlex
 from typing import Any, NamedTuple
 
 import jinja2
+import msgspec
 
+from jaxdia import evaluation
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import write_atomically
-from jaxdia.evaluation import RECOGNISABLE_SSIM
-from jaxdia.reporting import figures, wording
-from jaxdia.reporting.progress import duration
-from jaxdia.reporting.results import Cell, Study, read_study
-from jaxdia.reporting.sweeps import find_sweeps
-from jaxdia.reporting.tables import METRICS
-from jaxdia.reporting.verdict import judge
+from jaxdia.experiment.progress import duration
+from jaxdia.experiment.schema import AttackSummary
+from jaxdia.experiment.table import format_number
+from jaxdia.report import figures, words
+from jaxdia.report.results import Cell, Study, read_study
+from jaxdia.report.sweeps import DRAWN, Sweep, find_sweeps
+from jaxdia.report.verdict import judge
 
 _MAX_PICTURE_CELLS = 6
 _MAX_PICTURES = 8
 _MAX_SUCCESS_CELLS = 12
 _MAX_SITES = 30
 _MAX_RECORDED = 2
-_SUCCESS = f"success_at_{RECOGNISABLE_SSIM}"
 _STATISTICS = {
   "median": "median",
   "mean": "mean",
@@ -33,24 +35,6 @@ _STATISTICS = {
   "max": "max",
   "count": "images",
 }
-# Heading, metric, statistic, and whether a guess without gradient has it too.
-_OVERVIEW = (
-  ("attempted", "images", "attempted", False),
-  ("finished", "images", "finished", False),
-  ("failed", "images", "failed", False),
-  ("not applicable", "images", "not_applicable", False),
-  ("MSE, median", "mse_normalized", "median", True),
-  ("MSE, worst protected", "mse_normalized", "min", False),
-  ("SSIM, median", "ssim", "median", True),
-  ("SSIM, worst protected", "ssim", "max", False),
-  (f"SSIM ≥ {RECOGNISABLE_SSIM}", "ssim", _SUCCESS, False),
-  ("IIP", "iip", "value", False),
-  ("IIP pool", "pool", "value", False),
-  ("masks right", "mask_accuracy", "mean", False),
-  ("labels right", "label_accuracy", "mean", False),
-  ("iterations, median", "iterations", "median", False),
-  ("seconds, median", "seconds", "median", False),
-)
 
 
 class _Number(NamedTuple):
@@ -79,13 +63,13 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   """
   study = read_study(workdir)
   environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("jaxdia", "reporting"),
+    loader=jinja2.PackageLoader("jaxdia", "report"),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  html = environment.get_template("report.html.j2").render(_context(study))
+  html = environment.get_template("page.html.j2").render(_context(study))
   path = workdir / "report.html"
   try:
     write_atomically(path, lambda file: file.write(html.encode()))
@@ -101,14 +85,14 @@ def _context(study: Study) -> dict[str, Any]:
   return {
     "title": study.title,
     "question": study.question,
-    "failed": [cell for cell in study.cells if cell.status == "failed"],
-    "pending": [cell for cell in study.cells if cell.status not in ("done", "failed")],
+    "failed": [cell for cell in study.cells if cell.entry.status == "failed"],
+    "pending": [cell for cell in study.cells if cell.entry.status not in ("done", "failed")],
     "verdict": judge(study),
     "animation": _animation(study),
     "pictures": [_pictures(cell) for cell in study.done[:_MAX_PICTURE_CELLS]],
     "cells_without_pictures": len(study.done[_MAX_PICTURE_CELLS:]),
     "overview": {
-      "headings": [heading for heading, *_ in _OVERVIEW],
+      "headings": [column.heading for _, column in evaluation.columns("report")],
       "cells": [(cell, _overview(cell)) for cell in study.done],
     },
     "success": _success(study),
@@ -120,42 +104,37 @@ def _context(study: Study) -> dict[str, Any]:
     "cells": study.cells,
     "command": _command(study),
     "versions": _versions(study),
-    "settings": _distinct({cell.name: _flat(cell.config) for cell in study.done}),
-    "label": wording.attack_label,
+    "settings": _distinct(
+      {cell.name: _flat(msgspec.structs.asdict(cell.config)) for cell in study.done}
+    ),
+    "label": words.attack_label,
     "duration": duration,
-    "compact": wording.text,
+    "compact": words.text,
   }
 
 
 def _number(cell: Cell, attack: str, metric: str, statistic: str) -> _Number:
-  value = cell.number(attack, metric, statistic)
-  kind = "success" if statistic == _SUCCESS else "images" if statistic == "count" else metric
-  text = wording.number(kind, value)
+  value = cell.summary[attack].number(metric, statistic)
+  text = format_number(metric, statistic, value)
   return _Number(cell.name, attack, metric, statistic, json.dumps(value), text)
 
 
 def _overview(cell: Cell) -> list[tuple[str, list[_Number | None]]]:
   """Returns the rows of one cell: those of attacks, then those of guesses without gradient."""
+  columns = [(metric.name, c.statistic) for metric, c in evaluation.columns("report")]
   rows: list[tuple[str, list[_Number | None]]] = [
-    (
-      wording.attack_label(attack),
-      [_number(cell, attack, metric, stat) for _, metric, stat, _ in _OVERVIEW],
-    )
+    (words.attack_label(attack), [_number(cell, attack, *column) for column in columns])
     for attack in cell.summary
   ]
-  for floor, metrics in cell.floors.items():
+  for floor, means in cell.floors.items():
+    left = dict(means)  # each is shown once, in the first column of its metric
     numbers = [
-      _Number(
-        cell.name,
-        floor,
-        metric,
-        "floor",
-        json.dumps(metrics[metric]),
-        wording.number(metric, metrics[metric]),
+      None
+      if (value := left.pop(metric, None)) is None
+      else _Number(
+        cell.name, floor, metric, "floor", json.dumps(value), words.number(metric, value)
       )
-      if of_floors and metrics.get(metric) is not None
-      else None
-      for _, metric, _, of_floors in _OVERVIEW
+      for metric, _ in columns
     ]
     rows.append((f"guess: {floor.replace('_', ' ')}", numbers))
   return rows
@@ -165,44 +144,49 @@ def _details(cell: Cell) -> list[dict[str, Any]]:
   """Returns for each attack all metrics with all statistics, its masks, and what it took."""
   details = []
   for attack, summary in cell.summary.items():
-    by_site = [name for name, sites in summary.items() if name.endswith("_by_site") and sites]
-    sites = dict.fromkeys(site for name in by_site for site in summary[name])
+    by_site = _site_metrics(summary)
+    sites = dict.fromkeys(site for name in by_site for site in getattr(summary, name))
     details.append(
       {
-        "attack": wording.attack_label(attack),
+        "attack": words.attack_label(attack),
         "metrics": [
-          (wording.metric(name).label, [_number(cell, attack, name, s) for s in _STATISTICS])
+          (words.metric(name).label, [_number(cell, attack, name, s) for s in _STATISTICS])
           for name in _metric_names(summary)
         ],
         "times": [
           _number(cell, attack, kind, "value") for kind in ("run_seconds", "compile_seconds")
         ],
-        "by_site": [wording.metric(name).label for name in by_site],
+        "by_site": [words.metric(name).label for name in by_site],
         "sites": [(s, [_number(cell, attack, name, s) for name in by_site]) for s in sites],
       }
     )
   return details
 
 
-def _metric_names(summary) -> list[str]:
-  """Returns the metrics that a summary has statistics of, the best known first."""
-  names = dict.fromkeys((*METRICS, *summary["metrics"]))
-  oracle = [f"oracle.{name}" for name in summary.get("oracle") or {}]
-  return [name for name in names if name in summary["metrics"]] + oracle
+def _metric_names(summary: AttackSummary) -> list[str]:
+  """Returns the metrics that a summary has statistics of, in the order of the registry."""
+  names = dict.fromkeys((*evaluation.REGISTRY, *summary.metrics))
+  return [n for n in names if n in summary.metrics] + [f"oracle.{n}" for n in summary.oracle]
+
+
+def _site_metrics(summary: AttackSummary) -> list[str]:
+  """Returns the metrics of dropout sites that a summary has."""
+  of_sites = [name for name, metric in evaluation.REGISTRY.items() if metric.of == "site"]
+  return [name for name in of_sites if getattr(summary, name)]
 
 
 def _pictures(cell: Cell) -> dict[str, Any]:
-  """Returns the first victims of a cell and what each attack made of them."""
+  """Returns the first images of a cell and what each attack made of them."""
   arrays = cell.read_images()
   count = min(len(arrays["originals"]), _MAX_PICTURES)
   attacks = []
   for attack in cell.summary:
     ssim = cell.ssim_of(attack)
     images = [
-      (figures.image_uri(arrays[attack][i]), wording.number("ssim", ssim.get(i)))
+      (figures.image_uri(arrays[attack][i]), words.number("ssim", ssim.get(i)))
       for i in range(count)
     ]
-    attacks.append((wording.attack_label(attack), images))
+    attacks.append((words.attack_label(attack), images))
   return {
     "cell": cell,
     "originals": [figures.image_uri(image) for image in arrays["originals"][:count]],
@@ -212,7 +196,7 @@ def _pictures(cell: Cell) -> dict[str, Any]:
 
 
 def _animation(study: Study) -> dict[str, Any] | None:
-  """Returns the first victims of the first cell that was recorded, as they formed."""
+  """Returns the first images of the first cell that was recorded, as they formed."""
   for cell in study.done:
     recordings = cell.read_recordings()
     attacks = [attack for attack in cell.summary if attack in recordings]
@@ -230,7 +214,7 @@ def _animation(study: Study) -> dict[str, Any] | None:
     last = int(recordings["iterations"][-1])
     return {
       "cell": cell,
-      "attack": wording.attack_label(attack),
+      "attack": words.attack_label(attack),
       "gif": gif,
       "still": still,
       "last": last,
@@ -244,28 +228,29 @@ def _success(study: Study) -> list[tuple[str, str, str]]:
   if len(groups) > _MAX_SUCCESS_CELLS:
     groups = [(f"all {len(groups)} settings together", study.done)]
   shown = []
-  for title, cells in groups:
-    rates = {attack: _pooled_success(cells, attack) for attack in study.attacks}
+  for (title, cells), metric in itertools.product(groups, evaluation.REGISTRY.values()):
+    rates = {attack: _pooled_success(cells, attack, metric.name) for attack in study.attacks}
     rates = {attack: rate for attack, rate in rates.items() if rate[0]}
     if rates:
-      text = "; ".join(
-        f"{wording.attack_label(attack)}: {rate[0]:.0%} at {thresholds[0]:g} to {rate[-1]:.0%} at"
+      text = f"Share of images over thresholds of {metric.label}. " + "; ".join(
+        f"{words.attack_label(attack)}: {rate[0]:.0%} at {thresholds[0]:g} to {rate[-1]:.0%} at"
         f" {thresholds[-1]:g}"
         for attack, (thresholds, rate) in rates.items()
       )
-      shown.append((title, figures.success_curves(rates), text))
+      figure = figures.success_curves(metric.name, rates)
+      shown.append((f"{title}: {metric.label}", figure, text))
   return shown
 
 
-def _pooled_success(cells, attack) -> tuple[list[float], list[float]]:
+def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[float], list[float]]:
   """Returns thresholds that all cells have, and the share of all their images that reach each."""
   cells = [cell for cell in cells if attack in cell.summary]
-  curves = [(cell.summary[attack].get("success") or {}).get("ssim") for cell in cells]
+  curves = [cell.summary[attack].success.get(metric) for cell in cells]
   if not curves or not all(curves):
     return [], []
-  weights = [cell.summary[attack]["attempted"] for cell in cells]
-  rates = [dict(zip(curve["thresholds"], curve["rate"], strict=True)) for curve in curves]
-  thresholds = [t for t in curves[0]["thresholds"] if all(t in rate for rate in rates)]
+  weights = [cell.summary[attack].attempted for cell in cells]
+  rates = [dict(zip(curve.thresholds, curve.rate, strict=True)) for curve in curves]
+  thresholds = [t for t in curves[0].thresholds if all(t in rate for rate in rates)]
   if len(cells) == 1:  # exactly as in the summary
     return thresholds, [rates[0][t] for t in thresholds]
   total = max(sum(weights), 1)
@@ -276,32 +261,31 @@ def _pooled_success(cells, attack) -> tuple[list[float], list[float]]:
 
 
 def _sweeps(study: Study) -> list[dict[str, Any]]:
-  metrics = ("mse_normalized", "ssim")
   return [
     {
       "setting": sweep.setting,
       "pooled": sweep.pooled,
       "figures": [
         (
-          wording.metric(metric).label,
+          words.metric(metric).label,
           figures.png_uri(figures.sweep_curves(sweep, metric)),
           _ends(sweep, metric),
         )
-        for metric in metrics
+        for metric in DRAWN
         if any((line.points[metric] == line.points[metric]).any() for line in sweep.lines)
       ],
     }
-    for sweep in find_sweeps(study, metrics)
+    for sweep in find_sweeps(study)
   ]
 
 
-def _ends(sweep, metric) -> str:
+def _ends(sweep: Sweep, metric: str) -> str:
   """Returns in words how each line begins and ends."""
   texts = []
   for line in sweep.lines:
     medians = line.points[metric][:, 1]
-    name = ", ".join(filter(None, (wording.attack_label(line.attack), line.rest)))
-    first, last = (wording.number(metric, float(medians[end])) for end in (0, -1))
+    name = ", ".join(filter(None, (words.attack_label(line.attack), line.rest)))
+    first, last = (words.number(metric, float(medians[end])) for end in (0, -1))
     texts.append(f"{name}: median {first} at {line.x[0]:g}, {last} at {line.x[-1]:g}")
   return "; ".join(texts)
 
@@ -313,12 +297,12 @@ def _sites(study: Study) -> list[tuple[Cell, str, str]]:
     accuracy = {
       attack: dict(list(sites.items())[:_MAX_SITES])
       for attack, summary in cell.summary.items()
-      if (sites := summary.get("mask_accuracy_by_site"))
+      if (sites := summary.mask_accuracy_by_site)
     }
     if accuracy:
       text = "; ".join(
-        f"{wording.attack_label(attack)}: "
-        + ", ".join(f"{site} {wording.number('mask_accuracy', v)}" for site, v in sites.items())
+        f"{words.attack_label(attack)}: "
+        + ", ".join(f"{site} {words.number('mask_accuracy', v)}" for site, v in sites.items())
         for attack, sites in accuracy.items()
       )
       shown.append((cell, figures.site_bars(accuracy), text))
@@ -330,9 +314,9 @@ def _meanings(study: Study) -> list[tuple[str, str]]:
   summaries = [summary for cell in study.done for summary in cell.summary.values()]
   names = ["images", "success", "iip", "pool"]
   names[1:1] = [name for summary in summaries for name in _metric_names(summary)]
-  names += [name for s in summaries for name in s if name.endswith("_by_site") and s[name]]
+  names += [name for summary in summaries for name in _site_metrics(summary)]
   names += ["run_seconds", "compile_seconds"]
-  metrics = [wording.metric(name) for name in dict.fromkeys(names)]
+  metrics = [words.metric(name) for name in dict.fromkeys(names)]
   return [(metric.label, metric.meaning) for metric in metrics]
 
 
@@ -364,7 +348,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     if isinstance(inner, dict) and inner:
       flat |= _flat(inner, f"{prefix}{name}.")
     else:
-      flat[prefix + name] = wording.text(inner)
+      flat[prefix + name] = words.text(inner)
   return flat
 
 

@@ -11,9 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from jaxdia.attacks import PRESETS
-from jaxdia.reporting.sweeps import Sweep
-from jaxdia.reporting.wording import attack_label, metric
+from jaxdia.attacks import CATALOGUE
+from jaxdia.report.sweeps import Sweep
+from jaxdia.report.words import attack_label, metric
 
 # Okabe and Ito's colours, but for yellow, which cannot be seen on white.
 _COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F")
@@ -36,11 +36,12 @@ _FRAME_MILLISECONDS = 150
 _LAST_FRAME_MILLISECONDS = 2500
 
 
-def success_curves(rates: dict[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+def success_curves(name: str, rates: dict[str, tuple[Sequence[float], Sequence[float]]]) -> str:
   """Draws the share of images that are at least as similar as a threshold.
 
   Args:
-    rates: by attack, SSIM thresholds and the share of images that reach each.
+    name: of the metric.
+    rates: by attack, thresholds and the share of images that reach each.
 
   Returns:
     A PNG as data URI.
@@ -51,7 +52,10 @@ def success_curves(rates: dict[str, tuple[Sequence[float], Sequence[float]]]) ->
       marker = _style(attack)["marker"]
       style = _style(attack) | {"marker": marker if len(thresholds) < 25 else None}
       axis.plot(thresholds, rate, label=_plain(attack_label(attack)), **style)
-    axis.set(xlabel="SSIM of at least", ylabel="share of images", ylim=(-0.03, 1.03))
+    bound = "least" if metric(name).larger_is_better else "most"
+    axis.set(
+      xlabel=f"{metric(name).label}: at {bound}", ylabel="share of images", ylim=(-0.03, 1.03)
+    )
     return png_uri(_png(figure))
 
 
@@ -60,7 +64,7 @@ def sweep_curves(sweep: Sweep, name: str) -> bytes:
 
   Args:
     sweep: with points of the metric.
-    name: of the metric; errors are drawn on a logarithmic axis.
+    name: of the metric; what is written with an exponent is drawn so.
 
   Returns:
     A PNG.
@@ -76,7 +80,7 @@ def sweep_curves(sweep: Sweep, name: str) -> bytes:
       axis.plot(line.x, median, label=label, **style)
       axis.fill_between(line.x, low, high, color=style["color"], alpha=0.12, linewidth=0)
     _scale_x(axis, sorted({x for line in sweep.lines for x in line.x}))
-    if name.startswith("mse"):
+    if metric(name).format.endswith("e}"):
       axis.set_yscale("log", nonpositive="clip")
     axis.set(xlabel=_plain(sweep.setting), ylabel=f"{metric(name).label} (median)")
     return _png(figure)
@@ -185,7 +189,7 @@ def _picture(image) -> Image.Image:
 
 def _style(attack):
   """Returns how an attack is drawn, the same in all figures."""
-  names = list(PRESETS)
+  names = list(CATALOGUE)
   number = names.index(attack) if attack in names else len(names)
   return {
     "color": _COLOURS[number % len(_COLOURS)],

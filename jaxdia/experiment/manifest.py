@@ -1,7 +1,9 @@
-"""What is needed to repeat a run, besides its settings."""
+"""What is needed to repeat a run, besides its settings; and which calls took part in it."""
 
 import datetime
+import functools
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 
 import jaxdia
+from jaxdia.core.files import write_json_lines
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "dm-pix", "ml_collections")
 
@@ -22,9 +25,7 @@ def manifest(**more: Any) -> dict[str, Any]:
   Args:
     **more: what else belongs there.
   """
-  devices = jax.local_devices()
   program = "/".join(pathlib.Path(sys.argv[0]).parts[-2:])  # as it is typed in the source tree
-  device = dict.fromkeys((devices[0].platform, devices[0].device_kind))  # "cpu" is both
   return {
     "command": ["python", program, *sys.argv[1:]],
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -33,11 +34,41 @@ def manifest(**more: Any) -> dict[str, Any]:
     "python": platform.python_version(),
     **{name: _version(name) for name in _PACKAGES},
     "platform": platform.platform(),
-    "device": " ".join(device),
-    "devices": len(devices),
+    "device": device_name(),
+    "devices": jax.local_device_count(),
     "cores": os.cpu_count(),
     **more,
   }
+
+
+def device_name() -> str:
+  """Returns platform and kind of the devices."""
+  first = jax.local_devices()[0]
+  return " ".join(dict.fromkeys((first.platform, first.device_kind)))  # "cpu" is both
+
+
+def add_session(workdir: pathlib.Path, **more: Any) -> int:
+  """Notes in sessions.jsonl that this process goes on with what is in a work directory.
+
+  A line is what `manifest` returns: an interrupted run may go on with another version, commit or
+  device. manifest.json is that of the first session.
+
+  Args:
+    workdir: of an experiment or a study.
+    **more: what else belongs there.
+
+  Returns:
+    The number of the session, from 0.
+  """
+  path = workdir / "sessions.jsonl"
+  try:
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+  except FileNotFoundError:
+    before = []
+  except ValueError:  # damaged by hand: the numbers of the others are kept
+    before = [{"damaged": line} for line in path.read_text(errors="replace").splitlines()]
+  write_json_lines(path, [*before, {"session": len(before), **manifest(**more)}])
+  return len(before)
 
 
 def _version(name: str) -> str | None:
@@ -47,6 +78,7 @@ def _version(name: str) -> str | None:
     return None
 
 
+@functools.cache
 def _commit() -> str | None:
   """Returns the commit of the source tree, with a "+" if files differ from it, or None."""
   folder = pathlib.Path(jaxdia.__file__).parent

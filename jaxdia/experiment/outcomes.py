@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdia.attacks import Candidate, Status
-from jaxdia.closed_form import Parts, Recovery, Verdict
+from jaxdia.closed_form import Parts, Recovery
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz, write_npz
 from jaxdia.core.types import Masks
@@ -14,7 +14,7 @@ from jaxdia.engine import Trial
 
 
 class Record(NamedTuple):
-  """How one trial went; see `jaxdia.engine.Trial`."""
+  """How one trial went, and in which session; see `jaxdia.engine.Trial`."""
 
   restart: int
   objective: float
@@ -23,6 +23,7 @@ class Record(NamedTuple):
   best_iteration: int
   status: Status
   seconds: float
+  session: int = 0
 
 
 class Origin(NamedTuple):
@@ -98,12 +99,13 @@ def origin(recovery: Recovery, seconds: float) -> Origin:
   )
 
 
-def merge(outcome: Outcome | None, trial: Trial) -> Outcome:
+def merge(outcome: Outcome | None, trial: Trial, session: int = 0) -> Outcome:
   """Returns an outcome with one more trial.
 
   Args:
     outcome: of the trials before; None if there were none.
     trial: of the same observation.
+    session: that ran it.
   """
   record = Record(
     trial.job.restart,
@@ -113,6 +115,7 @@ def merge(outcome: Outcome | None, trial: Trial) -> Outcome:
     trial.best_iteration,
     trial.status,
     trial.seconds,
+    session,
   )
   images = {record.restart: np.asarray(trial.candidate.images)}
   if outcome is None:
@@ -219,7 +222,7 @@ def load(path: pathlib.Path) -> Outcome | None:
     return None
   masks = {k.removeprefix("masks/"): v for k, v in arrays.items() if k.startswith("masks/")}
   records = tuple(
-    Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6])
+    Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6], int(r[7]))
     for r in arrays["records"].tolist()
   )
   candidate = Candidate(arrays["images"], masks or None, arrays.get("labels"))
@@ -240,31 +243,3 @@ def _load_origin(arrays) -> Origin | None:
     "seconds": float(fields["seconds"]),
   }
   return Origin(known_masks=known, **fields)
-
-
-def describe_origin(origin: Origin, number: int) -> dict[str, Any]:
-  """Returns what of one image's result came from the closed form, for results.jsonl.
-
-  Args:
-    origin: of the batch.
-    number: place of the image in the candidate.
-
-  Returns:
-    `verdict`, `residual`, `reason`, `label` (whether it is known to be this image's),
-    `masks` (the known share of each site) and `features`. The rest was searched or, without a
-    search, is missing.
-  """
-  size, residual = len(origin.verdict), float(origin.residual[number])
-  masks = {
-    site: float(np.mean(known[number] if len(known) == size else known))
-    for site, known in origin.known_masks.items()
-  }
-  return {
-    "verdict": Verdict(int(origin.verdict[number])).name.lower(),
-    "residual": residual if np.isfinite(residual) else None,
-    "reason": origin.reason or None,
-    "label": bool(origin.known_labels[number]),
-    "masks": {site: share for site, share in masks.items() if share},
-    "features": list(origin.features),
-    "seconds": round(origin.seconds, 3),
-  }

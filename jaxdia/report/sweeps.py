@@ -3,10 +3,15 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from jaxdia.reporting.results import Cell, Study, is_number
-from jaxdia.reporting.wording import text
+from jaxdia.experiment.schema import Row
+from jaxdia.report.results import Cell, Study
+from jaxdia.report.words import is_number, text
+
+# Metrics of which curves are drawn.
+DRAWN = ("mse_normalized", "ssim")
 
 # More lines than these cannot be told apart.
 _MAX_LINES = 8
@@ -45,34 +50,33 @@ class Sweep(NamedTuple):
   pooled: bool
 
 
-def find_sweeps(study: Study, metrics: tuple[str, ...]) -> list[Sweep]:
+def find_sweeps(study: Study) -> list[Sweep]:
   """Returns the curves over each numeric setting that differs between the cells.
 
   A seed is no axis: the images of cells that differ in their seed alone are pooled.
 
   Args:
     study: of which cells may be missing.
-    metrics: for which points are made.
   """
-  names = dict.fromkeys(name for cell in study.done for name in cell.overrides)
+  names = dict.fromkeys(name for cell in study.done for name in cell.entry.overrides)
   swept = [n for n in names if n not in _NO_AXES and len(_values(study, n)) > 1]
   numeric = [
     n for n in swept if all(map(is_number, _values(study, n).values())) and _varies(study, n)
   ]
-  sweeps = (_sweep(study, name, [n for n in swept if n != name], metrics) for name in numeric)
+  sweeps = (_sweep(study, name, [n for n in swept if n != name]) for name in numeric)
   return [sweep for sweep in sweeps if sweep.lines]
 
 
-def _sweep(study, name, others, metrics) -> Sweep:
-  lines = _lines(study, name, others, metrics)
+def _sweep(study: Study, name: str, others: list[str]) -> Sweep:
+  lines = _lines(study, name, others)
   if len(lines) > _MAX_LINES or (others and not lines):
-    return Sweep(name, _lines(study, name, [], metrics), True)
+    return Sweep(name, _lines(study, name, []), True)
   return Sweep(name, lines, False)
 
 
-def _lines(study, name, others, metrics) -> list[Line]:
+def _lines(study: Study, name: str, others: list[str]) -> list[Line]:
   """Returns a line for each attack and value of the other settings that has two points."""
-  rows: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+  rows: dict[tuple[str, str], dict[float, list[Row]]] = {}
   for cell in study.done:
     for attack in cell.summary:
       x = setting(cell, name, attack)
@@ -81,16 +85,16 @@ def _lines(study, name, others, metrics) -> list[Line]:
         line = rows.setdefault((attack, rest), {})
         line.setdefault(x, []).extend(cell.rows_of(attack))
   return [
-    Line(attack, rest, sorted(line), {m: _points(line, m) for m in metrics})
+    Line(attack, rest, sorted(line), {m: _points(line, m) for m in DRAWN})
     for (attack, rest), line in rows.items()
     if len(line) > 1
   ]
 
 
-def _points(line, metric) -> np.ndarray:
+def _points(line: dict[float, list[Row]], metric: str) -> np.ndarray:
   points = []
   for x in sorted(line):
-    values = [row[metric] for row in line[x] if row.get(metric) is not None]
+    values = [row.score(metric) for row in line[x] if row.score(metric) is not None]
     points.append([f(values) if values else np.nan for f in (np.min, np.median, np.max)])
   return np.asarray(points, np.float64)
 
@@ -103,14 +107,14 @@ def setting(cell: Cell, name: str, attack: str) -> Any:
     name: with dots, as on the command line; `attack.NAME` is of the given attack.
     attack: one of the cell.
   """
-  if name in cell.overrides:
-    return cell.overrides[name]
+  if name in cell.entry.overrides:
+    return cell.entry.overrides[name]
   path = name.split(".")
   if name == "attack.restarts":
     path = ["restarts"]
   elif path[0] == "attack":
     path = ["attacks", attack, *path[1:]]
-  value: Any = cell.config
+  value: Any = msgspec.structs.asdict(cell.config)
   for key in path:
     value = value.get(key) if isinstance(value, dict) else None
   return value
@@ -120,12 +124,12 @@ def _varies(study: Study, name: str) -> bool:
   """Returns whether a setting has several values for one network, not just one for each."""
   by_network: dict[Any, list[Cell]] = {}
   for cell in study.done:
-    by_network.setdefault(cell.config["model"].get("name"), []).append(cell)
+    by_network.setdefault(cell.config.model.get("name"), []).append(cell)
   parts = (dataclasses.replace(study, cells=cells) for cells in by_network.values())
   return any(len(_values(part, name)) > 1 for part in parts)
 
 
-def _values(study, name) -> dict[str, Any]:
+def _values(study: Study, name: str) -> dict[str, Any]:
   """Returns the values of a setting, by their text."""
   values = [setting(cell, name, attack) for cell in study.done for attack in cell.summary]
   return {text(value): value for value in values if value is not None}

@@ -4,9 +4,10 @@ import statistics
 from typing import Any, NamedTuple
 
 from jaxdia.evaluation import NEARLY_EXACT_SSIM, RECOGNISABLE_SSIM
-from jaxdia.reporting.progress import duration
-from jaxdia.reporting.results import Cell, Study
-from jaxdia.reporting.wording import attack_label, number
+from jaxdia.experiment.progress import duration
+from jaxdia.experiment.schema import Row
+from jaxdia.report.results import Cell, Study
+from jaxdia.report.words import attack_label, number
 
 
 class Verdict(NamedTuple):
@@ -66,13 +67,14 @@ def judge(study: Study) -> Verdict:
   )
 
 
-def _score(study, attack) -> _Score:
+def _score(study: Study, attack: str) -> _Score:
   cells = [cell for cell in study.done if attack in cell.summary]
   rows = [row for cell in cells for row in cell.rows_of(attack)]
-  ssim = [row["ssim"] for row in rows if row.get("ssim") is not None]
-  seconds = [row["seconds"] for row in rows if row.get("seconds") is not None]
+  ssim, seconds = (
+    [row.score(name) for row in rows if row.score(name) is not None] for name in ("ssim", "seconds")
+  )
   counts = {
-    name: sum(cell.summary[attack][name] for cell in cells)
+    name: sum(getattr(cell.summary[attack], name) for cell in cells)
     for name in ("attempted", "failed", "not_applicable")
   }
   return _Score(
@@ -88,7 +90,7 @@ def _score(study, attack) -> _Score:
     by_cell=[
       (
         _reached(cell.rows_of(attack), RECOGNISABLE_SSIM),
-        cell.summary[attack]["attempted"],
+        cell.summary[attack].attempted,
         cell.name,
       )
       for cell in cells
@@ -96,12 +98,12 @@ def _score(study, attack) -> _Score:
   )
 
 
-def _reached(rows, threshold) -> int:
-  return sum(row["ssim"] >= threshold for row in rows if row.get("ssim") is not None)
+def _reached(rows: list[Row], threshold: float) -> int:
+  return sum((row.score("ssim") or 0.0) >= threshold for row in rows)
 
 
 def _settings(cell: Cell, attack: str) -> dict[str, Any]:
-  return cell.config["attacks"].get(attack) or {}
+  return cell.config.attacks.get(attack) or {}
 
 
 def _headline(score: _Score, cells: int) -> str:
@@ -158,23 +160,23 @@ def _finding(score: _Score, study: Study, first: bool) -> str:
   return text
 
 
-def _unit(study, attack) -> str:
+def _unit(study: Study, attack: str) -> str:
   cells = [cell for cell in study.done if attack in cell.summary]
-  sizes = {cell.config["data"].get("batch_size") for cell in cells}
-  restarts = {cell.config.get("restarts") for cell in cells}
+  sizes = {cell.config.data.get("batch_size") for cell in cells}
+  restarts = {cell.config.restarts for cell in cells}
   text = "an image"
   if sizes != {1}:
     text = f"a batch of {sizes.pop()} images" if len(sizes) == 1 else "a batch"
   return text if restarts <= {1, None} else f"{text} and restart"
 
 
-def _machine(study) -> str:
+def _machine(study: Study) -> str:
   manifests = [study.manifest, *(cell.manifest for cell in study.done)]
   device = next((m["device"] for m in manifests if m.get("device")), None)
   return f": {device}" if device else ""
 
 
-def _caveats(study, scores) -> list[str]:
+def _caveats(study: Study, scores: list[_Score]) -> list[str]:
   texts = [
     f"Here “recognisable” means an SSIM of at least {RECOGNISABLE_SSIM}, “nearly exact” one of at"
     f" least {NEARLY_EXACT_SSIM}; 1 is a perfect copy. These are rules of thumb: look at the"
@@ -182,7 +184,7 @@ def _caveats(study, scores) -> list[str]:
     "A failed attack does not show that images are safe: a longer search, more restarts or a better"
     " attack may succeed where these did not.",
   ]
-  seeds = {cell.config["data"].get("mask_seeds") or 1 for cell in study.done}
+  seeds = {cell.config.data.get("mask_seeds") or 1 for cell in study.done}
   if seeds - {1}:
     times = " or ".join(map(str, sorted(seeds)))
     texts.append(
@@ -191,7 +193,7 @@ def _caveats(study, scores) -> list[str]:
   guesses = [
     cell.floors["mean_image"]["ssim"]
     for cell in study.done
-    if (cell.floors.get("mean_image") or {}).get("ssim") is not None
+    if "ssim" in cell.floors.get("mean_image", {})
   ]
   if guesses and max(guesses) >= RECOGNISABLE_SSIM:
     texts.append(
@@ -199,11 +201,11 @@ def _caveats(study, scores) -> list[str]:
       f" {number('ssim', max(guesses))} here, so “recognisable” says little about these images."
     )
   picks = [
-    (cell.summary[score.attack]["iip"], cell.summary[score.attack].get("pool"), score.attack)
+    (cell.summary[score.attack].iip, cell.summary[score.attack].pool, score.attack)
     for score in scores
     if not score.knows_masks and score.recognisable < score.attempted
     for cell in study.done
-    if score.attack in cell.summary and cell.summary[score.attack].get("iip") is not None
+    if score.attack in cell.summary and cell.summary[score.attack].iip is not None
   ]
   if picks:
     share, pool, attack = max(picks, key=lambda pick: pick[0])
@@ -213,25 +215,11 @@ def _caveats(study, scores) -> list[str]:
   return texts
 
 
-_LABELS = {
-  "given": "told the right labels",
-  "recovered": "not told the labels: it read them off the gradient",
-  "free": "not told the labels: it searched them",
-}
-_MASKS = {
-  "known": "told the client's dropout masks, which no real server has",
-  "expected": "not told the dropout masks: it reckoned as if nothing were dropped",
-  "free": "not told the dropout masks: it had to find them",
-}
-
-
-def _told(study, attack) -> str:
+def _told(study: Study, attack: str) -> str:
   """Returns what an attack was told, in every way in which the cells ran it."""
-  texts = []
-  for cell in study.done:
-    if attack in cell.summary:
-      settings = _settings(cell, attack)
-      labels = _LABELS.get(settings.get("labels"), "told of the labels what is not recorded")
-      masks = _MASKS.get(settings.get("masks"), "told of the masks what is not recorded")
-      texts.append(f"{labels}; {masks}")
+  texts = [
+    cell.summary[attack].told or "what it was told of labels and masks is not recorded"
+    for cell in study.done
+    if attack in cell.summary
+  ]
   return ". In other settings ".join(dict.fromkeys(texts)) + "."

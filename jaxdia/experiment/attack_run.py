@@ -1,0 +1,268 @@
+"""One attack on all gradients of an experiment: its trials, and what they found."""
+
+import contextlib
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdia import engine
+from jaxdia.attacks import CATALOGUE, RECOVERY, Attack
+from jaxdia.client import Observation
+from jaxdia.closed_form import Recovery, recover_labels
+from jaxdia.core.errors import InputError
+from jaxdia.core.files import write_json
+from jaxdia.experiment import outcomes
+from jaxdia.experiment.clients import Clients, Lazy
+from jaxdia.experiment.config import ExperimentSettings
+from jaxdia.experiment.rows import Facts, score
+from jaxdia.experiment.schema import Row
+from jaxdia.experiment.store import Store
+
+# Of so many images it is kept how they formed.
+SHOWN = 4
+# What JAX measures of a compilation.
+COMPILING = ("jaxpr_to_mlir_module", "backend_compile")
+_TIMES = ("run_seconds", "compile_seconds")
+
+
+class AttackRun:
+  """One attack on all gradients of an experiment.
+
+  What was found of a gradient is on disk as soon as it is found; once its trials are finished,
+  rows and images are kept, and the rest is dropped.
+
+  Attributes:
+    name: of the attack.
+    attack: what is run.
+    restarts: trials for each gradient.
+    images: f32[gradients * B, H, W, C], pixels that were found, in the order of the originals; NaN
+      where there are none. None before `load`.
+    recordings: {gradient number: {iterations: f32[B, H, W, C]}}, how the first formed.
+    times: seconds that were spent running and compiling, those of earlier sessions included.
+  """
+
+  def __init__(self, name: str, settings: ExperimentSettings, clients: Clients, store: Store):
+    """Creates the attack; nothing is read.
+
+    Args:
+      name: of the attack.
+      settings: of the experiment.
+      clients: that are attacked.
+      store: where the trials are kept.
+
+    Raises:
+      InputError: the attack cannot be run on this network.
+    """
+    self.name = name
+    self.attack: Attack = CATALOGUE[name].build(clients.model, settings.attacks[name])
+    _check_labels(self.attack, settings.data.batch_size)
+    self.restarts = settings.restarts if self.attack.max_iterations else 1  # or all were the same
+    self.images: np.ndarray | None = None
+    self.recordings: dict[int, dict[int, np.ndarray]] = {}
+    self.times = self._times_before = dict.fromkeys(_TIMES, 0.0)
+    self._settings = settings
+    self._clients = clients
+    self._store = store
+    self._key = jax.random.key(settings.seed)
+    # By gradient number: rows of those whose trials are finished, and trials of the others.
+    self._rows: dict[int, list[Row]] = {}
+    self._unfinished: dict[int, outcomes.Outcome] = {}
+
+  def load(self) -> None:
+    """Takes up what was finished before.
+
+    Raises:
+      InputError: what is there is damaged.
+    """
+    originals = self._clients.data.images
+    shape = (len(self._clients.secrets) * self._settings.data.batch_size, *originals.shape[1:])
+    self.images = np.full(shape, np.nan, originals.dtype)
+    for number in range(len(self._clients.secrets)):
+      outcome = outcomes.load(self._outcome_path(number))
+      if outcome is not None and self._keep(number, outcome):
+        self._recovery_path(number).unlink(missing_ok=True)
+    self.times = self._times_before = _read_times(self._times_path)
+
+  @property
+  def trials(self) -> int:
+    """Number of trials in all."""
+    return len(self._clients.secrets) * self.restarts
+
+  @property
+  def finished(self) -> set[tuple[int, int]]:
+    """(gradient number, restart) of the finished trials; all of them before `load`."""
+    whole = range(len(self._clients.secrets)) if self.images is None else self._rows
+    found = {(number, restart) for number in whole for restart in range(self.restarts)}
+    for number, outcome in self._unfinished.items():
+      found |= {(number, record.restart) for record in outcome.records}
+    return found
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether all trials are finished."""
+    return self.images is None or len(self._rows) == len(self._clients.secrets)
+
+  @property
+  def rows(self) -> list[Row]:
+    """The rows of results.jsonl that there are, in the order of the images."""
+    return [row for _, rows in sorted(self._rows.items()) for row in rows]
+
+  @property
+  def observations(self) -> Sequence[Observation]:
+    """What the attack is shown: with labels only if it is given them."""
+    c = self._clients
+    return c.observations if self.attack.labels == "given" else c.unlabelled
+
+  def task(self, number: int, note: Callable[[str], None]) -> engine.Task:
+    """Returns the attack for the engine.
+
+    Args:
+      number: by which the task is known.
+      note: called with a line after each closed form.
+    """
+    return engine.Task(
+      jax.random.fold_in(self._key, 2),
+      self.attack,
+      self.observations,
+      self.restarts,
+      # The one place where an attack is handed something of the secret: WIIG is defined by it.
+      masks=self._clients.masks if self.attack.masks == "known" else None,
+      parts=Lazy(len(self.observations), lambda i: self._recover(i, note)),
+      finished=self.finished,
+      number=number,
+    )
+
+  def plan(self) -> engine.Task:
+    """Returns the attack for the engine to plan, without what it is told of single gradients."""
+    pairs = itertools.product(range(len(self.observations)), range(self.restarts))
+    task = self.task(0, lambda text: None)
+    return task._replace(masks=None, parts=None, finished=list(pairs))
+
+  def take(self, trial: engine.Trial) -> None:
+    """Keeps a finished trial, and scores its gradient if it was the last.
+
+    Args:
+      trial: of the engine.
+    """
+    number = trial.job.observation
+    outcome = outcomes.merge(self._unfinished.get(number), trial, self._store.session)
+    if recovery := outcomes.load_recovery(self._recovery_path(number)):
+      outcome = outcome._replace(origin=outcomes.origin(*recovery))
+    outcomes.save(self._outcome_path(number), outcome)
+    if self._keep(number, outcome):
+      self._store.append_results(row.to_json() for row in self._rows[number])
+      self._recovery_path(number).unlink(missing_ok=True)
+
+  def note_times(self, run_seconds: float, compile_seconds: float) -> None:
+    """Keeps what the search took in this call.
+
+    Args:
+      run_seconds: since it began.
+      compile_seconds: likewise.
+    """
+    times = _add(self._times_before, run_seconds, compile_seconds)
+    if times != self.times:
+      self.times = times
+      write_json(self._times_path, times, durable=False)
+
+  def _recover(self, number: int, note: Callable[[str], None]) -> Recovery | None:
+    """Returns what an attack starts from; kept on disk until the gradient's trials are finished."""
+    if number in self._rows:  # one of the same form: it is not looked at
+      number = next(i for i in range(len(self.observations)) if i not in self._rows)
+    found = outcomes.load_recovery(self._recovery_path(number))
+    if found is not None:
+      return found[0]
+    # No trial has this key.
+    key = jax.random.fold_in(jax.random.fold_in(self._key, RECOVERY), number)
+    start = time.monotonic()
+    with compilation() as durations:
+      recovery = self.attack.recover(key, self.observations[number])
+    if recovery is None:
+      return None
+    compiling = sum(durations)
+    seconds = time.monotonic() - start - compiling
+    outcomes.save_recovery(self._recovery_path(number), recovery, seconds)
+    self._times_before = _add(self._times_before, seconds, compiling)
+    self.times = _add(self.times, seconds, compiling)
+    write_json(self._times_path, self.times, durable=False)
+    left = len(self.observations) - len(self._rows)
+    note(f"closed form of gradient {number} ({left} to go): {recovery.summary()}")
+    return recovery
+
+  def _keep(self, number: int, outcome: outcomes.Outcome) -> bool:
+    """Scores a gradient if all of its trials are finished; returns whether they are."""
+    self._unfinished[number] = outcome
+    if len(outcome.records) < self.restarts:
+      return False
+    clients, settings, recovered = self._clients, self._settings, None
+    if self.attack.labels == "recovered":
+      origin = outcome.origin
+      seen = self.observations
+      recovered = recover_labels(clients.model, seen[number]) if origin is None else origin.labels
+    secret, size = clients.secrets[number], settings.data.batch_size
+    facts = Facts(settings, clients.model, clients.data, clients.pool)
+    scored = score(facts, self.name, secret, outcome, number=number, recovered=recovered)
+    self._rows[number] = scored.rows
+    self.images[number * size : (number + 1) * size] = scored.images
+    if number * size < SHOWN:
+      self.recordings[number] = scored.recording
+    del self._unfinished[number]
+    return True
+
+  def _outcome_path(self, number: int) -> pathlib.Path:
+    return self._store.path("trials", self.name, f"{number:05d}.npz")
+
+  def _recovery_path(self, number: int) -> pathlib.Path:
+    return self._store.path("checkpoint", f"{self.name}_closed_form_{number:05d}.npz")
+
+  @property
+  def _times_path(self) -> pathlib.Path:
+    return self._store.path("trials", self.name, "times.json")
+
+
+def _check_labels(attack: Attack, batch_size: int) -> None:
+  """Lets an attack that cannot read its labels say so before anything is written."""
+  if attack.labels == "recovered":
+    shapes = jax.eval_shape(attack.model.init, jax.random.key(0))
+    numbers = jax.ShapeDtypeStruct((1,), np.float32)
+    observation = Observation(shapes, shapes, None, numbers, numbers, batch_size)
+    jax.eval_shape(lambda o: recover_labels(attack.model, o), observation)
+
+
+@contextlib.contextmanager
+def compilation() -> Iterator[list[float]]:
+  """Collects the seconds that XLA compiles inside; tracing in Python is not among them."""
+  durations: list[float] = []
+
+  def listen(event: str, seconds: float, **kwargs: Any) -> None:
+    del kwargs
+    if event in ("/jax/core/compile/" + kind + "_duration" for kind in COMPILING):
+      durations.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield durations
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _read_times(path: pathlib.Path) -> dict[str, float]:
+  """Returns the seconds that earlier calls took."""
+  if not path.exists():
+    return dict.fromkeys(_TIMES, 0.0)
+  try:
+    times = json.loads(path.read_text())
+    return {kind: float(times[kind]) for kind in _TIMES}
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise InputError(f"{path} is damaged ({error}). Delete it; it only holds times.") from error
+
+
+def _add(times: dict[str, float], run: float, compiling: float) -> dict[str, float]:
+  """Returns times with more seconds of running and of compiling."""
+  return {kind: times[kind] + more for kind, more in zip(_TIMES, (run, compiling), strict=True)}

@@ -1,0 +1,308 @@
+"""Settings of an experiment: the config that users see, and the values that it becomes."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+import numpy as np
+from ml_collections import config_dict
+
+from jaxdia.attacks import CATALOGUE, AttackSettings
+from jaxdia.core.errors import InputError, check_count, check_number, unknown
+from jaxdia.data import STATISTICS
+from jaxdia.gradients import METHODS
+from jaxdia.models import MODELS, check_rate
+
+# Products of fewer bits are not among them: see ARCHITECTURE.md.
+PRECISIONS = ("float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+  """Which images are attacked; see `jaxdia.data.load`, which checks what it takes.
+
+  Attributes:
+    source: where the images come from: samples:NAME, tfds:NAME/SPLIT, npz:PATH or folder:PATH.
+    count: number of images.
+    offset: index of the first image.
+    batch_size: images in one client's batch; it divides `count`.
+    mask_seeds: how many gradients are taken of each batch, each with its own masks.
+    image_size: side in pixels to scale to, or None.
+    num_classes: or None, to take it from the source.
+    statistics: name of the data set whose statistics to use, or None.
+  """
+
+  source: str = "samples:mnist"
+  count: int = 16
+  offset: int = 0
+  batch_size: int = 1
+  mask_seeds: int = 1
+  image_size: int | None = None
+  num_classes: int | None = None
+  statistics: str | None = None
+
+  def __post_init__(self):
+    for name in ("count", "batch_size", "mask_seeds"):
+      check_count(f"config.data.{name}", getattr(self, name), 1)
+    if self.count % self.batch_size:
+      raise InputError(
+        f"config.data.count={self.count} images cannot be cut into batches of"
+        f" config.data.batch_size={self.batch_size}; make the count a multiple of it."
+      )
+
+  @property
+  def batches(self) -> int:
+    """Number of clients, each with one batch of images."""
+    return self.count // self.batch_size
+
+  @property
+  def gradients(self) -> int:
+    """Number of gradients that the server sees: one for each client and mask seed."""
+    return self.batches * self.mask_seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """The network of the clients; see `jaxdia.experiment.network.create_model`.
+
+  Attributes:
+    name: a key of `jaxdia.models.MODELS`, or the import path of a Flax module or of what makes
+      one, such as "mypackage.nets:SmallCNN".
+    dropout_rate: of all dropout sites.
+    options: ((name, value), ...), what else the network takes; sequences are tuples.
+  """
+
+  name: str = "mlp"
+  dropout_rate: float = 0.25
+  options: tuple[tuple[str, Any], ...] = ()
+
+  def __post_init__(self):
+    if self.name not in MODELS and ":" not in str(self.name):
+      error = unknown("model", self.name, MODELS)
+      raise InputError(f"{error} Or give an import path, such as mypackage.nets:SmallCNN.")
+    check_rate(self.dropout_rate)
+    for name, value in self.options:
+      try:
+        hash(value)
+      except TypeError:
+        raise InputError(
+          f"config.model.{name} is {value!r}; expected a number, a string or a sequence of them."
+        ) from None
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns all fields in one dictionary, as in the config."""
+    return {"name": self.name, "dropout_rate": self.dropout_rate} | dict(self.options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+  """How the trials are run.
+
+  Results are exactly the same with the same `lanes`, `matching` and devices. With others
+  they are equal but for rounding, which a long search amplifies: two trials may end at other
+  points. So a work directory keeps those that it was begun with (`jaxdia.experiment.store`).
+
+  Attributes:
+    lanes: trials that a device runs at once; None chooses from model and memory.
+    chunk: steps between two looks at the lanes; None chooses about a second.
+    matching: how the kernel gradients of dense layers are compared: "formed",
+      "factored", or "auto", which chooses the cheaper way for each layer.
+    checkpoint_seconds: how often running trials are saved.
+  """
+
+  lanes: int | None = None
+  chunk: int | None = None
+  matching: str = "auto"
+  checkpoint_seconds: float = 30.0
+
+  def __post_init__(self):
+    for name in ("lanes", "chunk"):
+      if getattr(self, name) is not None:
+        check_count(f"config.engine.{name}", getattr(self, name), 1)
+    if self.matching not in METHODS:
+      raise unknown("value of config.engine.matching:", self.matching, METHODS)
+    check_number(
+      "config.engine.checkpoint_seconds",
+      self.checkpoint_seconds,
+      lambda value: value >= 0,
+      "a number of seconds of at least 0",
+    )
+
+
+class ClientsSettings(typing.NamedTuple):
+  """All that the clients and their gradients depend on; see `ExperimentSettings`."""
+
+  seed: int
+  precision: str
+  data: DataSettings
+  model: ModelSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentSettings:
+  """An experiment, checked.
+
+  Attributes:
+    seed: of everything that is drawn.
+    precision: floating-point type of weights, gradients and search.
+    data: the images.
+    model: the network.
+    restarts: trials for each gradient; the one with the best objective counts.
+    attacks: settings by name of the preset, in the order in which they run.
+    engine: how the trials are run.
+  """
+
+  seed: int = 0
+  precision: str = "float32"
+  data: DataSettings = DataSettings()
+  model: ModelSettings = ModelSettings()
+  restarts: int = 1
+  attacks: dict[str, AttackSettings] = dataclasses.field(hash=False)
+  engine: EngineSettings = EngineSettings()
+
+  def __post_init__(self):
+    check_count("config.seed", self.seed, 0, 2**32 - 1)
+    if self.precision not in PRECISIONS:
+      raise unknown("value of config.precision:", self.precision, PRECISIONS)
+    check_count("config.attack.restarts", self.restarts, 1)
+
+  @property
+  def clients(self) -> ClientsSettings:
+    """What experiments on the same clients have in common."""
+    return ClientsSettings(self.seed, self.precision, self.data, self.model)
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what goes into config.json: all settings, resolved."""
+    return {
+      "seed": self.seed,
+      "precision": self.precision,
+      "data": dataclasses.asdict(self.data),
+      "model": self.model.to_json(),
+      "restarts": self.restarts,
+      "attacks": {name: dataclasses.asdict(a) for name, a in self.attacks.items()},
+      "engine": dataclasses.asdict(self.engine),
+    }
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns the config from which those in `configs/` are made.
+
+  A field of `attack` that is None has the value of the attack's preset, which is
+  the paper's (see `jaxdia.attacks.AttackSettings`). `attack.name` may name
+  several attacks, separated by commas: they are run on the same gradients.
+  """
+  settings = {
+    f.name: config_dict.placeholder(_kind(f.type)) for f in dataclasses.fields(AttackSettings)
+  }
+  return ml_collections.ConfigDict(
+    {
+      "seed": 0,
+      "precision": "float32",
+      "data": _placeholders(DataSettings()),
+      "model": ModelSettings().to_json(),
+      "attack": {"name": "dia", "restarts": 1} | settings,
+      "engine": _placeholders(EngineSettings()),
+    }
+  )
+
+
+def _placeholders(settings: Any) -> dict[str, Any]:
+  """Returns a dictionary in which fields that are None still know their type."""
+
+  def field(f):
+    value = getattr(settings, f.name)
+    return config_dict.placeholder(_kind(f.type)) if value is None else value
+
+  return {f.name: field(f) for f in dataclasses.fields(settings)}
+
+
+def _kind(annotation: Any) -> type:
+  """Returns X of `X | None`."""
+  kinds = [t for t in typing.get_args(annotation) if t is not types.NoneType]
+  return kinds[0] if kinds else annotation
+
+
+def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
+  """Returns a config as settings that can be run, or says what is wrong with it.
+
+  Args:
+    config: with the fields of `default_config`, and in `model` the options of
+      the network.
+
+  Raises:
+    InputError: a field that does not exist, or a value that it cannot take.
+  """
+  fields = _plain(ml_collections.ConfigDict(config).to_dict())
+  groups = ("data", "model", "attack", "engine")
+  _check_names("config field", fields, ("seed", "precision", *groups))
+  for name in groups:
+    if not isinstance(fields.get(name), dict):
+      raise InputError(f"config.{name} is {fields.get(name)!r}; expected a group of fields.")
+  data, model, attack, engine = (fields.pop(name) for name in groups)
+  name, rate = model.pop("name", None), model.pop("dropout_rate", ModelSettings.dropout_rate)
+  return ExperimentSettings(
+    data=_settings(DataSettings, "data", data),
+    model=ModelSettings(name, rate, tuple(model.items())),
+    restarts=attack.pop("restarts", 1),
+    attacks=_attacks(str(attack.pop("name", "")), attack),
+    engine=_settings(EngineSettings, "engine", engine),
+    **fields,
+  )
+
+
+def _plain(value: Any) -> Any:
+  """Returns a value with tuples for sequences, and Python's numbers for those of numpy."""
+  if isinstance(value, dict):
+    return {name: _plain(inner) for name, inner in value.items()}
+  if isinstance(value, (list, tuple)):
+    return tuple(map(_plain, value))
+  return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+  for name in given:
+    if name not in known:
+      raise unknown(what, name, known)
+
+
+def _settings(kind: type, group: str, fields: dict[str, Any]) -> Any:
+  known = [f.name for f in dataclasses.fields(kind)]
+  _check_names(f"field of config.{group}:", fields, known)
+  return kind(**fields)
+
+
+def _attacks(names: str, fields: dict[str, Any]) -> dict[str, AttackSettings]:
+  """Returns the settings of the attacks whose names are given, separated by commas."""
+  known = ["name", "restarts"] + [f.name for f in dataclasses.fields(AttackSettings)]
+  _check_names("field of config.attack:", fields, known)
+  given = [name.strip() for name in names.split(",")]
+  _check_names("attack", given, CATALOGUE)
+  if len(set(given)) < len(given):
+    raise InputError(f"config.attack.name is {','.join(given)!r}; expected each attack once.")
+  overrides = {name: value for name, value in fields.items() if value is not None}
+  return {name: CATALOGUE[name].settings.override(**overrides) for name in given}
+
+
+def config_for(model: str, dataset: str, **options: Any) -> ml_collections.ConfigDict:
+  """Returns the config of a network on one of the sample data sets.
+
+  Args:
+    model: name of the network, or an import path of it.
+    dataset: mnist, fashion_mnist, cifar10, cifar100 or imagenet.
+    **options: of the network, so that they can be overridden.
+
+  Raises:
+    InputError: there is no such data set.
+  """
+  if dataset not in STATISTICS:
+    raise unknown("data set of the config:", dataset, STATISTICS)
+  config = default_config()
+  config.data.source = f"samples:{dataset}"
+  if dataset == "imagenet":
+    config.data.image_size = 224
+  config.model.name = model
+  config.model.update(options)
+  return config

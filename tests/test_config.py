@@ -1,0 +1,105 @@
+"""Settings: what is refused, in one line, before anything is written."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from experiment_cases import ROOT, launch, silent, small
+
+from jaxdia import experiment
+from jaxdia.core.errors import InputError
+from jaxdia.experiment.config import default_config, validate
+
+
+@pytest.mark.parametrize("variable, devices", [(None, os.cpu_count()), ("1", 1), ("3", 3)])
+def test_cpu_cores_are_devices_unless_the_environment_says_otherwise(variable, devices, tmp_path):
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+  if variable is not None:
+    environment["JAX_NUM_CPU_DEVICES"] = variable
+  program = "import jax; from jaxdia.command_line import _share_cpu; _share_cpu()"
+  program += "; print(jax.local_device_count())"
+  output = subprocess.run(
+    [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+  ).stdout
+  assert int(output) == min(devices, 8)
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "configs").glob("*.py")))
+def test_every_config_is_valid(file):
+  namespace = {}
+  exec((ROOT / "configs" / file).read_text(), namespace)
+  config = namespace["get_config"]()
+  settings = validate(config)
+  for attack in settings.attacks.values():
+    paper = (0.1, 1e-5, 1e-4, 800, 4000, 1e-5)
+    assert paper == (
+      attack.learning_rate, attack.tv_weight, attack.mask_weight, attack.plateau_patience,
+      attack.patience, attack.tolerance,
+    )  # fmt: skip
+  assert attack.max_iterations == (2000 if file == "quickstart.py" else 20_000)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"attack.name": "dai"}, "Unknown attack 'dai'. Did you mean 'dia'"),
+    ({"attack.name": "ig,ig"}, "expected each attack once"),
+    ({"attack.restarts": 0}, "config.attack.restarts is 0"),
+    ({"attack.labels": "gven"}, "attack.labels: 'gven'. Did you mean 'given'"),
+    ({"model.name": "mpl"}, "Unknown model 'mpl'"),
+    ({"model.dropout_rate": 1.0}, r"dropout_rate is 1.0; expected a number in \[0, 1\)"),
+    ({"model.dropout_rate": -0.1}, "dropout_rate is -0.1"),
+    ({"data.source": "sample:mnist"}, "Unknown data source"),
+    ({"data.count": 0}, "config.data.count is 0"),
+    ({"data.count": 30}, "has 20 images"),
+    ({"data.batch_size": 2}, "cannot be cut into batches"),
+    ({"data.source": "npz:/no/such"}, "/no/such is no file"),
+    ({"engine.lanes": 0}, "config.engine.lanes is 0"),
+    ({"engine.chunk": 0}, "config.engine.chunk is 0"),
+    ({"engine.matching": "fast"}, "config.engine.matching: 'fast'. Choose one of: auto"),
+    ({"precision": "bfloat16"}, "config.precision: 'bfloat16'. Did you mean 'float"),
+    ({"engine.checkpoint_seconds": -1.0}, "checkpoint_seconds is -1.0"),
+    ({"engine.checkpoint_seconds": float("nan")}, "checkpoint_seconds is nan"),
+    ({"attack.max_iterations": 10**10}, "max_iterations is 10000000000"),
+    ({"seed": -1}, "config.seed is -1"),
+  ],
+)
+def test_bad_settings_write_nothing(change, message, tmp_path):
+  config = small()
+  config.update_from_flattened_dict(change)
+  with pytest.raises(InputError, match=message):
+    experiment.run(config, tmp_path / "run", say=silent)
+  assert not (tmp_path / "run").exists()
+
+
+def test_unknown_fields_of_a_config_object_are_refused():
+  for group in ("data", "attack", "engine"):
+    config = default_config()
+    config[group] = config[group].to_dict() | {"mispelt": 1}
+    with pytest.raises(InputError, match="'mispelt'"):
+      validate(config)
+  with pytest.raises(InputError, match="'atack'. Did you mean 'attack'"):
+    validate(default_config().to_dict() | {"atack": {}})
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--config.atack.name=ig"], "no field 'atack'. Did you mean \"attack\""),
+    (["--config.attack.max_iterations=many"], "--config.attack.max_iterations=many"),
+    (["--config.attack.name=dai"], "Unknown attack 'dai'"),
+    (["--config.model.hidden_sizes=(3,0)"], "hidden_sizes of the model mlp is 0"),
+    (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
+    (["extra"], "unknown arguments ['extra']"),
+    (["--config=configs/mlp.py:mnits"], "'mnits'. Did you mean 'mnist'"),
+    (["--config=configs/none.py"], "configs/none.py"),
+  ],
+)
+def test_the_command_line_says_what_is_wrong_in_one_line(arguments, message, tmp_path):
+  workdir = tmp_path / "run"
+  result = launch(f"--workdir={workdir}", *arguments)
+  assert result.returncode == 2
+  assert message in result.stderr and result.stderr.startswith("error: ")
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert not workdir.exists()
