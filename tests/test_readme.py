@@ -86,6 +86,19 @@ def test_links_lead_somewhere(page):
       assert anchor in anchors(target), link
 
 
+def test_the_list_of_scores_is_the_registry():
+  from jaxdia import evaluation
+
+  ways = {True: "more", False: "less", None: ""}
+  lines = [
+    f"| `{metric.name}` | {metric.of} | {ways[metric.larger_is_better]} | {metric.meaning} |"
+    for metric in evaluation.REGISTRY.values()
+  ]
+  page = (ROOT / "docs/outputs.md").read_text().partition("## Scores")[2]
+  found = [line for line in page.splitlines() if line.startswith("| `")]
+  assert found == lines, "the list should be:\n" + "\n".join(lines)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_config_fields_that_are_named_exist(page):
   from jaxdia.experiment.config import default_config
