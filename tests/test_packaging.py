@@ -40,7 +40,7 @@ def setup():
 
 
 CORE, EXTRAS = setup()
-PACKAGE_EXTRAS = ("run", "samples", "tfds", "lpips", "tensorboard")
+PACKAGE_EXTRAS = ("images", "run", "samples", "tfds", "lpips", "tensorboard")
 
 
 def imported(path, *, at_top_only):
@@ -71,6 +71,13 @@ def test_all_that_is_imported_is_asked_for_and_the_other_way_round():
   found = set().union(*(imported(p, at_top_only=False) for p in modules(".")))
   assert found - asked == set()
   assert asked - found == NOT_IMPORTED
+
+
+def test_extras_that_errors_and_pages_name_exist():
+  texts = [*modules("."), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+  for path in texts:
+    for names in re.findall(r"(?:jaxdia|\.)\[([\w,]+)\]\"", path.read_text()):
+      assert set(names.split(",")) <= set(EXTRAS), f"{path}: {names}"
 
 
 def test_every_package_has_a_lower_bound():
