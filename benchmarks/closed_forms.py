@@ -10,13 +10,13 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from jaxdia.matching import prepare
 
 from jaxdia import attacks, closed_form, data, evaluation, models
 from jaxdia.client import observe
 from jaxdia.command_line import launch
 from jaxdia.core.errors import InputError
 from jaxdia.experiment.table import markdown, markdown_row
+from jaxdia.gradients import prepare
 
 _VIT = [f"vit:{d}:1:{p}" for d in ("cifar10", "mnist") for p in (0.1, 0.25, 0.5, 0.75)]
 _MLP = [
@@ -116,7 +116,7 @@ def _dia(model, victims, observation, secret, seconds):
   attack = attacks.dia(model)
   prepared = prepare(model, observation)
   step = jax.jit(attack.step)
-  state = jax.jit(attack.init)(jax.random.key(2), prepared)
+  state = jax.jit(attack.init)(jax.random.key(2), observation)
   jax.block_until_ready(step(prepared, state))  # compiles
   start = time.monotonic()
   while True:

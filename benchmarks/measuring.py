@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia import attacks, data, matching, models
+from jaxdia import attacks, data, gradients, models
 from jaxdia.client import Observation, observe
-from jaxdia.engine import matrix_product_rate
-from jaxdia.engine.lanes import Given, LaneProgram, Lanes, create_program
+from jaxdia.core.machine import matrix_product_rate
+from jaxdia.engine.lanes import LaneProgram, Lanes, create_program
 from jaxdia.experiment.table import markdown, markdown_row
 from jaxdia.models import DropoutModel
 
@@ -74,7 +74,7 @@ def fill_lanes(
   observations: Sequence[Observation],
   keys: Sequence[jax.Array],
   devices: Sequence[jax.Device],
-  method: matching.Method = "auto",
+  method: gradients.Method = "auto",
   recorded: Sequence[int] = (),
 ) -> tuple[LaneProgram, Lanes]:
   """Returns a program all of whose lanes run, and their state.
@@ -89,16 +89,23 @@ def fill_lanes(
   """
   each = len(keys) // len(devices)
   slots = min(each, len(observations))
-  observations = matching.prepare_alike(attack.model, list(observations[: len(keys)]), method)
-  program = create_program(attack, observations[0], Given(), each, slots, devices, recorded)
+  seen = [(o, gradients.prepare(attack.model, o, method)) for o in observations[: len(keys)]]
+  init = jax.jit(attack.init)
+  start = init(keys[0], seen[0][0])
+  program = create_program(attack, seen[0][1], start, each, slots, devices, recorded)
+  recording = np.zeros((len(recorded), *start.candidate.images.shape), np.float32)
   state = program.empty()
   for device in range(len(devices)):
-    state = program.share(state, device, observations[0].params)
-    for slot in range(slots):
-      victim = (device * each + slot) % len(observations)
-      state = program.place(state, device, slot, observations[victim])
-    for lane in range(each):
-      state = program.load(state, device, lane, lane % slots, keys[device * each + lane], Given())
+    state = program.share(state, device, seen[0][1].params)
+  for lane in range(each):
+    places = {}
+    for device in range(len(devices)):
+      slot = lane % slots
+      observation, prepared = seen[(device * each + slot) % len(seen)]
+      trial = init(keys[device * each + lane], observation)
+      new = prepared if lane < slots else None
+      places[device] = (slot, new, lane, attack, trial, recording)
+    state = program.put(state, places)
   return program, state
 
 
@@ -108,7 +115,7 @@ def lanes_timer(
   lanes: int,
   devices: Sequence[jax.Device],
   seconds: float,
-  method: matching.Method = "auto",
+  method: gradients.Method = "auto",
   recorded: Sequence[int] = (),
 ) -> Callable[[], Timing]:
   """Returns a function that times iterations of DIA on full lanes.
@@ -146,7 +153,7 @@ def lanes_timer(
 
 
 def cost(
-  model: DropoutModel, observations: Sequence[Observation], lanes: int, method: matching.Method
+  model: DropoutModel, observations: Sequence[Observation], lanes: int, method: gradients.Method
 ) -> tuple[float, float]:
   """Returns what XLA counts in one iteration of DIA on full lanes of one device.
 
@@ -159,20 +166,20 @@ def cost(
   Returns:
     Floating-point operations a trial, and bytes of memory in all.
   """
-  observations = matching.prepare_alike(model, list(observations[:lanes]), method)
   attack = attacks.dia(model)
-  chosen = [observations[i % len(observations)] for i in range(lanes)]
-  gradients = jax.tree.map(lambda *x: jnp.stack(x), *(o.gradient for o in chosen))
-  shared = dataclasses.replace(observations[0], gradient=None)
+  prepared = [gradients.prepare(model, o, method) for o in observations[:lanes]]
+  chosen = [prepared[i % len(prepared)] for i in range(lanes)]
+  targets = jax.tree.map(lambda *x: jnp.stack(x), *(o.target for o in chosen))
+  shared = dataclasses.replace(prepared[0], target=None)
 
-  def step(shared, gradient, state):
-    return attack.step(dataclasses.replace(shared, gradient=gradient), state)[0]
+  def step(shared, target, state):
+    return attack.step(dataclasses.replace(shared, target=target), state)[0]
 
   state = jax.eval_shape(
     lambda keys: jax.vmap(attack.init, (0, None))(keys, observations[0]),
     jax.random.split(jax.random.key(0), lanes),
   )
-  lowered = jax.jit(jax.vmap(step, (None, 0, 0)), donate_argnums=2).lower(shared, gradients, state)
+  lowered = jax.jit(jax.vmap(step, (None, 0, 0)), donate_argnums=2).lower(shared, targets, state)
   compiled = lowered.compile()
   memory = compiled.memory_analysis()
   size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -79,7 +79,8 @@ def main() -> None:
       attack = attacks.dia(model, max_iterations=_MAX_ITERATIONS.value)
       trials = list(engine.run([engine.Task(jax.random.key(1), attack, observations)]))
       errors = [
-        float(np.mean(np.square(t.candidate.images - secrets[t.job.victim].images))) for t in trials
+        float(np.mean(np.square(t.candidate.images - secrets[t.job.observation].images)))
+        for t in trials
       ]
       table.add(
         dropout=rate,

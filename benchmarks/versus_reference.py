@@ -153,7 +153,7 @@ def seconds_to_error(problem: Problem, chunk: int = 25) -> float:
   missing, start = np.ones(len(truth), bool), time.perf_counter()
   while missing.any():
     lanes, gauge = program.advance(lanes, chunk)
-    images = np.asarray(lanes.state.candidate.images).reshape(truth.shape)
+    images = np.asarray(lanes.lanes.state.candidate.images).reshape(truth.shape)
     missing &= np.square(images - truth).mean(axis=(1, 2, 3)) >= _MSE.value
     if (gauge.status != attacks.Status.RUNNING).all():
       break

@@ -1,3 +1,21 @@
-"""jaxdia: gradient inversion under dropout, as a jitted and vmapped optimisation."""
+"""Gradient inversion under dropout: what a server could see of a client's data."""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_ROOMS = (
+  *("attacks", "client", "closed_form", "data", "engine", "evaluation", "experiment", "gradients"),
+  *("models", "report", "study"),
+)
+
+
+def __getattr__(name: str) -> Any:
+  if name in _ROOMS:  # imported when it is first used, as most need none of the rest
+    return importlib.import_module(f"jaxdia.{name}")
+  raise AttributeError(f"module 'jaxdia' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return [*globals(), *_ROOMS]

@@ -128,8 +128,8 @@ class Undecided(nn.Module):
 @pytest.mark.parametrize(
   "module, message",
   [
-    (Noise(), "Noise draws random numbers"),
-    (NoiseFromDropoutKey(), 'needs PRNG for "dropout"'),
+    (Noise(), "Noise draws 6 random numbers for 2 images"),
+    (NoiseFromDropoutKey(), r"draws 6 random numbers for 2 images, but .* \(none\) account for 0"),
     (Scan(), "nn.scan"),
     (Vmap(), "draws 16 random numbers for 2 images, but its dropout sites .* account for 8"),
     (NoParameters(), "has no parameters"),

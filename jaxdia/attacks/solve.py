@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxdia.attacks.protocol import Attack, State, Status, Told
 from jaxdia.attacks.search import project
 from jaxdia.client import Observation
+from jaxdia.closed_form import check_sign
 from jaxdia.core.types import Key, Masks
 from jaxdia.gradients import Prepared, prepare, suits
 
@@ -36,6 +37,7 @@ def solve(
   Raises:
     InputError: the attack needs labels or masks that it is not given.
   """
+  check_sign(attack.model, observation)
   recovery = attack.recover(jax.random.fold_in(key, RECOVERY), observation)
   told = Told(masks, None if recovery is None else recovery.parts)
   state = attack.init(key, observation, told)

@@ -13,6 +13,8 @@ from jaxdia.models import DropoutModel, sample_masks
 
 # Images whose normalised values are the pixels themselves.
 _PIXELS = Statistics(mean=(0.0,), std=(1.0,))
+# How far a pixel may lie outside of 0 to 1, for rounding.
+_NEARLY = 1e-3
 # Folded into the key of a step for what its defence draws; the masks use the numbers of sites.
 _DEFENCE = 2**31
 
@@ -99,7 +101,7 @@ def observe(
   Raises:
     InputError: images or labels that the model cannot have been trained on.
   """
-  _check_batch(model, images, labels)
+  _check_batch(model, images, labels, statistics)
   dtype = jnp.result_type(*jax.tree.leaves(params))
   images, labels = jnp.asarray(images, dtype), jnp.asarray(labels, jnp.int32)
   masks = sample_masks(key, model, images.shape[0], dtype)
@@ -118,7 +120,9 @@ def observe(
 _compiled_gradient = jax.jit(client_gradient)
 
 
-def _check_batch(model: DropoutModel, images: Images, labels: Labels) -> None:
+def _check_batch(
+  model: DropoutModel, images: Images, labels: Labels, statistics: Statistics
+) -> None:
   """Refuses a batch that the model cannot have been trained on; of traced arrays only shapes."""
   images, labels = (x if hasattr(x, "dtype") else np.asarray(x) for x in (images, labels))
   expected = ", ".join(str(n) for n in model.image_shape)
@@ -142,6 +146,14 @@ def _check_batch(model: DropoutModel, images: Images, labels: Labels) -> None:
   images, labels = np.asarray(images), np.asarray(labels)
   if not np.isfinite(images).all():
     raise InputError("images contain NaN or infinite values; expected finite floats.")
+  mean, std = (np.asarray(value) for value in statistics)
+  pixels = images * std + mean
+  if pixels.min() < -_NEARLY or pixels.max() > 1 + _NEARLY:
+    raise InputError(
+      f"images have pixels from {pixels.min():.3g} to {pixels.max():.3g} for the statistics mean"
+      f" {statistics.mean} and std {statistics.std}; expected 0 to 1, which is all that an attack"
+      " looks for. Pass the statistics that normalised them, or divide pixels by 255."
+    )
   if labels.min() < 0 or labels.max() >= model.num_classes:
     wrong = labels[(labels < 0) | (labels >= model.num_classes)][0]
     raise InputError(

@@ -1,6 +1,6 @@
 """What a gradient gives away without any search."""
 
-from jaxdia.closed_form.labels import recover_labels
+from jaxdia.closed_form.labels import check_sign, recover_labels
 from jaxdia.closed_form.recovery import Parts, Recovery, Verdict, recover
 
-__all__ = ["Parts", "Recovery", "Verdict", "recover", "recover_labels"]
+__all__ = ["Parts", "Recovery", "Verdict", "check_sign", "recover", "recover_labels"]

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdia.client import Observation
 from jaxdia.core.errors import InputError
@@ -11,6 +12,37 @@ from jaxdia.gradients import layer_gradient
 from jaxdia.models import DropoutModel
 
 _DUMMIES = 32
+# Of the sum of what should cancel, the share that rounding may leave.
+_ROUNDING = 1e-3
+
+
+def check_sign(model: DropoutModel, observation: Observation) -> None:
+  """Refuses a gradient that has the opposite sign, as new weights minus old ones have.
+
+  By the bias of the classifier the gradient is `mean softmax - share of the class`. It sums to 0,
+  and of B images it is negative for B classes at most. Where it is positive for so few and
+  negative for more, it was turned. Without a bias, with half as many images as classes, or
+  where noise hides the sum, nothing is told.
+
+  Args:
+    model: the network.
+    observation: of one client, with concrete values.
+
+  Raises:
+    InputError: it was turned.
+  """
+  layer = {} if model.classifier is None else layer_gradient(observation.gradient, model.classifier)
+  if "bias" not in layer:
+    return
+  bias = np.asarray(layer["bias"], np.float64)
+  positive, negative = int(np.sum(bias > 0)), int(np.sum(bias < 0))
+  sums_to_0 = abs(np.sum(bias)) <= _ROUNDING * np.sum(np.abs(bias))
+  if sums_to_0 and 0 < positive <= observation.batch_size < negative:
+    raise InputError(
+      f"the gradient by the bias of {'/'.join(model.classifier)} is negative for {negative}"
+      f" classes; of a batch of {observation.batch_size} it is so for no more than that. It has the"
+      " opposite sign: use its negative, as old weights minus new ones."
+    )
 
 
 def recover_labels(model: DropoutModel, observation: Observation) -> Labels:

@@ -17,10 +17,11 @@ from jaxdia.closed_form.convolutions import (
   cotangent_before,
   solve,
 )
-from jaxdia.closed_form.labels import recover_labels
+from jaxdia.closed_form.labels import check_sign, recover_labels
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
+from jaxdia.core.errors import first_line
 from jaxdia.core.types import Images, Key, Labels, Masks
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
@@ -109,6 +110,7 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
   Raises:
     InputError: the observation grants no labels, and none can be read (see `recover_labels`).
   """
+  check_sign(model, observation)
   with jax.enable_x64(True):
     return _recover(key, model, observation)
 
@@ -116,7 +118,11 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
 def _recover(key, model, observation) -> Recovery:
   size = observation.batch_size
   gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), observation.gradient)
-  found, chain = _Found(model, observation), find_chain(model.network)
+  found = _Found(model, observation)
+  try:
+    chain = find_chain(model.network)
+  except TypeError as error:  # as of a loop that carries float32, whatever it is given
+    return found.recovery(f"the network cannot be computed in float64 ({first_line(error)})")
   if chain is not None and chain.pixels is None:
     # Of every client, so that all results have the same form.
     convolutions = find_convolutions(model.network, chain.layers[0]) if size == 1 else None

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxdia.attacks import Attack, State, Status, Told
 from jaxdia.client import Observation
+from jaxdia.closed_form import check_sign
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import shapes_of
 from jaxdia.core.types import Key, Params
@@ -163,6 +164,7 @@ class Loop:
           f"observation {job.observation} of task {job.task} was made at other params than the"
           " first of its task. Give those at the same params a task of their own."
         )
+      check_sign(self._model, observation)
       observation = jax.device_put(observation, self._devices[0])
       self._seen[client] = observation, prepare(self._model, observation, self._matching)
     return self._seen[client]

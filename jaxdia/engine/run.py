@@ -209,6 +209,11 @@ def _check_tasks(tasks: Sequence[Task] | Task) -> list[Task]:
       f"this is one of {jax.process_count()} processes of jax.distributed, each of which would run"
       " all trials. Run the engine in one process, or give each its own share of the observations."
     )
+  if not jax.sharding.get_abstract_mesh().empty:
+    raise InputError(
+      "a mesh is set, over which JAX would spread what belongs to one device. Call the engine"
+      " outside of jax.set_mesh; it shares out its trials over the devices by itself."
+    )
   counts = [(len(task.observations), task.restarts) for task in tasks]
   if not counts or min(min(pair) for pair in counts) < 1:
     pairs = ", ".join(f"{n} observations and {restarts} restarts" for n, restarts in counts)

@@ -15,7 +15,7 @@ from jaxdia.models.base import (
   sample_masks,
 )
 from jaxdia.models.create import create
-from jaxdia.models.flax import from_flax
+from jaxdia.models.flax import from_flax, read_masks
 from jaxdia.models.functions import from_functions
 from jaxdia.models.reference import params_of_reference
 from jaxdia.models.zoo import MODELS
@@ -37,5 +37,6 @@ __all__ = [
   "from_functions",
   "model_of",
   "params_of_reference",
+  "read_masks",
   "sample_masks",
 ]

@@ -7,6 +7,7 @@ once for all rates, and equal models share what was compiled for one of them.
 
 import abc
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -236,14 +237,15 @@ class DropoutModel:
         " sample_masks or expected_masks."
       )
 
-    def drop_at(site, rate, shape, inputs):
-      del rate  # the network's own, in whose place the model may have another
-      if masks[site].shape != shape:
+    def drop_at(call):
+      mask = masks[call.name]
+      if mask.shape != call.shape:
         raise InputError(
-          f"the mask of site {site!r} has shape {masks[site].shape}; expected {shape} for"
+          f"the mask of site {call.name!r} has shape {mask.shape}; expected {call.shape} for"
           f" {images.shape[0]} images."
         )
-      return drop(inputs, masks[site].astype(inputs.dtype), self.rates[site])
+      # The rate is the model's, which may be another than the network itself has.
+      return drop(call.inputs, mask.astype(call.inputs.dtype), self.rates[call.name])
 
     hooks = Hooks(ignore_sites if masks is None else drop_at, on_linear)
     with full_precision():
@@ -272,6 +274,12 @@ def model_of(network: Network, rates: Mapping[str, float] | None = None) -> Drop
     raise InputError(
       f"{network.name} returns a single logit an image, whose softmax is always 1 and has no"
       " gradient; expected num_classes of at least 2. Of binary labels use two logits, z and 0."
+    )
+  if found.is_softmax:
+    warnings.warn(
+      f"the outputs of {network.name} are a softmax, but are taken as logits, of which the loss"
+      " takes the softmax once more. Leave it out, unless the client's loss really did so.",
+      stacklevel=3,
     )
   if rates is None:
     rates = {site: rate for site, (rate, _) in found.sites.items()}

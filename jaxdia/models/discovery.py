@@ -29,6 +29,7 @@ class Discovery(NamedTuple):
     inactive: names of dropout of a rate above 0 that is switched off.
     classifier: path of the dense layer whose outputs are the logits, if one's are.
     logits: their shape and type.
+    is_softmax: whether they are the outputs of a softmax.
   """
 
   sites: dict[str, tuple[float | None, tuple[int, ...]]]
@@ -37,6 +38,7 @@ class Discovery(NamedTuple):
   inactive: list[str]
   classifier: Path | None
   logits: Any
+  is_softmax: bool
 
 
 @functools.lru_cache
@@ -68,9 +70,9 @@ def discover(network: "Network", batch_size: int) -> Discovery:
   last: dict[str, Any] = {}  # the dense layer that was called last
   classifier = None
 
-  def on_site(name, rate, shape, inputs):
-    sites[name] = (rate, shape)
-    return inputs
+  def on_site(call):
+    sites[call.name] = (call.rate, call.shape)
+    return call.inputs
 
   def on_linear(layer, inputs, outputs, nested):
     if layer.convolution is None:
@@ -104,7 +106,20 @@ def discover(network: "Network", batch_size: int) -> Discovery:
     if _count_products(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
   }
   seen = ({p: x for p, x in found.items() if p not in hidden} for found in (dense, convolutions))
-  return Discovery(sites, *seen, inactive, classifier, logits)
+  is_softmax = _is_softmax(program.jaxpr)
+  return Discovery(sites, *seen, inactive, classifier, logits, is_softmax)
+
+
+def _is_softmax(program: jex_core.Jaxpr) -> bool:
+  """Returns whether the first output of a program is a quotient of exponentials."""
+  made_by = {id(output): equation for equation in program.eqns for output in equation.outvars}
+  last = made_by.get(id(program.outvars[0]))
+  if last is None:
+    return False
+  if last.primitive.name == "div":
+    numerator = made_by.get(id(last.invars[0]))
+    return numerator is not None and numerator.primitive.name == "exp"
+  return any(_is_softmax(inner) for inner in _inner_programs(last))
 
 
 def _inner_programs(equation) -> list[jex_core.Jaxpr]:

@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors as flax_errors
 from flax import linen as nn
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Images, Key, Logits, Params
+from jaxdia.core.types import Images, Key, Logits, Masks, Params
 from jaxdia.models import discovery
-from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
+from jaxdia.models.base import DropoutModel, Network, check_image_shape, drop, model_of
 from jaxdia.models.flax_interception import interceptor
 from jaxdia.models.hooks import Hooks, ignore_sites
 
@@ -76,8 +75,10 @@ class FlaxNetwork(Network):
 
   def call(self, params: Params, images: Images, hooks: Hooks) -> Logits:
     """Computes logits, with dropout and linear layers intercepted."""
+    # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
     with nn.intercept_methods(interceptor(hooks)):
-      return self.module.apply({"params": params}, images, **self.kwargs)
+      rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
+      return self.module.apply({"params": params}, images, rngs=rngs, **self.kwargs)
 
 
 def from_flax(
@@ -126,7 +127,7 @@ def from_flax(
       f"{network.name} cannot be called as module(images, **{kwargs}): {error}. Pass call_kwargs"
       " to from_flax with the other arguments of its __call__."
     ) from error
-  model = _refusing(network, lambda: model_of(network))
+  model = model_of(network)
   inactive = discovery.discover(network, 2).inactive
   if inactive and not model.rates:
     raise InputError(
@@ -137,21 +138,41 @@ def from_flax(
   return model
 
 
+def read_masks(model: DropoutModel, params: Params, images: Images, rngs: Any) -> Masks:
+  """Returns the masks that Flax itself draws in a training step, from its own keys.
+
+  With them a gradient that was computed by plain Flax can be scored, or given to the
+  well-informed attacker.
+
+  Args:
+    model: of `from_flax`.
+    params: of the module.
+    images: f[B, H, W, C], of the step.
+    rngs: as they were given to `module.apply`.
+
+  Returns:
+    {site: f[shape]} of zeros and ones.
+
+  Raises:
+    InputError: the model is not one of Flax.
+  """
+  network = model.network
+  if not isinstance(network, FlaxNetwork):
+    raise InputError(f"{network.name} is no module of Flax; expected a model of from_flax.")
+  masks: Masks = {}
+
+  def read(call):
+    masks[call.name] = call.draw().astype(call.inputs.dtype)
+    return drop(call.inputs, masks[call.name], call.rate)
+
+  with nn.intercept_methods(interceptor(Hooks(read))):
+    network.module.apply({"params": params}, images, rngs=rngs, **network.kwargs)
+  return masks
+
+
 def _training_kwargs(module: nn.Module) -> dict[str, bool]:
   parameters = inspect.signature(type(module).__call__).parameters
   return {name: value for name, value in _TRAINING_FLAGS.items() if name in parameters}
-
-
-def _refusing(network, function):
-  """Calls `function`, with Flax's complaints about keys turned into a refusal."""
-  try:
-    return function()
-  except flax_errors.InvalidRngError as error:
-    what = str(error).split(" (http")[0]
-    raise InputError(
-      f"{network.name} draws random numbers that are no dropout site, which cannot be made an"
-      f" explicit mask: {what}. Use nn.Dropout, or turn that part off."
-    ) from error
 
 
 def _check_no_other_randomness(network: FlaxNetwork) -> None:
@@ -163,14 +184,11 @@ def _check_no_other_randomness(network: FlaxNetwork) -> None:
   """
   sites = discovery.discover(network, 2).sites
   images = jax.ShapeDtypeStruct((2, *network.image_shape), jnp.float32)
-  program = _refusing(
-    network,
-    lambda: jax.make_jaxpr(
-      lambda params, images, key: network.module.apply(
-        {"params": params}, images, rngs={"params": key, "dropout": key}, **network.kwargs
-      )
-    )(discovery.params_shape(network), images, jax.random.key(0)),
-  )
+  program = jax.make_jaxpr(
+    lambda params, images, key: network.module.apply(
+      {"params": params}, images, rngs={"params": key, "dropout": key}, **network.kwargs
+    )
+  )(discovery.params_shape(network), images, jax.random.key(0))
   drawn = discovery.count_random_numbers(program.jaxpr)
   explicit = sum(math.prod(shape) for _, shape in sites.values())
   if drawn != explicit:

@@ -14,7 +14,7 @@ from flax.core import tracers
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Params
 from jaxdia.models.base import check_rate
-from jaxdia.models.hooks import Hooks, Linear
+from jaxdia.models.hooks import Hooks, Linear, SiteCall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,6 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
     if isinstance(module, nn.Dropout):
       return _dropout(on_site, on_inactive, site_name, next_fun, args, kwargs, module)
     if isinstance(module, nn.MultiHeadDotProductAttention) and module.dropout_rate != 0:
-      parameters = inspect.signature(context.orig_method).parameters
-      if "dropout_rng" in parameters:  # it asks for a key unless it is given one; none is used
-        kwargs = {**kwargs, "dropout_rng": jax.random.key(0)}
       if id(module) in patched:  # a subclass, such as nn.SelfAttention, calls its parent
         return next_fun(*args, **kwargs)
       patched.add(id(module))
@@ -121,7 +118,17 @@ def _dropout(on_site, on_inactive, site_name, next_fun, args, kwargs, module):
   for axis in module.broadcast_dims:
     shape[axis] = 1
   rate = check_rate(module.rate, f"the rate of the dropout {where!r}")
-  return on_site(site_name(module), rate, tuple(shape), inputs)
+
+  def draw():
+    ones = jnp.ones_like(inputs)
+    drawn = next_fun(*((ones, *args[1:]) if args else args), **_replace(kwargs, "inputs", ones))
+    return drawn[tuple(slice(n) for n in shape)] != 0
+
+  return on_site(SiteCall(site_name(module), rate, tuple(shape), inputs, draw))
+
+
+def _replace(kwargs: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+  return kwargs | {name: value} if name in kwargs else kwargs
 
 
 def _attention(on_site, on_inactive, site_name, next_fun, args, kwargs, module):
@@ -141,6 +148,7 @@ def _attention(on_site, on_inactive, site_name, next_fun, args, kwargs, module):
     precision,
     qk_attn_weights_einsum,
     attn_weights_value_einsum,
+    dropout_rng=None,
     **kwargs,
   ):
     plain = functools.partial(jnp.einsum, precision=precision)
@@ -153,7 +161,23 @@ def _attention(on_site, on_inactive, site_name, next_fun, args, kwargs, module):
       shape = weights.shape
       if broadcast_dropout:  # one mask for all samples and heads
         shape = (1,) * (weights.ndim - 2) + shape[-2:]
-      return weigh_values(equation, on_site(site_name(module), rate, shape, weights), values)
+
+      def draw():
+        drawn = []
+        nn.dot_product_attention(
+          jnp.zeros_like(args[0]),  # so that no weight is zero that was not dropped
+          *args[1:],
+          deterministic=False,
+          dropout_rng=dropout_rng,
+          broadcast_dropout=broadcast_dropout,
+          qk_attn_weights_einsum=plain,
+          attn_weights_value_einsum=lambda _, weights, values: drawn.append(weights) or values,
+          **{name: kwargs[name] for name in ("dropout_rate", "dtype") if name in kwargs},
+        )
+        return drawn[0][tuple(slice(n) for n in shape)] != 0
+
+      call = SiteCall(site_name(module), rate, shape, weights, draw)
+      return weigh_values(equation, on_site(call), values)
 
     return nn.dot_product_attention(
       *args,

@@ -10,7 +10,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.types import Images, Key, Logits, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
-from jaxdia.models.hooks import Hooks
+from jaxdia.models.hooks import Hooks, SiteCall
 
 # drop(site, activations, mask_shape=None) -> activations
 Drop = Callable[..., jax.Array]
@@ -44,7 +44,7 @@ class FunctionNetwork(Network):
           " each draws a mask of its own."
         )
       met.add(site)
-      return hooks.on_site(site, None, tuple(mask_shape or inputs.shape), inputs)
+      return hooks.on_site(SiteCall(site, None, tuple(mask_shape or inputs.shape), inputs))
 
     return self.function(params, drop, images)
 

@@ -22,9 +22,27 @@ class Linear(NamedTuple):
   convolution: Callable[[Params, jax.Array], jax.Array] | None
 
 
-# on_site(name, rate, mask shape, activations) -> activations after dropout; the rate is that of the
-# network, None if it has none of its own
-OnSite = Callable[[str, float | None, tuple[int, ...], jax.Array], jax.Array]
+class SiteCall(NamedTuple):
+  """Dropout that is being called.
+
+  Attributes:
+    name: of the site.
+    rate: that the network itself has for it; None if it has none.
+    shape: of its mask.
+    inputs: the activations.
+    draw: `draw()` gives the mask that the library itself would draw, b[shape]; None where there
+      is none.
+  """
+
+  name: str
+  rate: float | None
+  shape: tuple[int, ...]
+  inputs: jax.Array
+  draw: Callable[[], jax.Array] | None = None
+
+
+# on_site(call) -> activations after dropout
+OnSite = Callable[[SiteCall], jax.Array]
 # on_linear(layer, inputs, outputs, nested) -> outputs; nested: inside a transformation like remat
 OnLinear = Callable[[Linear, jax.Array, jax.Array, bool], jax.Array]
 # on_inactive(path), where dropout of a rate above 0 is switched off
@@ -45,9 +63,6 @@ class Hooks(NamedTuple):
   on_inactive: OnInactive = lambda path: None
 
 
-def ignore_sites(
-  name: str, rate: float | None, shape: tuple[int, ...], inputs: jax.Array
-) -> jax.Array:
+def ignore_sites(call: SiteCall) -> jax.Array:
   """Is an `OnSite` that makes dropout the identity."""
-  del name, rate, shape
-  return inputs
+  return call.inputs
