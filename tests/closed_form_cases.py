@@ -1,7 +1,5 @@
 """Victims that the tests of closed forms share."""
 
-import functools
-
 import jax
 
 from jaxdia import attacks, data, evaluation, models
@@ -10,17 +8,9 @@ from jaxdia.client import observe
 STATISTICS = data.STATISTICS["mnist"]
 
 
-@functools.cache  # what is compiled for a network serves all tests, and all rates
-def _make_network(name, shape, **options):
-  return models.create(name, shape, 10, 0.5, **options)
-
-
 def make_model(name="mlp", rate=0.5, shape=(28, 28, 1), **options):
   options = options or ({"hidden_sizes": (128, 96, 112)} if name == "mlp" else {})
-  if rate == 0:
-    return models.create(name, shape, 10, rate, **options)
-  network = _make_network(name, shape, **options)
-  return network.at_rates(dict.fromkeys(network.rates, rate))
+  return models.create(name, shape, 10, rate, **options)
 
 
 def observe_victims(model, size, seed=0, dataset="mnist", **options):

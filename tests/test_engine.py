@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from conftest import compilations, make_victims
 
-from jaxdia import attacks, engine, models
+from jaxdia import attacks, engine, gradients, models
 from jaxdia.attacks import Status
 from jaxdia.core.errors import InputError
+from jaxdia.core.machine import forget_programs
 from jaxdia.engine import Job
 
 ONE_DEVICE = jax.local_devices()[:1]
@@ -36,13 +37,9 @@ def test_each_trial_is_what_it_is_alone(model, victims):
   attack = attacks.dia(model, max_iterations=25)
   trials = _by_job(_run(attack, victims, lanes=4))
   assert set(trials) == {Job(v, r) for v in range(3) for r in range(2)}
-  step = jax.jit(attack.step)
   for job, trial in trials.items():
-    observation = victims[1][job.victim]
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), job.victim), job.restart)
-    state = attack.init(key, observation)
-    while int(state.status) == Status.RUNNING:
-      state, _ = step(observation, state)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), job.observation), job.restart)
+    state = attacks.solve(key, attack, victims[1][job.observation])
     np.testing.assert_allclose(trial.objective, state.best.objective, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(
       trial.candidate.images, state.best.candidate.images, rtol=1e-2, atol=1e-2
@@ -61,7 +58,7 @@ def test_recorded_images_are_the_best_ones_after_so_many_iterations(model, victi
     np.testing.assert_array_equal(trial.candidate.images, plain[job].candidate.images)
     assert list(trial.recording) == [1, 4, 25] and not plain[job].recording
     np.testing.assert_array_equal(trial.recording[25], trial.candidate.images)
-    observation = victims[1][job.victim]
+    observation = victims[1][job.observation]
     state = attack.init(engine.trial_key(jax.random.key(7), job), observation)
     for _ in range(4):
       state, _ = step(observation, state)
@@ -110,7 +107,7 @@ def test_one_device_and_eight_give_the_same(model):
 def test_the_well_informed_attacker_gets_the_masks_of_its_victim(model, victims):
   attack = attacks.wiig(model, max_iterations=300)
   for trial in _run(attack, victims, lanes=2, restarts=1):
-    images = victims[2][trial.job.victim].images
+    images = victims[2][trial.job.observation].images
     assert np.mean(np.square(trial.candidate.images - images)) < 0.02
 
 
@@ -137,29 +134,6 @@ def test_a_lane_that_is_done_gets_the_next_job(model, victims):
   assert trials[1].iterations == 1 and not np.isfinite(trials[1].objective)
   assert reports[-1].finished == reports[-1].total == 3
   assert reports[-1].steps == 41
-
-
-def test_nothing_is_compiled_in_a_run(model, victims):
-  attack = attacks.dia(model, max_iterations=20)
-  program = engine.lanes.create_program(
-    attack, victims[1][0], engine.lanes.Given(), 2, 2, ONE_DEVICE
-  )
-  lanes = program.share(program.empty(), 0, victims[1][0].params)
-  keys = [jax.random.key(i) for i in range(3)]
-
-  def turn(lanes, lane, key, victim, steps):
-    lanes = program.place(lanes, 0, lane, victims[1][victim])
-    lanes = program.load(lanes, 0, lane, lane, key, engine.lanes.Given())
-    lanes, gauge = program.advance(lanes, steps)
-    program.read(lanes, 0, lane)
-    return lanes, gauge
-
-  lanes, _ = turn(lanes, 0, keys[0], 0, 3)
-  with compilations() as compiled:
-    lanes, _ = turn(lanes, 1, keys[1], 1, 5)
-    lanes, gauge = turn(lanes, 0, keys[2], 2, 50)
-  assert not compiled
-  assert gauge.iteration.tolist() == [[20, 20]]
 
 
 def test_nothing_is_compiled_after_the_first_chunk_of_a_run(model, victims):
@@ -190,7 +164,7 @@ def test_an_interrupted_run_ends_like_one_left_alone(model, victims, tmp_path):
   path = tmp_path / "checkpoint.npz"
   done = {}
   for _ in range(20):  # interrupted after each trial but the last
-    finished = [(job.victim, job.restart) for job in done]
+    finished = [(job.observation, job.restart) for job in done]
     task = engine.Task(jax.random.key(7), attack, victims[1], finished=finished)
     options = {"checkpoint_path": path, "checkpoint_seconds": 0.0}
     trials = engine.run([task], lanes=2, devices=ONE_DEVICE, **options)
@@ -251,10 +225,11 @@ def test_lanes_that_attack_one_victim_share_its_target(model, victims):
   alone = _by_job(_run(attack, victims, lanes=1, restarts=3))
   for count in (2, 1):
     observations = victims[1][:count]
-    program = engine.lanes.create_program(
-      attack, observations[0], engine.lanes.Given(), 4, count, ONE_DEVICE
-    )
-    assert program.empty().slots.gradient["hidden_0"]["kernel"].shape == (1, count, 36, 24)
+    prepared = gradients.prepare(model, observations[0], "formed")
+    state = attack.init(jax.random.key(0), observations[0])
+    program = engine.lanes.create_program(attack, prepared, state, 4, count, ONE_DEVICE)
+    kernel = program.empty().slots.target.formed[("hidden_0", "kernel")]
+    assert kernel.shape == (1, count, 36, 24)
     trials = _by_job(_run(attack, (None, observations, victims[2]), lanes=4, restarts=3))
     assert len(trials) == 3 * count
     for job, trial in trials.items():
@@ -270,7 +245,7 @@ def test_victims_come_and_go_while_restarts_of_others_run(model, victims):
   attack = attacks.dia(model, max_iterations=30)
   trials = _by_job(_run(attack, (None, observations, None), lanes=3, chunk=7))
   for job, trial in trials.items():
-    assert (trial.status == Status.DIVERGED) == (job.victim in (1, 2, 4))
+    assert (trial.status == Status.DIVERGED) == (job.observation in (1, 2, 4))
     if trial.status != Status.DIVERGED:
       alone = _by_job(_run(attack, (None, observations[:6], None), lanes=1, chunk=50))[job]
       np.testing.assert_allclose(trial.objective, alone.objective, rtol=1e-3, atol=1e-6)
@@ -281,14 +256,14 @@ def test_out_of_memory_halves_the_lanes_and_goes_on(model, victims, monkeypatch,
   """Memory for two lanes only; it runs out in the given chunk."""
   create, asked = engine.lanes.create_program, []
 
-  def create_in_little_memory(attack, observation, masks, lanes, *args):
+  def create_in_little_memory(attack, observation, state, lanes, *args):
     asked.append(lanes)
-    program = create(attack, observation, masks, lanes, *args)
+    program = create(attack, observation, state, lanes, *args)
     chunks = iter(range(1000))
 
     def advance(state, steps):
       if lanes > 2 and steps and next(chunks) >= when:
-        jax.tree.map(lambda x: x.delete(), state)  # as donated buffers are
+        jax.tree.map(lambda x: x.delete(), state.lanes)  # as donated buffers are
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
       return program.advance(state, steps)
 
@@ -315,16 +290,16 @@ def test_out_of_memory_halves_the_lanes_and_goes_on(model, victims, monkeypatch,
 def test_out_of_memory_while_loading_loses_no_job(model, victims, monkeypatch):
   create = engine.lanes.create_program
 
-  def create_in_little_memory(attack, observation, masks, lanes, *args):
-    program = create(attack, observation, masks, lanes, *args)
-    loads = iter(range(1000))
+  def create_in_little_memory(attack, observation, state, lanes, *args):
+    program = create(attack, observation, state, lanes, *args)
+    puts = iter(range(1000))
 
-    def load(*args):
-      if lanes > 2 and next(loads) == 2:  # after the first, which compiles, and a real one
+    def put(*args):
+      if lanes > 2 and next(puts) == 2:  # after the first, which compiles, and a real one
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
-      return program.load(*args)
+      return program.put(*args)
 
-    return program._replace(load=load)
+    return program._replace(put=put)
 
   monkeypatch.setattr(sys.modules["jaxdia.engine.loop"], "create_program", create_in_little_memory)
   said, reports = [], []
@@ -341,11 +316,12 @@ def test_what_does_not_fit_at_all_is_refused():
   model = models.create("mlp", (8, 8, 1), 2, 0.5, hidden_sizes=(2,))
   _, observations, _ = make_victims(model, 1)
   said = []
-  huge = dataclasses.replace(observations[0], batch_size=10**13)
+  huge = dataclasses.replace(observations[0], batch_size=10**13, labels=None)
+  attack = attacks.ig(model, labels="free")
   with pytest.raises(InputError, match="not even one trial fits into the memory"):
     list(
       engine.run(
-        [engine.Task(jax.random.key(0), attacks.ig(model), [huge], restarts=2)],
+        [engine.Task(jax.random.key(0), attack, [huge], restarts=2)],
         lanes=2,
         say=said.append,
         devices=ONE_DEVICE,
@@ -375,9 +351,9 @@ def test_a_checkpoint_is_removed_at_the_end(model, victims, tmp_path):
 def test_compiled_programs_are_dropped_when_they_are_too_many():
   double = jax.jit(lambda x: 2 * x)
   double(1.0)
-  engine.forget_programs()
+  forget_programs()
   assert double._cache_size() == 1
-  engine.forget_programs(most_maps=10)
+  forget_programs(most_maps=10)
   assert double._cache_size() == 0 and double(1.5) == 3
 
 
@@ -391,5 +367,5 @@ def test_lanes_are_chosen_from_jobs_and_memory(model, victims):
   for name, lanes in [("vit", 2), ("resnet18", 1)]:
     large = models.create(name, (32, 32, 3), 10)
     params = jax.eval_shape(large.init, jax.random.key(0))
-    seen = dataclasses.replace(observation, params=params)
+    seen = dataclasses.replace(observation, params=params, gradient=params)
     assert engine.choose_lanes(large, seen, 1000, ONE_DEVICE) == lanes

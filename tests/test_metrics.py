@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from jaxdia.experiment.config import config_for
 from scipy.optimize import linear_sum_assignment
 
 from jaxdia import data, evaluation, experiment, report, study
 from jaxdia.client import Secret
 from jaxdia.core.types import Statistics
 from jaxdia.evaluation import Metric
+from jaxdia.experiment.config import config_for
 from jaxdia.experiment.schema import Summary
 from jaxdia.experiment.table import metrics_markdown, table
 

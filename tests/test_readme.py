@@ -1,40 +1,109 @@
-"""The README's Python runs as it stands, and its links lead somewhere."""
+"""The Python of README and docs runs as it stands, and what they link to and name exists."""
 
 import pathlib
 import re
 
-from jaxdia import study
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [
+  ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
 
-def test_python_blocks_run(capsys):
-  blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-  assert len(blocks) == 4
-  namespace = {}
-  for block in blocks:
-    exec(compile(block, "README.md", "exec"), namespace)
-  assert capsys.readouterr().out.count("Job(victim=") == 4
-  assert namespace["objectives"].shape == (8, 100)
-  assert (namespace["objectives"][:, -1] < namespace["objectives"][:, 0]).all()
-  assert namespace["logits"].shape == (4, 10)
-  assert [cell.name for cell in study.plan(namespace["get_config"]())] == [
-    "000_hidden_sizes=64",
-    "001_hidden_sizes=512",
+def name(page):
+  return str(page.relative_to(ROOT))
+
+
+def blocks(page):
+  return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def anchors(page):
+  """Returns the anchors of a page's headings, as GitHub makes them."""
+  headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def run(page):
+  """Runs the blocks of a page, one after another, and returns the names that they leave."""
+  namespace = {"__name__": page.stem}
+  for number, block in enumerate(blocks(page)):
+    exec(compile(block, f"{name(page)}, block {number}", "exec"), namespace)
+  return namespace
+
+
+def test_readme_is_short():
+  assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+# What must hold after the Python of a page ran, for each page that has some.
+def _readme(found, printed):
+  objective, mse = map(float, printed.split())
+  assert 0 < objective < 0.1 and 0 < mse < 0.1
+
+
+def _library(found, printed):
+  assert printed.count("Job(") == 4
+  assert found["objectives"].shape == (8, 100)
+  assert (found["objectives"][:, -1] < found["objectives"][:, 0]).all()
+
+
+def _models(found, printed):
+  assert found["logits"].shape == (4, 10)
+
+
+def _studies(found, printed):
+  from jaxdia import study
+
+  names = [cell.name for cell in study.plan(found["get_config"]())]
+  assert names == ["000_hidden_sizes=64", "001_hidden_sizes=512"]
+
+
+CHECKS = {
+  "README.md": _readme,
+  "docs/library.md": _library,
+  "docs/models.md": _models,
+  "docs/studies.md": _studies,
+}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name)
+def test_python_runs(page, capsys):
+  found = run(page)
+  CHECKS[name(page)](found, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+  text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+  for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    assert target.exists(), link
+    if anchor:
+      assert anchor in anchors(target), link
+
+
+def test_the_list_of_scores_is_the_registry():
+  from jaxdia import evaluation
+
+  ways = {True: "more", False: "less", None: ""}
+  lines = [
+    f"| `{metric.name}` | {metric.of} | {ways[metric.larger_is_better]} | {metric.meaning} |"
+    for metric in evaluation.REGISTRY.values()
   ]
+  page = (ROOT / "docs/outputs.md").read_text().partition("## Scores")[2]
+  found = [line for line in page.splitlines() if line.startswith("| `")]
+  assert found == lines, "the list should be:\n" + "\n".join(lines)
 
 
-def test_links_lead_somewhere():
-  links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-  assert links
-  for link in links:
-    assert (ROOT / link).exists(), link
-
-
-def test_config_fields_that_it_names_exist():
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_config_fields_that_are_named_exist(page):
   from jaxdia.experiment.config import default_config
 
   config = default_config()
-  for group, field in re.findall(r"config\.(?:base\.)?(data|attack|engine|model)\.(\w+)", README):
+  pattern = r"config\.(?:base\.)?(data|attack|engine|model)\.(\w+)"
+  for group, field in re.findall(pattern, page.read_text()):
     assert field in config[group], f"{group}.{field}"

@@ -155,8 +155,8 @@ def factorize(matrix: jax.Array, rank: int) -> Factors | None:
   ):
     return None
   matrix = np.asarray(matrix)  # on the host, where nothing needs to be compiled
-  if not np.isfinite(matrix).all():
-    return None
+  if not np.isfinite(matrix).all():  # as little a number, and of the shape of all others
+    return Factors(*(jnp.full((n, rank), jnp.nan, matrix.dtype) for n in (inputs, outputs)))
   # A random sketch with a few more columns than the rank spans the column space.
   sketch = np.random.default_rng(0).standard_normal((outputs, min(rank + 8, inputs, outputs)))
   basis, _ = np.linalg.qr(matrix @ sketch.astype(matrix.dtype))
