@@ -97,7 +97,7 @@ class Clients:
       count, lambda i: dataclasses.replace(pairs[i][0], labels=None)
     )
     self.secrets: Sequence[Secret] = Lazy(count, lambda i: pairs[i][1])
-    self.masks: Sequence[Masks] = Lazy(count, lambda i: pairs[i][1].masks)
+    self.masks: Sequence[Masks | None] = Lazy(count, lambda i: pairs[i][1].masks)
 
   def _observe(self, number: int) -> tuple[Observation, Secret]:
     """Lets a client compute a gradient."""
