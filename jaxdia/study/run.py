@@ -100,7 +100,8 @@ class _Study:
     self._open: dict[int, Experiment] = {}
     self._read: dict[int, Read] = {}
     self._failed: set[int] = set()  # in this call
-    base = json.loads(config["base"].to_json_best_effort())
+    of_cells: Any = config.base
+    base = json.loads(of_cells.to_json_best_effort())
     # Of the engine, what changes results by rounding.
     base["engine"] = {name: base["engine"].get(name) for name in ("lanes", "matching")}
     self._definition = {"title": config.title, "question": config.question, "base": base}
