@@ -107,12 +107,16 @@ def test_clients_that_do_not_fit_into_the_memory_together_are_apart(monkeypatch)
 
 
 def test_six_cells_are_compiled_as_one(tmp_path):
+  """A cell of twelve trials, and six of two each, of networks that nobody compiled before."""
   study.run(_study(), tmp_path / "first", say=_silent)  # what is compiled once a process
+  whole, parts = _base(), _base()
+  whole.model.hidden_sizes, parts.model.hidden_sizes = (31, 32), (30, 32)
+  whole.data.count = 12
   with compilations() as one:
-    study.run(_study(), tmp_path / "one", say=_silent)
+    study.run(_study(base=whole), tmp_path / "one", say=_silent)
   with compilations() as six:
-    study.run(_study(grid=RATES_AND_WEIGHTS), tmp_path / "six", say=_silent)
-  assert len(_rows(tmp_path / "six")) == 12
+    study.run(_study(base=parts, grid=RATES_AND_WEIGHTS), tmp_path / "six", say=_silent)
+  assert len(_rows(tmp_path / "one")) == len(_rows(tmp_path / "six")) == 12
   assert 0 < len(six) == len(one)
 
 

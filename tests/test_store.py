@@ -141,7 +141,7 @@ def test_each_session_and_what_it_made_is_kept(tmp_path, monkeypatch):
   sessions = [json.loads(line) for line in (tmp_path / "sessions.jsonl").read_text().splitlines()]
   assert [s["session"] for s in sessions] == [0, 1]
   assert [s["jaxdia"] for s in sessions][1] == "9.9.9" != sessions[0]["jaxdia"]
-  assert sessions[1]["engine"]["lanes"] == 1 and sessions[1]["device"] == "cpu"
+  assert sessions[1]["engine"]["lanes"] == {"dia": 1} and sessions[1]["device"] == "cpu"
   assert sorted(row["session"] for row in rows_of(tmp_path)) == [0, 0, 1]
   assert json.loads((tmp_path / "manifest.json").read_text())["jaxdia"] == sessions[0]["jaxdia"]
 

@@ -208,6 +208,7 @@ class AttackRun:
     secret, size = clients.secrets[number], settings.data.batch_size
     facts = Facts(settings, clients.model, clients.data, clients.pool)
     scored = score(facts, self.name, secret, outcome, number=number, recovered=recovered)
+    assert self.images is not None  # of what is loaded
     self._rows[number] = scored.rows
     self.images[number * size : (number + 1) * size] = scored.images
     if number * size < SHOWN:

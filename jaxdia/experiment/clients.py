@@ -12,7 +12,7 @@ import numpy as np
 from jaxdia import data
 from jaxdia.client import Observation, Secret, observe
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Masks, Params
+from jaxdia.core.types import Key, Masks, Params
 from jaxdia.experiment.config import ClientsSettings, DataSettings
 from jaxdia.experiment.network import create_model, source_digest
 from jaxdia.models import DropoutModel
@@ -87,7 +87,7 @@ class Clients:
     shape = self.data.images.shape[1:]
     self.model: DropoutModel = create_model(settings.model, shape, self.data.num_classes)
     key = jax.random.key(settings.seed)
-    params = jax.jit(self.model.init)(jax.random.fold_in(key, 0))
+    params = _draw_params(self.model, jax.random.fold_in(key, 0))
     self.params: Params = jax.tree.map(lambda x: x.astype(settings.precision), params)
     self._client_key = jax.random.fold_in(key, 1)
     count = settings.data.gradients
@@ -97,7 +97,7 @@ class Clients:
       count, lambda i: dataclasses.replace(pairs[i][0], labels=None)
     )
     self.secrets: Sequence[Secret] = Lazy(count, lambda i: pairs[i][1])
-    self.masks: Sequence[Masks] = Lazy(count, lambda i: pairs[i][1].masks)
+    self.masks: Sequence[Masks | None] = Lazy(count, lambda i: pairs[i][1].masks)
 
   def _observe(self, number: int) -> tuple[Observation, Secret]:
     """Lets a client compute a gradient."""
@@ -143,6 +143,11 @@ class Clients:
       "data": {"sha256": digest(self.data)},
       "model": {} if source is None else {"sha256": source},
     }
+
+
+@jax.jit  # once for a network at all its rates
+def _draw_params(model: DropoutModel, key: Key) -> Params:
+  return model.init(key)
 
 
 def load_images(settings: DataSettings) -> data.Victims:

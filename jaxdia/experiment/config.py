@@ -299,7 +299,7 @@ def config_for(model: str, dataset: str, **options: Any) -> ml_collections.Confi
   """
   if dataset not in STATISTICS:
     raise unknown("data set of the config:", dataset, STATISTICS)
-  config = default_config()
+  config: Any = default_config()
   config.data.source = f"samples:{dataset}"
   if dataset == "imagenet":
     config.data.image_size = 224

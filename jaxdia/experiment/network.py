@@ -102,8 +102,9 @@ def _module(path: str) -> types.ModuleType:
   try:
     return importlib.import_module(name)
   except Exception as error:  # whatever the user's file raises
-    missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
-    reason = f"there is no module {error.name!r}" if missing else _reason(error)
+    absent = error.name if isinstance(error, ModuleNotFoundError) else None
+    missing = absent is not None and f"{name}.".startswith(f"{absent}.")
+    reason = f"there is no module {absent!r}" if missing else _reason(error)
     hint = " It is looked for in the current folder and among installed packages." * missing
     raise InputError(f"cannot import config.model.name={path}: {reason}.{hint}") from error
 

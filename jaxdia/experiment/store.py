@@ -104,18 +104,18 @@ class Store:
           f"begun on {there}, going on on {here}: results are equal but for rounding, which a long"
           " search amplifies"
         )
-      self._begin_session()
     if lanes and self.lanes(attack) != lanes:
       fixed["lanes"][attack] = lanes
       self._write_config()
+    if not self._began:
+      self._begin_session()
 
   def _begin_session(self) -> None:
     path = self.path("manifest.json")
     if not path.exists():
       facts = {name: self._config[name] for name in ("seed", "precision")}
       write_json(path, manifest(**facts, data_sha256=self._config["data"]["sha256"]))
-    used = {"devices": len(self.devices), "matching": self._asked.matching}
-    used |= {"chunk": self._asked.chunk, "lanes": self._asked.lanes}
+    used = vars(self._asked) | {"devices": len(self.devices), "lanes": self._engine["lanes"]}
     self.session = add_session(self._workdir, engine=used)
     self._began = True
 

@@ -93,11 +93,10 @@ def attack_of(settings: ExperimentSettings, name: str) -> Attack | None:
 
 def _program(number: int, settings: ExperimentSettings, name: str) -> Hashable:
   """Returns what attacks of one program have in common."""
-  attack = attack_of(settings, name)
-  if attack is None or attack.max_iterations == 0:  # nothing that runs in lanes
+  attack, network = attack_of(settings, name), _network(settings.clients)
+  if attack is None or network is None or attack.max_iterations == 0:  # nothing runs in lanes
     return name, number
-  channels = _network(settings.clients)[1]
-  shared = (settings.data.batch_size, channels, settings.precision, settings.engine)
+  shared = (settings.data.batch_size, network[1], settings.precision, settings.engine)
   return name, jax.tree.structure(attack), *shared
 
 

@@ -82,10 +82,11 @@ def plan(config: ml_collections.ConfigDict) -> list[Cell]:
       f"the config has the fields {sorted(config)}; expected a study, with base, grid and"
       " variants. Take one of configs/studies/, or run this one with launch/attack.py."
     )
+  variants: Any = config.variants
   values = [[(field, value) for value in choices] for field, choices in _pairs(config.grid, "grid")]
   combinations = [
     dict([*_pairs(variant, "variant"), *chosen])
-    for variant in config.variants
+    for variant in variants
     for chosen in itertools.product(*values)
   ]
   cells = [_cell(i, config.base, overrides) for i, overrides in enumerate(combinations)]

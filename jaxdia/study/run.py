@@ -100,7 +100,8 @@ class _Study:
     self._open: dict[int, Experiment] = {}
     self._read: dict[int, Read] = {}
     self._failed: set[int] = set()  # in this call
-    base = json.loads(config.base.to_json_best_effort())
+    of_cells: Any = config.base
+    base = json.loads(of_cells.to_json_best_effort())
     # Of the engine, what changes results by rounding.
     base["engine"] = {name: base["engine"].get(name) for name in ("lanes", "matching")}
     self._definition = {"title": config.title, "question": config.question, "base": base}
@@ -187,6 +188,7 @@ class _Study:
     if all(number in self._failed or self._is_done(number) for number in one.cells):
       return False
     settings = self._cells[one.cells[0]].settings
+    assert settings is not None  # or it would be in no group
     with jax.enable_x64(settings.precision == "float64"):
       for number in one.cells:
         if number not in self._failed:
@@ -225,6 +227,7 @@ class _Study:
     if number in self._open:
       return
     settings = self._cells[number].settings
+    assert settings is not None
     alike = (one.clients for one in self._open.values() if one.clients.settings == settings.clients)
     opened = Experiment(settings, self._folder(number), next(alike, None))
     if not self._is_done(number):
