@@ -99,7 +99,7 @@ def test_a_network_at_other_rates_is_that_of_a_module_with_them():
   moved = dataclasses.replace(models.create("lenet", (12, 12, 1), 4, 0.6), rates=built.rates)
   own = models.from_flax(built.network.module.clone(dropout_rate=0.3), (12, 12, 1))
   params = built.init(jax.random.key(0))
-  images = jax.random.normal(jax.random.key(1), (2, 12, 12, 1))
+  images = jax.random.uniform(jax.random.key(1), (2, 12, 12, 1))
   for key in range(2):
     results = [
       observe(jax.random.key(key), m, params, images, np.array([0, 3])) for m in (built, moved, own)

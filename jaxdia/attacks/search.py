@@ -21,6 +21,7 @@ from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Verdict, recover_labels
 from jaxdia.core.errors import InputError
+from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Key
 from jaxdia.gradients import Prepared, prepare, suits
@@ -129,16 +130,18 @@ class Search(Attack):
       better |= state.iteration == settings.round_masks_after
     best = _where(better, here, state.best)
 
-    updates, optimizer = create_optimizer(settings).update(
-      grad,
-      state.optimizer,
-      state.candidate,
-      value=value,
-      grad=grad,
-      value_fn=lambda candidate: measure(candidate)[0],
-    )
+    with usual_promotion():
+      updates, optimizer = create_optimizer(settings).update(
+        grad,
+        state.optimizer,
+        state.candidate,
+        value=value,
+        grad=grad,
+        value_fn=lambda candidate: measure(candidate)[0],
+      )
     # As in PyTorch, the objective of this step tells the learning rate of the next.
-    schedule = jnp.asarray(create_schedule(settings)(state.iteration), dtype)
+    with usual_promotion():
+      schedule = jnp.asarray(create_schedule(settings)(state.iteration), dtype)
     rate = settings.learning_rate * schedule * state.plateau.scale
     updates = optax.tree.scale(rate, updates)
     candidate = project(observation, optax.apply_updates(state.candidate, updates))
@@ -149,7 +152,8 @@ class Search(Attack):
       left = settings.round_masks_after - (state.iteration + 1)
       rounded = jax.tree.map(jnp.round, _where(left < 0, state.candidate.masks, candidate.masks))
       candidate = candidate._replace(masks=_where(left <= 0, rounded, candidate.masks))
-    _, plateau = create_plateau(settings, dtype).update((), state.plateau, value=value)
+    with usual_promotion():
+      _, plateau = create_plateau(settings, dtype).update((), state.plateau, value=value)
 
     iteration = state.iteration + 1
     ends = {
@@ -174,8 +178,8 @@ def project(observation: Observation | Prepared, candidate: Candidate) -> Candid
   Returns:
     The nearest point that is allowed.
   """
-  lower = (0 - observation.mean) / observation.std
-  upper = (1 - observation.mean) / observation.std
+  mean, std = (x[None, None, None] for x in (observation.mean, observation.std))
+  lower, upper = (0 - mean) / std, (1 - mean) / std
   return Candidate(
     images=jnp.clip(candidate.images, lower, upper),
     masks=jax.tree.map(lambda mask: jnp.clip(mask, 0, 1), candidate.masks),

@@ -113,9 +113,9 @@ def _recover_counts(model, observation, layer) -> Labels:
   wanted = wanted * size / jnp.maximum(jnp.sum(wanted), 1e-30)
   counts = jnp.floor(wanted).astype(jnp.int32)
   # The largest remainders make up for what rounding down left out.
-  order = jnp.argsort(counts - wanted)
+  order = jnp.argsort(counts.astype(wanted.dtype) - wanted)
   rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
-  counts += rank < size - jnp.sum(counts)
+  counts += (rank < size - jnp.sum(counts)).astype(jnp.int32)
   return jnp.repeat(
     jnp.arange(model.num_classes, dtype=jnp.int32), counts, total_repeat_length=size
   )

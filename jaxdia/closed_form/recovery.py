@@ -1,8 +1,6 @@
 """What a gradient gives away without a search, for any network whose structure allows it."""
 
-import enum
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +16,12 @@ from jaxdia.closed_form.convolutions import (
   solve,
 )
 from jaxdia.closed_form.labels import check_sign, recover_labels
+from jaxdia.closed_form.parts import Parts, Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
 from jaxdia.core.errors import first_line
-from jaxdia.core.types import Images, Key, Labels, Masks
+from jaxdia.core.types import Key
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
 
@@ -35,59 +34,6 @@ _MOST_NOISE = 0.1
 _ROUNDING = (6.0, 15.0)
 # Of so many in between, all answers are tried.
 _MOST_UNCLEAR = 2
-
-
-class Verdict(enum.IntEnum):
-  """How well an image of the batch is known."""
-
-  NOT_APPLICABLE = 0
-  APPROXIMATE = 1
-  EXACT = 2
-
-
-class Parts(NamedTuple):
-  """What was recovered of a batch, and which of it; leaves have the shapes of the batch.
-
-  Attributes:
-    images: f[B, H, W, C], normalised; zeros where the verdict is not applicable.
-    verdict: i[B], a `Verdict` on each image.
-    masks: {site: f[shape]}, the expected ones where they are not known.
-    known_masks: {site: b[shape]}.
-    labels: i[B]; where they are not known, the most likely ones.
-    known_labels: b[B], labels that belong to the image in their place.
-    features: {path of a layer: f[B, inputs]}; zeros where not known.
-    known_features: {path: b[B]}.
-  """
-
-  images: Images
-  verdict: jax.Array
-  masks: Masks
-  known_masks: Masks
-  labels: Labels
-  known_labels: jax.Array
-  features: dict[tuple[str, ...], jax.Array]
-  known_features: dict[tuple[str, ...], jax.Array]
-
-
-class Recovery(NamedTuple):
-  """The result of the closed forms.
-
-  Attributes:
-    parts: what was recovered; the images in no particular order.
-    residual: f[B], the share of the gradient that each image or its features leave unexplained;
-      NaN where there are none.
-    reason: why there is not more, for a person to read; empty if all is exact.
-  """
-
-  parts: Parts
-  residual: np.ndarray
-  reason: str
-
-  def summary(self) -> str:
-    """Returns how many images are exact or approximate, and why not more, in one line."""
-    counts = {v: int(np.sum(np.asarray(self.parts.verdict) == v)) for v in reversed(Verdict)}
-    words = [f"{n} {v.name.lower().replace('_', ' ')}" for v, n in counts.items() if n]
-    return ", ".join(words) + (f" ({self.reason})" if self.reason else "")
 
 
 def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery:

@@ -227,7 +227,7 @@ def _find_input(model, params, layer) -> Input:
   def changes(params, weights, images):
     def weighted_sum(scales):
       masks = {site: ones[site] * scales[site] for site in ones}
-      return jnp.sum(weights * layer_inputs(model, params, layer, masks, images))
+      return jnp.sum(weights * layer_inputs(model, params, layer, masks, images)[0])
 
     return jax.value_and_grad(weighted_sum)({site: jnp.ones(()) for site in ones})
 

@@ -1,6 +1,7 @@
-"""Matrix products that lose nothing, on every device."""
+"""The modes in which JAX computes: full precision, and its usual rules in the code of others."""
 
 import contextlib
+from collections.abc import Iterator
 
 import jax
 
@@ -12,3 +13,13 @@ def full_precision() -> contextlib.AbstractContextManager[None]:
   distance of 1e-5, where the paper's attacks end, cannot be seen then.
   """
   return jax.default_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def usual_promotion() -> Iterator[None]:
+  """Lets the code of others mix types and ranks inside, whatever a program allows its own.
+
+  Flax's LayerNorm and optax's Adam cannot do without.
+  """
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdia.core.errors import InputError, check_number
-from jaxdia.core.precision import full_precision
+from jaxdia.core.precision import full_precision, usual_promotion
 from jaxdia.core.trees import Path, static, value_tree
 from jaxdia.core.types import Images, Key, Logits, Masks, Params
 from jaxdia.models import discovery
@@ -184,7 +184,8 @@ class DropoutModel:
 
   def init(self, key: Key) -> Params:
     """Draws parameters."""
-    return self.network.init(key)
+    with usual_promotion():
+      return self.network.init(key)
 
   def apply(self, params: Params, masks: Masks | None, images: Images) -> Logits:
     """Computes logits under given masks; a site computes `h * mask / (1 - rate)`.
@@ -248,7 +249,7 @@ class DropoutModel:
       return drop(call.inputs, mask.astype(call.inputs.dtype), self.rates[call.name])
 
     hooks = Hooks(ignore_sites if masks is None else drop_at, on_linear)
-    with full_precision():
+    with full_precision(), usual_promotion():
       return self.network.call(params, images, hooks)
 
 

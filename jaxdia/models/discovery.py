@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
+from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path
 from jaxdia.core.types import Params
 from jaxdia.models.hooks import Hooks
@@ -87,7 +88,8 @@ def discover(network: "Network", batch_size: int) -> Discovery:
 
   def traced(params, images):
     nonlocal classifier
-    logits = network.call(params, images, Hooks(on_site, on_linear, inactive.append))
+    with usual_promotion():
+      logits = network.call(params, images, Hooks(on_site, on_linear, inactive.append))
     if logits is last.get("outputs"):
       classifier = last["path"]
     last.clear()  # what was traced must not outlive the trace

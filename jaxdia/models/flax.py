@@ -61,7 +61,9 @@ class FlaxNetwork(Network):
   def init(self, key: Key) -> Params:
     """Draws parameters: the module's "params" collection."""
     with nn.intercept_methods(interceptor(Hooks(ignore_sites))):
-      variables = self.module.init(key, jnp.zeros((1, *self.image_shape)), **self.kwargs)
+      variables = self.module.init(
+        key, jnp.zeros((1, *self.image_shape), jnp.float32), **self.kwargs
+      )
     extra = sorted(set(variables) - {"params"})
     if extra:
       raise InputError(

@@ -1,0 +1,62 @@
+"""What closed forms give: parts of a batch, and how well each is known."""
+
+import enum
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdia.core.types import Images, Labels, Masks
+
+
+class Verdict(enum.IntEnum):
+  """How well an image of the batch is known."""
+
+  NOT_APPLICABLE = 0
+  APPROXIMATE = 1
+  EXACT = 2
+
+
+class Parts(NamedTuple):
+  """What was recovered of a batch, and which of it; leaves have the shapes of the batch.
+
+  Attributes:
+    images: f[B, H, W, C], normalised; zeros where the verdict is not applicable.
+    verdict: i[B], a `Verdict` on each image.
+    masks: {site: f[shape]}, the expected ones where they are not known.
+    known_masks: {site: b[shape]}.
+    labels: i[B]; where they are not known, the most likely ones.
+    known_labels: b[B], labels that belong to the image in their place.
+    features: {path of a layer: f[B, inputs]}; zeros where not known.
+    known_features: {path: b[B]}.
+  """
+
+  images: Images
+  verdict: jax.Array
+  masks: Masks
+  known_masks: Masks
+  labels: Labels
+  known_labels: jax.Array
+  features: dict[tuple[str, ...], jax.Array]
+  known_features: dict[tuple[str, ...], jax.Array]
+
+
+class Recovery(NamedTuple):
+  """The result of the closed forms.
+
+  Attributes:
+    parts: what was recovered; the images in no particular order.
+    residual: f[B], the share of the gradient that each image or its features leave unexplained;
+      NaN where there are none.
+    reason: why there is not more, for a person to read; empty if all is exact.
+  """
+
+  parts: Parts
+  residual: np.ndarray
+  reason: str
+
+  def summary(self) -> str:
+    """Returns how many images are exact or approximate, and why not more, in one line."""
+    counts = {v: int(np.sum(np.asarray(self.parts.verdict) == v)) for v in reversed(Verdict)}
+    words = [f"{n} {v.name.lower().replace('_', ' ')}" for v, n in counts.items() if n]
+    return ", ".join(words) + (f" ({self.reason})" if self.reason else "")
