@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form_cases import compute_scores, make_lenet, make_model, observe_victims
+from closed_form_cases import STATISTICS, compute_scores, make_lenet, make_model, observe_victims
 from conftest import compilations
 from flax import linen as nn
 
@@ -148,7 +148,13 @@ def test_several_local_steps_are_not_mistaken_for_one(size):
   observation, secret = observe_victims(model, size)
   params = jax.tree.map(lambda p, g: p - 0.5 * g, observation.params, observation.gradient)
   later, _ = observe(
-    jax.random.key(7), model, params, secret.images, secret.labels, reveal_labels=False
+    jax.random.key(7),
+    model,
+    params,
+    secret.images,
+    secret.labels,
+    statistics=STATISTICS,
+    reveal_labels=False,
   )
   total = jax.tree.map(jnp.add, observation.gradient, later.gradient)
   recovery = recover(jax.random.key(0), model, dataclasses.replace(observation, gradient=total))
