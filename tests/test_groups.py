@@ -117,7 +117,13 @@ def test_six_cells_are_compiled_as_one(tmp_path):
   with compilations() as six:
     study.run(_study(base=parts, grid=RATES_AND_WEIGHTS), tmp_path / "six", say=_silent)
   assert len(_rows(tmp_path / "one")) == len(_rows(tmp_path / "six")) == 12
-  assert 0 < len(six) == len(one)
+
+  # Single operations on arrays may have been compiled by whatever ran before in the process.
+  def count(compiled):
+    names = ("init_trial", "client_gradient", "_with_device_axis", "_fun")  # the last: by pmap
+    return {name: sum(f"({name})" in str(program) for program in compiled) for name in names}
+
+  assert count(six) == count(one) and count(one)["init_trial"] == 1
 
 
 def test_cells_fill_the_lanes_together_and_end_as_each_does_alone(tmp_path, monkeypatch):
