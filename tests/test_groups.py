@@ -8,6 +8,7 @@ import pytest
 from conftest import compilations
 
 from jaxdia import engine, experiment, study
+from jaxdia.core.machine import forget_programs
 from jaxdia.experiment.clients import KEPT
 from jaxdia.experiment.config import config_for
 from jaxdia.study import Group, group
@@ -108,6 +109,7 @@ def test_clients_that_do_not_fit_into_the_memory_together_are_apart(monkeypatch)
 
 def test_six_cells_are_compiled_as_one(tmp_path):
   """A cell of twelve trials, and six of two each, of networks that nobody compiled before."""
+  forget_programs(most_maps=0)  # else programs may be dropped in between, if there are many by now
   study.run(_study(), tmp_path / "first", say=_silent)  # what is compiled once a process
   whole, parts = _base(), _base()
   whole.model.hidden_sizes, parts.model.hidden_sizes = (31, 32), (30, 32)

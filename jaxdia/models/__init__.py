@@ -1,12 +1,8 @@
 """Dropout models with explicit masks: `create`, `from_flax`, `from_functions`, `DropoutModel`."""
 
 from jaxdia.models.base import (
-  Convolution,
-  DenseLayer,
   DropoutModel,
   Network,
-  Site,
-  Taps,
   batch_axes,
   check_rate,
   drop,
@@ -17,6 +13,7 @@ from jaxdia.models.base import (
 from jaxdia.models.create import create
 from jaxdia.models.flax import from_flax, read_masks
 from jaxdia.models.functions import from_functions
+from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
 from jaxdia.models.reference import params_of_reference
 from jaxdia.models.zoo import MODELS
 
@@ -25,6 +22,7 @@ __all__ = [
   "Convolution",
   "DenseLayer",
   "DropoutModel",
+  "Entry",
   "Network",
   "Site",
   "Taps",

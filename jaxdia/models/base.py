@@ -8,82 +8,18 @@ once for all rates, and equal models share what was compiled for one of them.
 import abc
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from jaxdia.core.errors import InputError, check_number
 from jaxdia.core.precision import full_precision, usual_promotion
-from jaxdia.core.trees import Path, static, value_tree
+from jaxdia.core.trees import Path, leaves_by_path, static, value_tree
 from jaxdia.core.types import Images, Key, Logits, Masks, Params
 from jaxdia.models import discovery
 from jaxdia.models.hooks import Hooks, ignore_sites
-
-
-class Site(NamedTuple):
-  """One place in a network where dropout acts.
-
-  Attributes:
-    name: where it is, such as "block_0/hidden_dropout"; its key in the masks.
-    rate: the probability of an entry to be dropped, in [0, 1); f[] inside a program that
-      serves several rates.
-  """
-
-  name: str
-  rate: float | jax.Array
-
-
-class DenseLayer(NamedTuple):
-  """A dense layer `z = a @ kernel (+ bias)` whose inputs and outputs can be tapped.
-
-  Attributes:
-    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one.
-    rows: rows of `a` in each call of the layer: images times positions.
-    inputs: columns of `a`.
-    outputs: columns of `z`.
-  """
-
-  path: Path
-  rows: tuple[int, ...]
-  inputs: int
-  outputs: int
-
-
-class Convolution(NamedTuple):
-  """A convolution as a linear map of a whole image; tapped as a dense layer with a row an image.
-
-  Attributes:
-    path: where its parameters are; `kernel`, and `bias` if it has one.
-    input_shape: (height, width, channels).
-    output_shape: (height, width, channels).
-    apply: `apply(leaves, inputs f[B, H, W, C]) -> f[B, H, W, C]`, the layer by itself.
-  """
-
-  path: Path
-  input_shape: tuple[int, int, int]
-  output_shape: tuple[int, int, int]
-  apply: Callable[[Params, jax.Array], jax.Array]
-
-  @property
-  def rows(self) -> tuple[int, ...]:
-    """Rows for one image in its only call."""
-    return (1,)
-
-  @property
-  def inputs(self) -> int:
-    """Columns of its inputs, which are flattened."""
-    return math.prod(self.input_shape)
-
-  @property
-  def outputs(self) -> int:
-    """Columns of its outputs, which are flattened."""
-    return math.prod(self.output_shape)
-
-
-# {path of a layer: one array for each of its calls}
-Taps = dict[Path, tuple[jax.Array, ...]]
+from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
 
 
 class Network(abc.ABC):
@@ -106,6 +42,13 @@ class Network(abc.ABC):
   @abc.abstractmethod
   def call(self, params: Params, images: Images, hooks: Hooks) -> Logits:
     """Computes f[B, num_classes] logits of f[B, H, W, C] images, and calls the hooks meanwhile."""
+
+  def entries(self) -> dict[str, Entry]:
+    """Returns where each array lies that the library itself knows by a name, by that name.
+
+    Unless an adapter knows better, it is the path with dots.
+    """
+    return {".".join(path): Entry(path) for path in leaves_by_path(discovery.params_shape(self))}
 
 
 @value_tree

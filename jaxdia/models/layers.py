@@ -1,0 +1,86 @@
+"""What a network is made of, as far as attacks need to know it."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jaxdia.core.trees import Path
+from jaxdia.core.types import Params
+
+
+class Site(NamedTuple):
+  """One place in a network where dropout acts.
+
+  Attributes:
+    name: where it is, such as "block_0/hidden_dropout"; its key in the masks.
+    rate: the probability of an entry to be dropped, in [0, 1); f[] inside a program that
+      serves several rates.
+  """
+
+  name: str
+  rate: float | jax.Array
+
+
+class DenseLayer(NamedTuple):
+  """A dense layer `z = a @ kernel (+ bias)` whose inputs and outputs can be tapped.
+
+  Attributes:
+    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one.
+    rows: rows of `a` in each call of the layer: images times positions.
+    inputs: columns of `a`.
+    outputs: columns of `z`.
+  """
+
+  path: Path
+  rows: tuple[int, ...]
+  inputs: int
+  outputs: int
+
+
+class Convolution(NamedTuple):
+  """A convolution as a linear map of a whole image; tapped as a dense layer with a row an image.
+
+  Attributes:
+    path: where its parameters are; `kernel`, and `bias` if it has one.
+    input_shape: (height, width, channels).
+    output_shape: (height, width, channels).
+    apply: `apply(leaves, inputs f[B, H, W, C]) -> f[B, H, W, C]`, the layer by itself.
+  """
+
+  path: Path
+  input_shape: tuple[int, int, int]
+  output_shape: tuple[int, int, int]
+  apply: Callable[[Params, jax.Array], jax.Array]
+
+  @property
+  def rows(self) -> tuple[int, ...]:
+    """Rows for one image in its only call."""
+    return (1,)
+
+  @property
+  def inputs(self) -> int:
+    """Columns of its inputs, which are flattened."""
+    return math.prod(self.input_shape)
+
+  @property
+  def outputs(self) -> int:
+    """Columns of its outputs, which are flattened."""
+    return math.prod(self.output_shape)
+
+
+class Entry(NamedTuple):
+  """Where an array lies among the params that a network's own library knows by a name.
+
+  Attributes:
+    path: of the leaf, which has the layout of Flax: kernels f[..., inputs, outputs].
+    axes: `leaf = array.transpose(axes)`; None if the layouts are the same.
+  """
+
+  path: Path
+  axes: tuple[int, ...] | None = None
+
+
+# {path of a layer: one array for each of its calls}
+Taps = dict[Path, tuple[jax.Array, ...]]
