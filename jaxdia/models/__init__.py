@@ -11,6 +11,7 @@ from jaxdia.models.base import (
   sample_masks,
 )
 from jaxdia.models.create import create
+from jaxdia.models.evaluation import evaluation_mode
 from jaxdia.models.flax import from_flax, read_masks
 from jaxdia.models.functions import from_functions
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
@@ -30,6 +31,7 @@ __all__ = [
   "check_rate",
   "create",
   "drop",
+  "evaluation_mode",
   "expected_masks",
   "from_flax",
   "from_functions",

@@ -62,6 +62,23 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     InputError: there are no such results, or a file of them is damaged.
   """
   study = read_study(workdir)
+  return write_page(workdir, "page.html.j2", _context(study))
+
+
+def write_page(folder: pathlib.Path, template: str, context: dict[str, Any]) -> pathlib.Path:
+  """Writes `report.html`.
+
+  Args:
+    folder: where it shall be.
+    template: name of a file beside this one.
+    context: all that it shows.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    InputError: it cannot be written.
+  """
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("jaxdia", "report"),
     autoescape=True,
@@ -69,8 +86,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  html = environment.get_template("page.html.j2").render(_context(study))
-  path = workdir / "report.html"
+  html = environment.get_template(template).render(context)
+  path = folder / "report.html"
   try:
     write_atomically(path, lambda file: file.write(html.encode()))
   except OSError as error:
