@@ -31,15 +31,16 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
   Raises:
     InputError: it was turned.
   """
-  layer = {} if model.classifier is None else layer_gradient(observation.gradient, model.classifier)
-  if "bias" not in layer:
+  path = model.classifier
+  layer = {} if path is None else layer_gradient(observation.gradient, path)
+  if path is None or "bias" not in layer:
     return
   bias = np.asarray(layer["bias"], np.float64)
   positive, negative = int(np.sum(bias > 0)), int(np.sum(bias < 0))
   sums_to_0 = abs(np.sum(bias)) <= _ROUNDING * np.sum(np.abs(bias))
   if sums_to_0 and 0 < positive <= observation.batch_size < negative:
     raise InputError(
-      f"the gradient by the bias of {'/'.join(model.classifier)} is negative for {negative}"
+      f"the gradient by the bias of {'/'.join(path)} is negative for {negative}"
       f" classes; of a batch of {observation.batch_size} it is so for no more than that. It has the"
       " opposite sign: use its negative, as old weights minus new ones."
     )
