@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
@@ -86,10 +87,10 @@ class Secret:
 
 
 def _is_concrete(array: Any) -> bool:
-  return not isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct))
+  return not isinstance(array, (Tracer, jax.ShapeDtypeStruct))
 
 
-def _as_array(value: Any, dtype: Any = None) -> jax.Array:
+def _as_array(value: Any, dtype: Any = None) -> Any:
   """Returns an array, or what stands for one where JAX traces."""
   if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) and dtype in (None, value.dtype):
     return value

@@ -187,19 +187,20 @@ def complete(
   """
   rates = [None if site is None else model.rates[site] for site in sites]
   return jax.lax.map(
-    lambda one: _complete(model, links, params, spaces, rates, *one, batch_size),
+    lambda one: _complete(model, links, params, spaces, rates, batch_size, *one),
     known,
     batch_size=64,
   )
 
 
-def _complete(model, links, params, spaces, rates, kept, delta, h, batch_size) -> Sample:
+def _complete(model, links, params, spaces, rates, batch_size, kept, delta, h) -> Sample:
   layers = layers_of([*(layer for layer, _ in links), links[-1][1]], params)
   last = len(links)
 
   def activation(k, outputs):  # the inputs of layer k + 1, and their slopes
     def function(z):
-      return activate(model, params, *links[k], z)
+      layer, after = links[k]
+      return activate(model, params, layer, after, z)
 
     return jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
 

@@ -49,7 +49,7 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
   """
   if is_turned(model, observation):
     raise InputError(
-      f"the gradient by the bias of {'/'.join(model.classifier)} is negative for more than"
+      f"the gradient by the bias of {'/'.join(model.classifier or ())} is negative for more than"
       f" {observation.batch_size} classes; of a batch of {observation.batch_size} it is so for no"
       " more than that. It has the opposite sign: use its negative, as old weights minus new ones."
     )

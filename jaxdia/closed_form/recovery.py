@@ -209,6 +209,7 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   samples = result.samples
   count = 0 if samples is None else len(samples.label)
   for i in range(count):
+    assert samples is not None  # they are counted
     inputs, residual = samples.inputs[0][i], samples.residual[i]
     exact = residual <= _EXACT
     features = inputs[: chain.layers[0].inputs]
@@ -305,7 +306,7 @@ def _use_convolutions(
     if len(tried) > 1 and residuals[0] < residuals[1] / 3:
       found.set_mask(source.site, 0, source.entries, known.kept)
     sure = before.error <= _EXACT
-    if pixels and before.residual <= _MOST_NOISE:
+    if pixels and convolutions.pixels is not None and before.residual <= _MOST_NOISE:
       image = np.zeros(before.inputs.size)
       image[convolutions.pixels[0]] = before.inputs
       image = image.reshape(found.parts.images.shape[1:])
@@ -325,7 +326,7 @@ def _use_convolutions(
     choices = [np.ones(values.size)]
     if source.site is not None:
       choices = _kept_inputs(before, rates[source.site])
-    if choices:
+    if choices and source.entries is not None:
       agreed = np.all(np.stack(choices) == choices[0], axis=0)
       found.set_mask(source.site, 0, np.where(agreed, source.entries, -1), choices[0])
   return "the first of the convolutions is not fed with pixels" if not pixels else ""

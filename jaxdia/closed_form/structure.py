@@ -210,7 +210,10 @@ def _is_elementwise(model, params, layer, after) -> bool:
     return along, slope * direction, expected, other
 
   along, expected_along, expected, other = probe(
-    params, *(_random(i, layer.outputs) for i in range(2)), _random(2, (1, *model.image_shape))
+    params,
+    _random(0, layer.outputs),
+    _random(1, layer.outputs),
+    _random(2, (1, *model.image_shape)),
   )
   return close(along, expected_along) and close(other, expected)
 

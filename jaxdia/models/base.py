@@ -9,6 +9,7 @@ import abc
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,7 @@ class DropoutModel:
       )
 
     def drop_at(call):
+      assert masks is not None  # without masks, sites are ignored
       mask = masks[call.name]
       if mask.shape != call.shape:
         raise InputError(
@@ -226,7 +228,7 @@ def model_of(network: Network, rates: Mapping[str, float] | None = None) -> Drop
       stacklevel=3,
     )
   if rates is None:
-    rates = {site: rate for site, (rate, _) in found.sites.items()}
+    return DropoutModel(network, {site: rate for site, (rate, _) in found.sites.items()})
   return DropoutModel(network, dict(rates))
 
 
@@ -300,7 +302,7 @@ def batch_axes(model: DropoutModel) -> dict[str, int | None]:
   return {name: axes[0] if axes else None for name, axes in grows.items()}
 
 
-def check_image_shape(image_shape: object) -> tuple[int, int, int]:
+def check_image_shape(image_shape: Any) -> tuple[int, int, int]:
   """Returns `image_shape` as a tuple of three positive integers.
 
   Args:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +107,11 @@ def discover(network: "Network", batch_size: int) -> Discovery:
     for path, calls in calls_of.items()
     if _count_products(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
   }
-  seen = ({p: x for p, x in found.items() if p not in hidden} for found in (dense, convolutions))
+  for found in (dense, convolutions):
+    for path in hidden & set(found):
+      del found[path]
   is_softmax = _is_softmax(program.jaxpr)
-  return Discovery(sites, *seen, inactive, classifier, logits, is_softmax)
+  return Discovery(sites, dense, convolutions, inactive, classifier, logits, is_softmax)
 
 
 def _is_softmax(program: jex_core.Jaxpr) -> bool:
@@ -159,7 +161,8 @@ def count_random_numbers(program: jex_core.Jaxpr) -> float:
   for equation in program.eqns:
     if equation.primitive.name == "random_bits":
       # Under nn.vmap there is a batch of keys, which the parameter "shape" leaves out.
-      count += math.prod(equation.outvars[0].aval.shape)
+      drawn = cast(jax.ShapeDtypeStruct, equation.outvars[0].aval)
+      count += math.prod(drawn.shape)
       continue
     turns = {"scan": equation.params.get("length"), "while": math.inf}
     for inner in _inner_programs(equation):

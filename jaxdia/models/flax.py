@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,8 @@ class FlaxNetwork(Network):
     # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
     with nn.intercept_methods(interceptor(hooks)):
       rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
-      return self.module.apply({"params": params}, images, rngs=rngs, **self.kwargs)
+      logits = self.module.apply({"params": params}, images, rngs=rngs, **self.kwargs)
+    return cast(Logits, logits)  # without `mutable` nothing else is returned
 
 
 def from_flax(

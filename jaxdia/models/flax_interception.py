@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class _Alone:
   layer: nn.Module
 
   def __call__(self, leaves: Params, inputs: jax.Array) -> jax.Array:
-    return self.layer.apply({"params": leaves}, inputs)
+    return cast(jax.Array, self.layer.apply({"params": leaves}, inputs))  # there is no `mutable`
 
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:

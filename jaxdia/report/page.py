@@ -262,8 +262,9 @@ def _success(study: Study) -> list[tuple[str, str, str]]:
 def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[float], list[float]]:
   """Returns thresholds that all cells have, and the share of all their images that reach each."""
   cells = [cell for cell in cells if attack in cell.summary]
-  curves = [cell.summary[attack].success.get(metric) for cell in cells]
-  if not curves or not all(curves):
+  found = [cell.summary[attack].success.get(metric) for cell in cells]
+  curves = [curve for curve in found if curve is not None]
+  if not curves or len(curves) < len(found):
     return [], []
   weights = [cell.summary[attack].attempted for cell in cells]
   rates = [dict(zip(curve.thresholds, curve.rate, strict=True)) for curve in curves]
