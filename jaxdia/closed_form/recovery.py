@@ -337,7 +337,7 @@ def _kept_inputs(before: Before, rate) -> list[np.ndarray]:
   least, most = bounds(float(sizes.size), 0.0, rate)
   unclear = np.flatnonzero((sizes > _ROUNDING[0]) & (sizes < _ROUNDING[1]))
   kept = sizes > _ROUNDING[0]
-  if not least <= np.sum(~kept) <= most or unclear.size > _MOST_UNCLEAR:
+  if not least <= float(np.sum(~kept)) <= most or unclear.size > _MOST_UNCLEAR:
     return []
   answers = []
   for values in itertools.product((1.0, 0.0), repeat=unclear.size):
