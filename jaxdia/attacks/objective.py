@@ -122,7 +122,7 @@ def objective(
     observation = prepare(model, observation, suits(settings.distance, "auto"), compress=False)
   masks, labels = complete(candidate, known)
   given = (model, observation.params, observation.target)
-  comparison = compare(*given, masks, candidate.images, labels)
+  comparison = compare(*given, masks, candidate.images, labels, observation.loss)
   zero = jnp.zeros((), candidate.images.dtype)
   weight, parts = settings.feature_weight, known.parts
   with_features = weight is not None and parts is not None and parts.features
