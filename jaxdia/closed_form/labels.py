@@ -9,7 +9,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision
 from jaxdia.core.types import Labels
 from jaxdia.gradients import layer_gradient
-from jaxdia.models import DropoutModel
+from jaxdia.models import DropoutModel, discovery
 
 _DUMMIES = 32
 # What turns logits into outputs from which the loss subtracts its targets.
@@ -96,7 +96,14 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
       f"labels=recovered reads the gradient of {'/'.join(model.classifier)}, which the observation"
       " lacks: the layer is frozen. Use labels=free or labels=given."
     )
+  layer["kernel"] = layer["kernel"].reshape(-1, model.num_classes)
   loss, single = observation.loss, observation.batch_size == 1
+  if loss.kind != "cross_entropy" and discovery.discover(model.network, 2).is_shifted:
+    raise InputError(
+      f"labels=recovered takes the outputs of {'/'.join(model.classifier)} as logits; what follows"
+      f" it (log_softmax, say) makes no difference to the cross-entropy, but to the loss"
+      f" {loss.name}. Use labels=free or labels=given."
+    )
   if loss.kind not in _SQUASHED and not (single and "bias" in layer):
     raise InputError(
       f"labels=recovered cannot read the labels from the gradient of the loss {loss.name} by"
@@ -129,7 +136,8 @@ def _label_by_direction(model, observation, layer) -> jax.Array:
   tiny = jnp.finfo(delta.dtype).tiny
   # The gradient of the kernel is the outer product of the layer's inputs and delta.
   inputs = kernel @ delta / jnp.maximum(jnp.sum(delta**2), tiny)
-  logits = (inputs @ params["kernel"] + params["bias"])[None]
+  weights = params["kernel"].reshape(kernel.shape)
+  logits = (inputs @ weights + params["bias"])[None]
   classes = jnp.arange(model.num_classes, dtype=jnp.int32)
   slope = jax.grad(lambda logits, label: observation.loss(logits, label[None]))
   slopes = jax.vmap(slope, (None, 0))(logits, classes)[:, 0]

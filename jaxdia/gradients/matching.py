@@ -131,6 +131,7 @@ def prepare(
     kernel = gradient.pop((*layer.path, "kernel"), None)
     if kernel is None:  # of a frozen layer
       continue
+    kernel = kernel.reshape(layer.inputs, layer.outputs)  # it may have more axes than a matrix
     factors = factorize(kernel, sum(layer.rows)) if compress else None
     kernels[layer.path] = kernel if factors is None else factors
   fields = {name: getattr(observation, name) for name in ("params", "labels", "mean", "std")}
