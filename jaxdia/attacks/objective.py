@@ -125,7 +125,7 @@ def objective(
     observation = prepare(model, observation, suits(settings.distance, "auto"), compress=False)
   masks, labels = complete(candidate, known)
   given = (model, observation.params, observation.target)
-  comparison = compare(*given, masks, candidate.images, labels)
+  comparison = compare(*given, masks, candidate.images, labels, observation.loss)
   zero = jnp.zeros((), candidate.images.dtype)
   parts = known.parts
   weight = settings.feature_weight if parts is not None and parts.features else None

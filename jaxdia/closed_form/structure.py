@@ -80,7 +80,9 @@ def find_chain(network: Network) -> Chain | None:
     known classifier, or it cannot be tapped.
   """
   model = model_to_try(network)
+  shapes = leaves_by_path(jax.eval_shape(model.init, jax.random.key(0)))
   layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
+  layers = [layer for layer in layers if len(shapes[(*layer.path, "kernel")].shape) == 2]
   paths = [layer.path for layer in layers]
   if model.classifier not in paths:
     return None

@@ -168,8 +168,9 @@ class DropoutModel:
       if layer.path not in taps:
         return outputs
       added = taps[layer.path][len(inputs_of[layer.path])]
-      inputs_of[layer.path].append(inputs.reshape(len(added), -1))
-      return outputs + added.reshape(outputs.shape)
+      # A layer may compute in a type of its own.
+      inputs_of[layer.path].append(inputs.reshape(len(added), -1).astype(added.dtype))
+      return outputs + added.reshape(outputs.shape).astype(outputs.dtype)
 
     logits = self._call(params, masks, images, tap)
     return logits, {path: tuple(inputs) for path, inputs in inputs_of.items()}
