@@ -10,7 +10,16 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CORE_ROOMS = ("core", "models", "client", "gradients", "closed_form", "attacks", "engine")
+CORE_ROOMS = (
+  "core",
+  "models",
+  "updates",
+  "client",
+  "gradients",
+  "closed_form",
+  "attacks",
+  "engine",
+)
 
 # Where a package is imported by another name than it is installed by.
 IMPORT_NAMES = {
