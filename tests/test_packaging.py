@@ -24,6 +24,7 @@ CORE_ROOMS = (
 # Where a package is imported by another name than it is installed by.
 IMPORT_NAMES = {
   "absl-py": "absl",
+  "orbax-checkpoint": "orbax",
   "pillow": "PIL",
   "tensorflow-datasets": "tensorflow_datasets",
 }
@@ -49,7 +50,10 @@ def setup():
 
 
 CORE, EXTRAS = setup()
-PACKAGE_EXTRAS = ("images", "run", "samples", "tfds", "lpips", "tensorboard")
+PACKAGE_EXTRAS = (
+  *("images", "run", "samples", "tfds", "lpips", "tensorboard"),
+  *("safetensors", "orbax", "torch", "flower"),
+)
 
 
 def imported(path, *, at_top_only):

@@ -68,8 +68,8 @@ def nothing_fits(what: str, leaves: dict[Path, tuple[int, ...]], arrays: NamedAr
   """Returns what to say where no array fits by its name or by its shape."""
   return (
     f"no array of the {what} has a name or a shape of this model: it has"
-    f" {listed('/'.join(path) for path in leaves)}, and the arrays are {listed(arrays)}. They are of"
-    " another network."
+    f" {listed('/'.join(path) for path in leaves)}, and the arrays are {listed(arrays)}. They are"
+    " of another network."
   )
 
 
@@ -83,7 +83,7 @@ def wrong_shape(
 ) -> str:
   """Returns what to say of an array that has the name of a leaf, but another shape."""
   shape, expected = arrays[name].shape, shape_before(leaves[path], axes)
-  others = {key: array for key, array in arrays.items() if key != name}
+  others = {key: a for key, a in arrays.items() if key != name and a.shape == expected}
   if len(shape) > 1 and shape == expected[::-1]:
     mend = "It is transposed: turn it."
   elif near := nearest(
