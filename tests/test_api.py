@@ -42,7 +42,7 @@ def test_public_functions_have_types_and_docstrings(path):
 
 
 def test_attacks_never_reach_the_secret():
-  for room in ("attacks", "closed_form", "engine", "models"):
+  for room in ("attacks", "closed_form", "engine", "models", "updates"):
     for path in (PACKAGE / room).rglob("*.py"):
       for name in _imports(path):
         assert not name.endswith(".Secret"), path
