@@ -8,12 +8,15 @@ from jaxdia.models.base import (
   drop,
   expected_masks,
   model_of,
+  read_masks,
   sample_masks,
 )
 from jaxdia.models.create import create
-from jaxdia.models.flax import from_flax, read_masks
+from jaxdia.models.entries import from_native
+from jaxdia.models.flax import from_flax
 from jaxdia.models.functions import from_functions
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
+from jaxdia.models.nnx import from_nnx
 from jaxdia.models.reference import params_of_reference
 from jaxdia.models.zoo import MODELS
 
@@ -33,6 +36,8 @@ __all__ = [
   "expected_masks",
   "from_flax",
   "from_functions",
+  "from_native",
+  "from_nnx",
   "model_of",
   "params_of_reference",
   "read_masks",
