@@ -152,18 +152,10 @@ class _Attention:
   def __init__(self, interception: _Interception, where: str, rate: float):
     self.interception, self.where, self.rate = interception, where, rate
 
-  def __call__(
-    self,
-    query,
-    key,
-    value,
-    *,
-    dropout_rng,
-    dropout_rate,
-    broadcast_dropout,
-    deterministic,
-    **kwargs,
-  ):
+  def __call__(self, query, key, value, *, deterministic, **kwargs):
+    drawn_with = {
+      name: kwargs.pop(name) for name in ("dropout_rng", "dropout_rate", "broadcast_dropout")
+    }
     weights = dot_product_attention_weights(query, key, deterministic=True, **kwargs)
     if deterministic:
       self.interception.hooks.on_inactive(self.where)
