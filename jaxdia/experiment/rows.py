@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxdia import data, evaluation
 from jaxdia.attacks import Status
-from jaxdia.client import Secret
+from jaxdia.client import Secret, defences
 from jaxdia.closed_form import Verdict
 from jaxdia.core.types import Statistics
 from jaxdia.experiment import outcomes
@@ -119,6 +119,7 @@ def score(
         model=settings.model.name,
         dropout_rate=common_rate(facts.model),
         batch_size=size,
+        defence=defences.describe(settings.defence),
         scores=scores,
         oracle=None if outcome.failed else oracle and {k: v[i] for k, v in oracle.items()},
         status=status,

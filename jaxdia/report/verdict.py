@@ -190,6 +190,11 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
     texts.append(
       f"Each image was attacked under {times} sets of dropout masks, and counts for each."
     )
+  if defended := {row.defence for cell in study.done for row in cell.rows} - {None, "none"}:
+    texts.append(
+      f"Clients changed their gradients before they sent them: {', '.join(sorted(defended))}. No"
+      " attack was told of it; one that is made for it may see more."
+    )
   guesses = [
     cell.floors["mean_image"]["ssim"]
     for cell in study.done
