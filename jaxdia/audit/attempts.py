@@ -102,7 +102,7 @@ def _is_none(leaf: Any) -> bool:
 
 @jax.jit
 def _simulate(model, observation, masks, images, labels):
-  return client_gradient(model, observation.params, masks, images, labels)
+  return client_gradient(model, observation.params, masks, images, labels, loss=observation.loss)
 
 
 def by_algebra(

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.types import Statistics
 from jaxdia.data import statistics_of
@@ -31,6 +32,7 @@ class AuditSettings:
     learning_rate: of the client, for weights that came back.
     local_steps: of the client between the weights.
     weight_decay: of the client.
+    loss: that the client descends.
     mode: "training", in which dropout is on, or "evaluation".
     statistics: that normalise the images.
     labels: classes of the batch, if they are known.
@@ -50,6 +52,7 @@ class AuditSettings:
   learning_rate: float | None = None
   local_steps: int = 1
   weight_decay: float = 0.0
+  loss: Loss = CROSS_ENTROPY
   mode: str = "training"
   statistics: Statistics
   labels: tuple[int, ...] | None = None
@@ -95,7 +98,11 @@ class AuditSettings:
     """Returns what audit.json says of them."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     mean, std = self.statistics
-    return fields | {"model": self.model.to_json(), "statistics": {"mean": mean, "std": std}}
+    return fields | {
+      "model": self.model.to_json(),
+      "statistics": {"mean": mean, "std": std},
+      "loss": dataclasses.asdict(self.loss),
+    }
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -114,6 +121,7 @@ def default_config() -> ml_collections.ConfigDict:
       "learning_rate": number,
       "local_steps": 1,
       "weight_decay": 0.0,
+      "loss": dataclasses.asdict(CROSS_ENTROPY),
       "mode": "training",
       "statistics": text,
       "mean": (0.0,),
@@ -145,14 +153,25 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
   files = {kind: _split(fields.pop(kind)) for kind in ("after", "gradient")}
   named, mean, std = (fields.pop(name) for name in ("statistics", "mean", "std"))
   statistics = Statistics(mean, std) if named is None else statistics_of(named)
-  labels = fields.pop("labels")
+  labels, loss = fields.pop("labels"), fields.pop("loss")
   return AuditSettings(
     model=ModelSettings(name, rate, tuple(model.items())),
     statistics=statistics,
+    loss=_loss(loss),
     labels=None if labels is None else _labels(labels),
     **files,
     **fields,
   )
+
+
+def _loss(fields: Any) -> Loss:
+  known = [f.name for f in dataclasses.fields(Loss)]
+  if not isinstance(fields, dict):
+    raise InputError(f"config.loss is {fields!r}; expected a group of the fields {known}.")
+  for name in fields:
+    if name not in known:
+      raise unknown("field of config.loss:", name, known)
+  return Loss(**fields)
 
 
 def _split(names: str | None) -> tuple[str, ...]:
