@@ -52,8 +52,8 @@ def test_attacks_never_reach_the_secret():
 
 def test_rooms_import_only_from_the_rooms_below_them():
   order = [
-    "core", "models", "updates", "client", "gradients", "closed_form", "attacks", "engine",
-    "data", "evaluation", "experiment", "report", "study", "command_line",
+    "core", "models", "client", "updates", "gradients", "closed_form", "attacks", "engine",
+    "data", "evaluation", "experiment", "audit", "report", "study", "command_line",
   ]  # fmt: skip
   for path in FILES:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")

@@ -128,7 +128,7 @@ def _candidates(key, spaces, rate, left, effort):
     points = (first.right / np.where(counts > 0, sizes, 1) * counts).T
     dimensions = len(first.values)
     starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))
-    starts = starts.astype(jnp.float64) * (1 - first.padding)
+    starts = starts.astype(jnp.float64) * (1 - first.padding)[None, None]
     starts /= jnp.linalg.norm(starts, axis=-1, keepdims=True)
     normals = np.concatenate(
       [sparse.search(points, counts, first.padding, some, 1 / effort) for some in starts]

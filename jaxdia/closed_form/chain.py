@@ -115,10 +115,11 @@ def _rms(values, kept):
 
 def _solve(rows, values, weights, padding):
   """Returns the least-squares solution x of `x @ rows = values`."""
-  matrix = (rows * weights) @ rows.T
+  weighted = rows * weights[None]
+  matrix = weighted @ rows.T
   size = jnp.trace(matrix)
   matrix += jnp.diag(padding * (1 + size) + 1e-14 * size + 1e-300)
-  return jax.scipy.linalg.solve(matrix, (rows * weights) @ values, assume_a="pos")
+  return jax.scipy.linalg.solve(matrix, weighted @ values, assume_a="pos")
 
 
 def refine(
@@ -152,7 +153,7 @@ def refine(
   # Reweighted, so that an entry that only seems dropped loses its weight.
   sizes = joint_sizes(zero.astype(jnp.float64))
   for epsilon in (0.3, 0.1, 0.03, 0.01, 1e-3):
-    sizes = joint_sizes(zero / (sizes**2 + epsilon**2))
+    sizes = joint_sizes(zero.astype(sizes.dtype) / (sizes**2 + epsilon**2))
   least, most = bounds(count, 0.0, rate)
   zeros = split_zeros(sizes, jnp.ones(count), jnp.maximum(least, 1), most)
   chosen = zeros.zero & (zeros.gap > LEAST_GAP)  # a sample may have dropped nothing
@@ -187,19 +188,20 @@ def complete(
   """
   rates = [None if site is None else model.rates[site] for site in sites]
   return jax.lax.map(
-    lambda one: _complete(model, links, params, spaces, rates, *one, batch_size),
+    lambda one: _complete(model, links, params, spaces, rates, batch_size, *one),
     known,
     batch_size=64,
   )
 
 
-def _complete(model, links, params, spaces, rates, kept, delta, h, batch_size) -> Sample:
+def _complete(model, links, params, spaces, rates, batch_size, kept, delta, h) -> Sample:
   layers = layers_of([*(layer for layer, _ in links), links[-1][1]], params)
   last = len(links)
 
   def activation(k, outputs):  # the inputs of layer k + 1, and their slopes
     def function(z):
-      return activate(model, params, *links[k], z)
+      layer, after = links[k]
+      return activate(model, params, layer, after, z)
 
     return jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
 
@@ -213,10 +215,10 @@ def _complete(model, links, params, spaces, rates, kept, delta, h, batch_size) -
     # delta = (next delta @ weights.T) * slope, and the next delta lies in the space of its layer.
     inner = layers[k + 1].weights[: len(values)].T
     if k + 1 == last:
-      next_delta = _solve(inner * (kept * slope), delta, kept, jnp.zeros(len(inner)))
+      next_delta = _solve(inner * (kept * slope)[None], delta, kept, jnp.zeros(len(inner)))
     else:
       space = spaces[k + 1]
-      rows = (space.right @ inner) * (kept * slope)
+      rows = (space.right @ inner) * (kept * slope)[None]
       next_delta = _solve(rows, delta, kept, space.padding) @ space.right
     # What was kept shows once more, now that the delta is known that would be if all were.
     expected = (next_delta @ inner) * slope
@@ -242,7 +244,7 @@ def _complete(model, links, params, spaces, rates, kept, delta, h, batch_size) -
 
   # The last delta is (softmax - one-hot) / B; which class it is shows in its direction.
   classes = jnp.eye(layers[last].weights.shape[1])
-  candidates = jax.nn.softmax(inputs[last] @ layers[last].weights) - classes
+  candidates = jax.nn.softmax(inputs[last] @ layers[last].weights)[None] - classes
   fits = jnp.abs(candidates @ delta) / (jnp.linalg.norm(candidates, axis=1) + 1e-300)
   label = jnp.argmax(fits)
   deltas = [candidates[label] / batch_size]
@@ -293,7 +295,7 @@ def _first_inputs(layers, spaces, activation, kept, h):
     values, slopes = activation(0, outputs)
     r = kept * (values / scale - h)
     along_scale = kept * (slopes * outputs - values) / scale
-    jacobian = jnp.concatenate([(kept * slopes) * rows, along_scale[None]])
+    jacobian = jnp.concatenate([(kept * slopes)[None] * rows, along_scale[None]])
     if one_row is not None:
       one = scale * (c @ one_row)
       r = jnp.append(r, one - jnp.sqrt(count))

@@ -69,7 +69,7 @@ def _search(points, counts, padding, starts, scale):
     def step(_, carry):
       q, epsilon = carry
       weights = counts / ((points @ q) ** 2 + epsilon**2)
-      matrix = (points.T * weights) @ points
+      matrix = (points.T * weights[None]) @ points
       return _least_eigenvector(matrix, padding, q, 2), epsilon * _SHRINK
 
     return jax.lax.fori_loop(0, _STEPS, step, (q, scale / jnp.sqrt(rank)))[0]
@@ -88,8 +88,10 @@ def normal(points: jax.Array, chosen: jax.Array, padding: jax.Array) -> jax.Arra
   Returns:
     f64[rank].
   """
-  matrix = (points.T * chosen) @ points
-  start = (1 - padding) * jnp.cos(1.0 + jnp.arange(len(padding)))  # any that is not special
+  matrix = (points.T * chosen[None].astype(points.dtype)) @ points
+  start = (1 - padding) * jnp.cos(
+    1.0 + jnp.arange(len(padding), dtype=padding.dtype)
+  )  # any that is not special
   return _least_eigenvector(matrix, padding, start, 4)
 
 
@@ -124,7 +126,7 @@ def split_zeros(values: jax.Array, counts: jax.Array, least: jax.Array, most: ja
   order = jnp.sort(sizes)
   floor = 1e-14 * jnp.max(jnp.where(counts > 0, sizes, 0)) + 1e-300
   logs = jnp.log(jnp.maximum(order, floor))
-  number = jnp.arange(1, len(order))  # of zeros, if the gap is after so many
+  number = jnp.arange(1.0, len(order))  # of zeros, if the gap is after so many
   gaps = jnp.where(jnp.isfinite(logs[1:]), logs[1:] - logs[:-1], 0)
   gaps = jnp.where((number >= least) & (number <= most), gaps, -1)
   best = jnp.argmax(gaps)

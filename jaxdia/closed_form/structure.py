@@ -80,7 +80,9 @@ def find_chain(network: Network) -> Chain | None:
     known classifier, or it cannot be tapped.
   """
   model = model_to_try(network)
+  shapes = leaves_by_path(jax.eval_shape(model.init, jax.random.key(0)))
   layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
+  layers = [layer for layer in layers if len(shapes[(*layer.path, "kernel")].shape) == 2]
   paths = [layer.path for layer in layers]
   if model.classifier not in paths:
     return None
@@ -210,38 +212,46 @@ def _is_elementwise(model, params, layer, after) -> bool:
     return along, slope * direction, expected, other
 
   along, expected_along, expected, other = probe(
-    params, *(_random(i, layer.outputs) for i in range(2)), _random(2, (1, *model.image_shape))
+    params,
+    _random(0, layer.outputs),
+    _random(1, layer.outputs),
+    _random(2, (1, *model.image_shape)),
   )
   return close(along, expected_along) and close(other, expected)
 
 
 def _find_input(model, params, layer) -> Input:
   """Finds the dropout site that multiplies the inputs of a layer."""
-  ones = full_masks(model)
 
   @jax.jit
   def inputs_of(params, masks, images):
     return layer_inputs(model, params, layer, masks, images)[0]
 
-  @jax.jit
-  def changes(params, weights, images):
-    def weighted_sum(scales):
-      masks = {site: ones[site] * scales[site] for site in ones}
-      return jnp.sum(weights * layer_inputs(model, params, layer, masks, images)[0])
+  return find_input(model, functools.partial(inputs_of, params))
 
-    return jax.value_and_grad(weighted_sum)({site: jnp.ones(()) for site in ones})
 
-  # Scaling the mask of the wanted site scales the inputs.
+def find_input(model: DropoutModel, inputs_of: Callable[[Masks, jax.Array], Any]) -> Input:
+  """Finds the dropout site that multiplies inputs.
+
+  Args:
+    model: the network.
+    inputs_of: the inputs f64[n] of masks and of an image f64[1, H, W, C].
+
+  Returns:
+    The site, if there is one.
+  """
+  ones = full_masks(model)
+  # Several images, since an input that is 0 tells nothing.
   images = [_random(i, (1, *model.image_shape)) for i in range(4)]
-  value, slopes = changes(params, _random(5, layer.inputs), images[0])
-  for site, slope in slopes.items():
-    if not np.isclose(slope, value, rtol=1e-9, atol=0):
+  value = inputs_of(ones, images[0])
+  for site, mask in ones.items():
+    # Twice the mask of the wanted site is twice the inputs.
+    if not close(inputs_of(ones | {site: 2 * mask}, images[0]), 2 * value):
       continue
-    # A mask of which no two entries are alike tells which one each input met; several images,
-    # since an input that is 0 tells nothing.
-    values = 1 + np.arange(ones[site].size) / ones[site].size
-    masks = ones | {site: jnp.asarray(values.reshape(ones[site].shape))}
-    before, after = (np.stack([inputs_of(params, m, x) for x in images], 1) for m in (ones, masks))
+    # A mask of which no two entries are alike tells which one each input met.
+    values = 1 + np.arange(mask.size) / mask.size
+    masks = ones | {site: jnp.asarray(values.reshape(mask.shape))}
+    before, after = (np.stack([inputs_of(m, x) for x in images], 1) for m in (ones, masks))
     best = np.argmax(np.abs(before), axis=1)[:, None]
     before, after = (np.take_along_axis(x, best, axis=1)[:, 0] for x in (before, after))
     seen = before != 0
