@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, normal, split_zeros
 from jaxdia.closed_form.structure import activate
-from jaxdia.core.types import Params
+from jaxdia.core.types import Array, Number, Params
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import DenseLayer, DropoutModel
 
@@ -34,7 +35,7 @@ class Layer(NamedTuple):
     biased: b[], whether the last row is a bias.
   """
 
-  weights: jax.Array
+  weights: Float[Array, "inputs outputs"]
   biased: bool
 
 
@@ -48,10 +49,10 @@ class Space(NamedTuple):
     padding: f64[rank], 1 for such dimensions, otherwise 0.
   """
 
-  left: jax.Array
-  values: jax.Array
-  right: jax.Array
-  padding: jax.Array
+  left: Float[Array, "inputs rank"]
+  values: Float[Array, " rank"]
+  right: Float[Array, "rank outputs"]
+  padding: Float[Array, " rank"]
 
 
 class Sample(NamedTuple):
@@ -82,7 +83,7 @@ def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
   return tuple(layers)
 
 
-def span(matrix: np.ndarray, rank: int, size: int) -> tuple[Space, float]:
+def span(matrix: Float[Array, "inputs outputs"], rank: int, size: int) -> tuple[Space, float]:
   """Returns the space of a gradient, and how much lies outside.
 
   Args:
@@ -123,8 +124,8 @@ def _solve(rows, values, weights, padding):
 
 
 def refine(
-  delta_space: Space, input_space: Space, zero: jax.Array, rate: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  delta_space: Space, input_space: Space, zero: Bool[Array, " n"], rate: Number
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
   """Finds out what a sample dropped, from both of the gradients that show it.
 
   Where an entry was dropped, the delta before it and the input after it are zero. Either may
@@ -169,7 +170,7 @@ def complete(
   sites: tuple[str | None, ...],
   params: Params,
   spaces: tuple[Space, ...],
-  known: tuple[jax.Array, jax.Array, jax.Array],
+  known: tuple[Float[Array, "k n"], Float[Array, "k n"], Float[Array, "k n"]],
   batch_size: int,
 ) -> Sample:
   """Recovers samples from what they kept after the first layer.

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Integer, Shaped
+
+from jaxdia.core.types import Array, Number
 
 _STEPS = 110
 _SHRINK = 0.9
@@ -30,17 +33,17 @@ class Zeros(NamedTuple):
     gap: f[], least of the other entries by the largest of these, in size.
   """
 
-  zero: jax.Array
-  gap: jax.Array
+  zero: Bool[Array, "*k n"]
+  gap: Float[Array, "*k"]
 
 
 def search(
-  points: jax.Array,
-  counts: jax.Array,
-  padding: jax.Array,
-  starts: jax.Array,
+  points: Float[Array, "n rank"],
+  counts: Float[Array, " n"],
+  padding: Float[Array, " rank"],
+  starts: Float[Array, "k rank"],
   scale: float = 1.0,
-) -> jax.Array:
+) -> Float[Array, "k rank"]:
   """Looks for hyperplanes through the origin on which many points lie.
 
   Iteratively reweighted least squares on Σ log((q·r)² + ε²), where ε shrinks from the
@@ -77,7 +80,9 @@ def _search(points, counts, padding, starts, scale):
   return jax.lax.map(one, starts, batch_size=64)
 
 
-def normal(points: jax.Array, chosen: jax.Array, padding: jax.Array) -> jax.Array:
+def normal(
+  points: Float[Array, "n rank"], chosen: Shaped[Array, " n"], padding: Float[Array, " rank"]
+) -> Float[Array, " rank"]:
   """Returns the unit normal of the hyperplane nearest to the chosen points.
 
   Args:
@@ -110,7 +115,9 @@ def _least_eigenvector(matrix, padding, start, steps):
   return vector
 
 
-def split_zeros(values: jax.Array, counts: jax.Array, least: jax.Array, most: jax.Array) -> Zeros:
+def split_zeros(
+  values: Float[Array, " n"], counts: Shaped[Array, " n"], least: Number, most: Number
+) -> Zeros:
   """Splits entries into zeros and others at the widest gap in the order of their sizes.
 
   Args:
@@ -135,7 +142,11 @@ def split_zeros(values: jax.Array, counts: jax.Array, least: jax.Array, most: ja
 
 @jax.jit
 def examine(
-  points: jax.Array, counts: jax.Array, padding: jax.Array, normals: jax.Array, rate: jax.Array
+  points: Float[Array, "n rank"],
+  counts: Float[Array, " n"],
+  padding: Float[Array, " rank"],
+  normals: Float[Array, "k rank"],
+  rate: Number,
 ) -> Zeros:
   """Sharpens hyperplanes, and says which points lie on them.
 
@@ -164,7 +175,7 @@ def examine(
   return jax.lax.map(one, normals, batch_size=64)
 
 
-def bounds(count: jax.Array, floor: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
+def bounds(count: Number, floor: Number, rate: Number) -> tuple[Number, Number]:
   """Returns how many of `count` entries dropout of a rate may have dropped, at least and at most.
 
   Args:
@@ -176,7 +187,7 @@ def bounds(count: jax.Array, floor: jax.Array, rate: jax.Array) -> tuple[jax.Arr
   return jnp.maximum(count * rate - spread, floor), count * rate + spread
 
 
-def distinct(zeros: Zeros) -> np.ndarray:
+def distinct(zeros: Zeros) -> Integer[np.ndarray, " m"]:
   """Returns indices of planes that may be of a sample, each once, the clearest first.
 
   Args:
