@@ -128,7 +128,7 @@ def _use_first_layer(model, gradient, found) -> str:
   """Notes the image that a first dense layer with a bias tells; returns why there is not more."""
   layer = find_first_layer(model.network)
   leaves = {} if layer is None else layer_gradient(gradient, layer.path)
-  if set(leaves) != {"kernel", "bias"}:
+  if layer is None or set(leaves) != {"kernel", "bias"}:
     return ""
   read = read_inputs(leaves["kernel"], leaves["bias"])
   name = "/".join(layer.path)
