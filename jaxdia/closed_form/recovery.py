@@ -19,7 +19,7 @@ from jaxdia.closed_form.labels import check_sign, recover_labels
 from jaxdia.closed_form.parts import Parts, Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
-from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
+from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import first_line
 from jaxdia.core.types import Key
 from jaxdia.gradients import layer_gradient
@@ -93,6 +93,8 @@ def _recover(key, model, observation) -> Recovery:
       reason = _use_patches(patching, gradient, found)
     elif patching is not None:
       reason = "patches of a batch of more than one image are summed over the images"
+  if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
+    reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
 
 

@@ -12,6 +12,7 @@ from jaxdia.models.base import (
 )
 from jaxdia.models.create import create
 from jaxdia.models.flax import from_flax, read_masks
+from jaxdia.models.flax_variables import batch_moments
 from jaxdia.models.functions import from_functions
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
 from jaxdia.models.reference import params_of_reference
@@ -27,6 +28,7 @@ __all__ = [
   "Site",
   "Taps",
   "batch_axes",
+  "batch_moments",
   "check_rate",
   "create",
   "drop",
