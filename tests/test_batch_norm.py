@@ -103,6 +103,17 @@ def test_without_masks_the_mode_of_batch_norm_is_the_clients():
     np.testing.assert_allclose(model.apply(params, None, images), expected, 1e-4, 1e-5)
 
 
+def test_a_client_in_evaluation_mode_has_no_dropout_and_takes_the_averages():
+  module, variables, images = Net(), _averages(Net()), jnp.asarray(_images())
+  told = {"variables": variables, "call_kwargs": {"train": False}}
+  training = models.from_flax(module, SHAPE, variables=variables)
+  params = training.init(jax.random.key(0))
+  expected = module.apply({"params": params, **variables}, images, train=False)
+  for model in (models.from_flax(module, SHAPE, **told), models.evaluation_mode(training)):
+    assert not model.sites
+    np.testing.assert_allclose(model.apply(params, {}, images), expected, 1e-5, 1e-6)
+
+
 def test_models_with_equal_averages_are_equal():
   first, second, third = (
     models.from_flax(Net(), SHAPE, variables=_averages(Net(), seed)) for seed in (0, 0, 1)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
@@ -91,10 +92,10 @@ class Secret:
 
 
 def _is_concrete(array: Any) -> bool:
-  return not isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct))
+  return not isinstance(array, (Tracer, jax.ShapeDtypeStruct))
 
 
-def _as_array(value: Any, dtype: Any = None) -> jax.Array:
+def _as_array(value: Any, dtype: Any = None) -> Any:
   """Returns an array, or what stands for one where JAX traces."""
   if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) and dtype in (None, value.dtype):
     return value

@@ -1,8 +1,11 @@
 """One training step of a client."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxdia.client.defences import Defence, identity
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
@@ -121,9 +124,7 @@ def observe(
 _compiled_gradient = jax.jit(client_gradient, static_argnames="loss")
 
 
-def _check_batch(
-  model: DropoutModel, images: Images, labels: Labels, statistics: Statistics
-) -> None:
+def _check_batch(model: DropoutModel, images: Any, labels: Any, statistics: Statistics) -> None:
   """Refuses a batch that the model cannot have been trained on; of traced arrays only shapes."""
   images, labels = (x if hasattr(x, "dtype") else np.asarray(x) for x in (images, labels))
   expected = ", ".join(str(n) for n in model.image_shape)
@@ -142,7 +143,7 @@ def _check_batch(
       f"labels are {labels.dtype} of shape {labels.shape}; expected integers of shape"
       f" ({images.shape[0]},), one class an image."
     )
-  if isinstance(images, jax.core.Tracer) or isinstance(labels, jax.core.Tracer):
+  if isinstance(images, Tracer) or isinstance(labels, Tracer):
     return
   images, labels = np.asarray(images), np.asarray(labels)
   if not np.isfinite(images).all():

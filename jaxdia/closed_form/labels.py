@@ -18,8 +18,8 @@ _SQUASHED = {"cross_entropy": jax.nn.softmax, "binary_cross_entropy": jax.nn.sig
 _ROUNDING = 1e-3
 
 
-def check_sign(model: DropoutModel, observation: Observation) -> None:
-  """Refuses a gradient that has the opposite sign, as new weights minus old ones have.
+def is_turned(model: DropoutModel, observation: Observation) -> bool:
+  """Returns whether a gradient has the opposite sign, as new weights minus old ones have.
 
   By the bias of the classifier the gradient of the cross-entropy is `mean softmax - share of the
   class`. It sums to 0, and of B images it is negative for B classes at most. Where it is positive
@@ -29,22 +29,32 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
   Args:
     model: the network.
     observation: of one client, with concrete values.
-
-  Raises:
-    InputError: it was turned.
   """
   layer = {} if model.classifier is None else layer_gradient(observation.gradient, model.classifier)
   loss = observation.loss
   if "bias" not in layer or loss.kind != "cross_entropy" or loss.label_smoothing:
-    return
+    return False
   bias = np.asarray(layer["bias"], np.float64)
   positive, negative = int(np.sum(bias > 0)), int(np.sum(bias < 0))
   sums_to_0 = abs(np.sum(bias)) <= _ROUNDING * np.sum(np.abs(bias))
-  if sums_to_0 and 0 < positive <= observation.batch_size < negative:
+  return bool(sums_to_0 and 0 < positive <= observation.batch_size < negative)
+
+
+def check_sign(model: DropoutModel, observation: Observation) -> None:
+  """Refuses a gradient that has the opposite sign; see `is_turned`.
+
+  Args:
+    model: the network.
+    observation: of one client, with concrete values.
+
+  Raises:
+    InputError: it was turned.
+  """
+  if is_turned(model, observation):
     raise InputError(
-      f"the gradient by the bias of {'/'.join(model.classifier)} is negative for {negative}"
-      f" classes; of a batch of {observation.batch_size} it is so for no more than that. It has the"
-      " opposite sign: use its negative, as old weights minus new ones."
+      f"the gradient by the bias of {'/'.join(model.classifier or ())} is negative for more than"
+      f" {observation.batch_size} classes; of a batch of {observation.batch_size} it is so for no"
+      " more than that. It has the opposite sign: use its negative, as old weights minus new ones."
     )
 
 

@@ -270,10 +270,10 @@ def _create_program(structure, leaves, num_lanes, num_slots, devices, recorded) 
 
     def replace(array, value):
       shards = _shards(array)
-      shards[device] = jax.device_put(value, devices[device])
+      shards[device] = value
       return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
-    return jax.tree.map(replace, tree, _with_device_axis(new))
+    return jax.tree.map(replace, tree, jax.device_put(_with_device_axis(new), devices[device]))
 
   def put(all_lanes, places):
     inbox = all_lanes.inbox

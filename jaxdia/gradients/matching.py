@@ -12,7 +12,7 @@ is kept as thin factors. What is not a dense layer is formed.
 """
 
 import typing
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def prepare(
   return Prepared(target=target, **facts, **fields)
 
 
-def factorize(matrix: jax.Array, rank: int) -> Factors | None:
+def factorize(matrix: Any, rank: int) -> Factors | None:
   """Returns thin factors of a matrix, if it has no more than the given rank.
 
   Args:

@@ -3,13 +3,14 @@
 import functools
 import math
 from collections.abc import Container, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
+from jaxdia.core.errors import InputError
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path
 from jaxdia.core.types import Params
@@ -111,7 +112,9 @@ def discover(network: "Network", batch_size: int) -> Discovery:
     for path, calls in calls_of.items()
     if _count_products(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
   }
-  seen = ({p: x for p, x in found.items() if p not in hidden} for found in (dense, convolutions))
+  for found in (dense, convolutions):
+    for path in hidden & set(found):
+      del found[path]
   of_products = program.jaxpr.outvars[len(program.jaxpr.outvars) - len(handed_out) :]
   path_of = {id(v): path for v, (path, _) in zip(of_products, products, strict=True)}
   classifier, is_shifted = None, False
@@ -120,7 +123,7 @@ def discover(network: "Network", batch_size: int) -> Discovery:
     if origin.aval.shape[-1:] == logits.shape[1:]:
       classifier = path_of.get(id(origin))
   is_softmax = _is_softmax(program.jaxpr)
-  return Discovery(sites, *seen, inactive, classifier, is_shifted, logits, is_softmax)
+  return Discovery(sites, dense, convolutions, inactive, classifier, is_shifted, logits, is_softmax)
 
 
 # Operations whose outputs are their inputs, in another type or shape of the same size.
@@ -218,7 +221,8 @@ def _inner_programs(equation) -> list[jex_core.Jaxpr]:
 def _count_products(program: jex_core.Jaxpr, variable) -> float:
   """Returns how many products of a program use a variable; NaN if anything else does.
 
-  What merely hands a variable on to an inner program, or converts it, is followed.
+  What merely hands a variable on to an inner program, converts or transposes it, is followed, as
+  libraries lay out their kernels in several ways.
   """
   count = math.nan if any(output is variable for output in program.outvars) else 0
   for equation in program.eqns:
@@ -228,7 +232,7 @@ def _count_products(program: jex_core.Jaxpr, variable) -> float:
       continue
     if equation.primitive.name in ("dot_general", "conv_general_dilated"):
       count += len(places)
-    elif equation.primitive.name == "convert_element_type":
+    elif equation.primitive.name in ("convert_element_type", "transpose"):
       count += _count_products(program, equation.outvars[0])
     elif len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
       count += sum(_count_products(inner[0], inner[0].invars[i]) for i in places)
@@ -237,13 +241,49 @@ def _count_products(program: jex_core.Jaxpr, variable) -> float:
   return count
 
 
+def check_randomness(network: "Network") -> None:
+  """Refuses a network that draws other random numbers than the masks of its sites.
+
+  It counts the random numbers in the program in which the library draws, loops included: dropout
+  inside a scan draws anew in each turn, which one mask cannot stand for, and a network may draw
+  by itself what is no dropout.
+
+  Args:
+    network: whose library draws with JAX.
+
+  Raises:
+    InputError: it does; the message says how many.
+  """
+  images = jax.ShapeDtypeStruct((2, *network.image_shape), jnp.float32)
+
+  def draw(call):
+    return call.inputs * call.draw().astype(call.inputs.dtype)
+
+  def drawing(params, images):
+    with usual_promotion():
+      return network.call(params, images, Hooks(draw))
+
+  program = jax.make_jaxpr(drawing)(params_shape(network), images)
+  sites = discover(network, 2).sites
+  drawn = count_random_numbers(program.jaxpr)
+  explicit = sum(math.prod(shape) for _, shape in sites.values())
+  if drawn != explicit:
+    raise InputError(
+      f"{network.name} draws {drawn} random numbers for 2 images, but its dropout sites"
+      f" ({', '.join(sites) or 'none'}) account for {explicit}. What else draws (dropout under a"
+      " scan or vmap such as nn.scan, stochastic depth, noise) cannot be made an explicit mask:"
+      " unroll the loop, or turn that part off."
+    )
+
+
 def count_random_numbers(program: jex_core.Jaxpr) -> float:
   """Returns how many random numbers a program draws, those of all turns of its loops."""
   count = 0
   for equation in program.eqns:
     if equation.primitive.name == "random_bits":
       # Under nn.vmap there is a batch of keys, which the parameter "shape" leaves out.
-      count += math.prod(equation.outvars[0].aval.shape)
+      drawn = cast(jax.ShapeDtypeStruct, equation.outvars[0].aval)
+      count += math.prod(drawn.shape)
       continue
     turns = {"scan": equation.params.get("length"), "while": math.inf}
     for inner in _inner_programs(equation):

@@ -8,9 +8,8 @@ would draw one. So a user's module needs no rewriting.
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,9 @@ from flax import linen as nn
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Constants, leaves_by_path
-from jaxdia.core.types import Images, Key, Logits, Masks, Params
+from jaxdia.core.types import Images, Key, Logits, Params
 from jaxdia.models import discovery
-from jaxdia.models.base import DropoutModel, Network, check_image_shape, drop, model_of
+from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.flax_interception import interceptor
 from jaxdia.models.flax_variables import fit_collections
 from jaxdia.models.hooks import Hooks, ignore_sites
@@ -83,22 +82,24 @@ class FlaxNetwork(Network):
     """Returns the names of the variables that no gradient changes."""
     return tuple(".".join(path) for path in leaves_by_path(self.collections.tree))
 
-  def call(self, params: Params, images: Images, hooks: Hooks) -> Logits:
+  def evaluation(self) -> Network:
+    """Returns the network with the argument that turns training on turned off."""
+    off = {name: not on for name, on in _TRAINING_FLAGS.items() if name in self.kwargs}
+    return dataclasses.replace(self, kwargs={**self.kwargs, **off})
+
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
     """Computes logits, with dropout and linear layers intercepted."""
     # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
+    rngs = rngs or dict.fromkeys(("params", "dropout"), jax.random.key(0))
     with nn.intercept_methods(interceptor(hooks)):
-      rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
-      return _apply(self, params, images, rngs)
-
-
-def _apply(network: FlaxNetwork, params: Params, images: Images, rngs: Any) -> Logits:
-  others = network.collections.tree
-  options = {"rngs": rngs, **network.kwargs}
-  if not others:
-    return network.module.apply({"params": params}, images, **options)
-  # In training a module writes what follows from the step, such as new averages.
-  variables = {"params": params, **others}
-  return network.module.apply(variables, images, mutable=list(others), **options)[0]
+      options = {"rngs": rngs, **self.kwargs}
+      others = self.collections.tree
+      if not others:
+        logits = self.module.apply({"params": params}, images, **options)
+        return cast(Logits, logits)  # without `mutable` nothing else is returned
+      # In training a module writes what follows from the step, such as new averages.
+      variables = {"params": params, **others}
+      return self.module.apply(variables, images, mutable=list(others), **options)[0]
 
 
 def from_flax(
@@ -128,7 +129,8 @@ def from_flax(
       of the model, so they should be small.
     call_kwargs: arguments of the call in training. By default the argument
       `train`, `training`, `is_training` or `deterministic` is set if
-      `__call__` has one.
+      `__call__` has one. `{"train": False}` is a client in evaluation mode: dropout is off, and
+      BatchNorm takes its averages.
 
   Returns:
     The model; its params are the module's "params" collection.
@@ -147,7 +149,7 @@ def from_flax(
       " network of another library can be given as plain functions to from_functions."
     )
   image_shape = check_image_shape(image_shape)
-  kwargs = _training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
+  kwargs = training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
   network = FlaxNetwork(module, image_shape, kwargs, Constants({}))
   try:
     inspect.signature(type(module).__call__).bind(module, None, **kwargs)
@@ -159,70 +161,21 @@ def from_flax(
   network = dataclasses.replace(network, collections=fit_collections(network, variables))
   model = model_of(network)
   inactive = discovery.discover(network, 2).inactive
-  if inactive and not model.rates:
+  meant = any(kwargs.get(name, on) != on for name, on in _TRAINING_FLAGS.items())
+  if inactive and not model.rates and not meant:
     raise InputError(
       f"all dropout of {network.name} ({', '.join(inactive)}) is switched off. Pass call_kwargs to"
       " from_flax with the argument that turns training on, or give it rate 0."
     )
-  _check_no_other_randomness(network)
+  discovery.check_randomness(network)
   return model
 
 
-def read_masks(model: DropoutModel, params: Params, images: Images, rngs: Any) -> Masks:
-  """Returns the masks that Flax itself draws in a training step, from its own keys.
-
-  With them a gradient that was computed by plain Flax can be scored, or given to the
-  well-informed attacker.
+def training_kwargs(module: Any) -> dict[str, bool]:
+  """Returns the arguments that turn training on, of those that a module's call takes.
 
   Args:
-    model: of `from_flax`.
-    params: of the module.
-    images: f[B, H, W, C], of the step.
-    rngs: as they were given to `module.apply`.
-
-  Returns:
-    {site: f[shape]} of zeros and ones.
-
-  Raises:
-    InputError: the model is not one of Flax.
+    module: of Flax.
   """
-  network = model.network
-  if not isinstance(network, FlaxNetwork):
-    raise InputError(f"{network.name} is no module of Flax; expected a model of from_flax.")
-  masks: Masks = {}
-
-  def read(call):
-    masks[call.name] = call.draw().astype(call.inputs.dtype)
-    return drop(call.inputs, masks[call.name], call.rate)
-
-  with nn.intercept_methods(interceptor(Hooks(read))):
-    _apply(network, params, images, rngs)
-  return masks
-
-
-def _training_kwargs(module: nn.Module) -> dict[str, bool]:
   parameters = inspect.signature(type(module).__call__).parameters
   return {name: value for name, value in _TRAINING_FLAGS.items() if name in parameters}
-
-
-def _check_no_other_randomness(network: FlaxNetwork) -> None:
-  """Refuses a module that draws other random numbers than the masks of its sites.
-
-  It counts the random numbers in the program of the plain module, loops
-  included: dropout inside `nn.scan` draws anew in each turn, which one mask
-  cannot stand for, and a network may call `make_rng("dropout")` by itself.
-  """
-  sites = discovery.discover(network, 2).sites
-  images = jax.ShapeDtypeStruct((2, *network.image_shape), jnp.float32)
-  program = jax.make_jaxpr(
-    lambda params, images, key: _apply(network, params, images, {"params": key, "dropout": key})
-  )(discovery.params_shape(network), images, jax.random.key(0))
-  drawn = discovery.count_random_numbers(program.jaxpr)
-  explicit = sum(math.prod(shape) for _, shape in sites.values())
-  if drawn != explicit:
-    raise InputError(
-      f"{network.name} draws {drawn} random numbers for 2 images, but its dropout sites"
-      f" ({', '.join(sites) or 'none'}) account for {explicit}. What else draws (dropout under"
-      " nn.scan or nn.vmap, stochastic depth, noise) cannot be made an explicit mask: unroll"
-      " the loop, or turn that part off."
-    )

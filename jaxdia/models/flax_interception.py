@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax.core import tracers
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Params
 from jaxdia.models.base import check_rate
-from jaxdia.models.hooks import Hooks, Linear, SiteCall
+from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Alone:
   layer: nn.Module
 
   def __call__(self, leaves: Params, inputs: jax.Array) -> jax.Array:
-    return self.layer.apply({"params": leaves}, inputs)
+    return cast(jax.Array, self.layer.apply({"params": leaves}, inputs))  # there is no `mutable`
 
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:
@@ -39,14 +39,12 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
     InputError: from inside the call, for dropout that cannot be made explicit.
   """
   on_site, on_linear, on_inactive = hooks
-  calls: dict[str, int] = {}
+  names = SiteNames()
   outer = tracers.current_trace()
   patched = set()  # attention layers that are being called with masks
 
   def site_name(module):
-    path = "/".join(module.path) or type(module).__name__
-    calls[path] = calls.get(path, 0) + 1
-    return path if calls[path] == 1 else f"{path}#{calls[path]}"
+    return names("/".join(module.path) or type(module).__name__)
 
   def intercept(next_fun, args, kwargs, context):
     module = context.module
