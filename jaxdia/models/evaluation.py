@@ -46,4 +46,6 @@ def evaluation_mode(model: DropoutModel) -> DropoutModel:
     model: with dropout or without.
   """
   network = model.network.evaluation()
-  return model_of(EvaluationNetwork(network)) if model.rates or network != model.network else model
+  if not model.rates and not network.constants():
+    return model
+  return model_of(EvaluationNetwork(network))
