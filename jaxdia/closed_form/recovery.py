@@ -23,7 +23,7 @@ from jaxdia.closed_form.labels import check_sign
 from jaxdia.closed_form.parts import Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
-from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
+from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import first_line
 from jaxdia.core.types import Key
 from jaxdia.gradients import layer_gradient
@@ -99,6 +99,8 @@ def _recover(key, model, observation) -> Recovery:
     reason = _use_first_layer(model, gradient, found) or reason
   if size == 1 and np.isnan(found.scale):
     found.scale = _scale_by_classifier(model, observation, gradient)
+  if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
+    reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
 
 

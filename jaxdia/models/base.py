@@ -60,6 +60,10 @@ class Network(abc.ABC):
     """Returns the library's names of arrays that no training changes, such as averages."""
     return ()
 
+  def evaluation(self) -> "Network":
+    """Returns the network in which BatchNorm takes its averages, if a call's argument says so."""
+    return self
+
 
 @value_tree
 class DropoutModel:
