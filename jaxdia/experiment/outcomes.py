@@ -174,7 +174,8 @@ def save_recovery(path: pathlib.Path, recovery: Recovery, seconds: float) -> Non
     recovery: the closed form.
     seconds: that it took.
   """
-  arrays = {"residual": recovery.residual, "reason": recovery.reason, "seconds": seconds}
+  arrays = {name: value for name, value in recovery._asdict().items() if name != "parts"}
+  arrays["seconds"] = seconds
   for name, value in recovery.parts._asdict().items():
     if isinstance(value, dict):
       keys = {key: key if isinstance(key, str) else "/".join(key) for key in value}
@@ -207,7 +208,13 @@ def load_recovery(path: pathlib.Path) -> tuple[Recovery, float] | None:
     inside = {k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")}
     by_path = name in ("features", "known_features")
     fields[name] = {tuple(k.split("/")) if by_path else k: v for k, v in inside.items()}
-  recovery = Recovery(Parts(**fields), arrays["residual"], str(arrays["reason"]))
+  recovery = Recovery(
+    Parts(**fields),
+    arrays["residual"],
+    str(arrays["reason"]),
+    float(arrays["scale"]),
+    arrays["error"],
+  )
   return recovery, float(arrays["seconds"])
 
 

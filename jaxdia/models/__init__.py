@@ -19,6 +19,7 @@ from jaxdia.models.base import (
 )
 from jaxdia.models.create import create
 from jaxdia.models.entries import from_native
+from jaxdia.models.evaluation import evaluation_mode
 from jaxdia.models.flax import from_flax
 from jaxdia.models.functions import from_functions
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
@@ -44,6 +45,7 @@ __all__ = [
   "check_rate",
   "create",
   "drop",
+  "evaluation_mode",
   "expected_masks",
   "from_flax",
   "from_functions",

@@ -176,8 +176,9 @@ class DropoutModel:
       if layer.path not in taps:
         return outputs
       added = taps[layer.path][len(inputs_of[layer.path])]
-      inputs_of[layer.path].append(inputs.reshape(len(added), -1))
-      return outputs + added.reshape(outputs.shape)
+      # A layer may compute in a type of its own.
+      inputs_of[layer.path].append(inputs.reshape(len(added), -1).astype(added.dtype))
+      return outputs + added.reshape(outputs.shape).astype(outputs.dtype)
 
     logits = self._call(params, masks, images, tap)
     return logits, {path: tuple(inputs) for path, inputs in inputs_of.items()}
@@ -191,6 +192,7 @@ class DropoutModel:
       )
 
     def drop_at(call):
+      assert masks is not None  # without masks, sites are ignored
       mask = masks[call.name]
       if mask.shape != call.shape:
         raise InputError(
@@ -235,7 +237,7 @@ def model_of(network: Network, rates: Mapping[str, float] | None = None) -> Drop
       stacklevel=3,
     )
   if rates is None:
-    rates = {site: rate for site, (rate, _) in found.sites.items()}
+    return DropoutModel(network, {site: rate for site, (rate, _) in found.sites.items()})
   return DropoutModel(network, dict(rates))
 
 
@@ -345,7 +347,7 @@ def batch_axes(model: DropoutModel) -> dict[str, int | None]:
   return {name: axes[0] if axes else None for name, axes in grows.items()}
 
 
-def check_image_shape(image_shape: object) -> tuple[int, int, int]:
+def check_image_shape(image_shape: Any) -> tuple[int, int, int]:
   """Returns `image_shape` as a tuple of three positive integers.
 
   Args:

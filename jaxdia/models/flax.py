@@ -9,7 +9,7 @@ would draw one. So a user's module needs no rewriting.
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,8 @@ class FlaxNetwork(Network):
     # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
     rngs = rngs or dict.fromkeys(("params", "dropout"), jax.random.key(0))
     with nn.intercept_methods(interceptor(hooks)):
-      return self.module.apply({"params": params}, images, rngs=rngs, **self.kwargs)
+      logits = self.module.apply({"params": params}, images, rngs=rngs, **self.kwargs)
+    return cast(Logits, logits)  # without `mutable` nothing else is returned
 
 
 def from_flax(

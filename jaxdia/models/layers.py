@@ -29,7 +29,8 @@ class DenseLayer(NamedTuple):
   """A dense layer `z = a @ kernel (+ bias)` whose inputs and outputs can be tapped.
 
   Attributes:
-    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one.
+    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one. The
+      kernel may have several axes in place of one of these, as in Flax's attention.
     rows: rows of `a` in each call of the layer: images times positions.
     inputs: columns of `a`.
     outputs: columns of `z`.
