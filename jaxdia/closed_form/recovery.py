@@ -1,6 +1,7 @@
 """What a gradient gives away without a search, for any network whose structure allows it."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from jaxdia.client import Observation
 from jaxdia.closed_form import batch as batches
+from jaxdia.closed_form.chain import last_delta
 from jaxdia.closed_form.convolutions import (
   MOST_INPUTS,
   After,
@@ -95,6 +97,8 @@ def _recover(key, model, observation) -> Recovery:
       reason = "patches of a batch of more than one image are summed over the images"
   if size == 1 and found.parts.verdict[0] != Verdict.EXACT:
     reason = _use_first_layer(model, gradient, found) or reason
+  if size == 1 and np.isnan(found.scale):
+    found.scale = _scale_by_classifier(model, observation, gradient)
   return found.recovery(reason)
 
 
@@ -160,9 +164,10 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   rates = model.rates
   if len(chain.layers) == 1:
     return _use_classifier(chain, observation, gradient, rates, found)
-  if size > 1 and chain.inputs[1].site is None:
+  if size > 1 and chain.inputs[1].site is None and not chain.links[0].silent:
     return (
-      "without dropout after its first dense layer, the samples of a batch cannot be told apart"
+      "without dropout or a ReLU after its first dense layer, the samples of a batch cannot be told"
+      " apart"
     )
   narrowest = min(
     min(layer.inputs, layer.outputs) for layer in chain.layers[: max(2, len(chain.layers) - 1)]
@@ -170,9 +175,12 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   if size > 1 and size >= narrowest:
     return f"a layer of width {narrowest} cannot hold {size} samples apart"
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
-  result = batches.solve(key, model, chain, params, gradient, size, _MOST_NOISE)
+  rounding = float(np.finfo(observation.dtype).eps)
+  result = batches.solve(key, model, chain, params, gradient, size, _MOST_NOISE, rounding)
   samples = result.samples
   count = 0 if samples is None else len(samples.label)
+  if count and np.min(samples.residual) <= EXACT:
+    found.scale = float(np.median(samples.scale[samples.residual <= EXACT]))
   for i in range(count):
     assert samples is not None  # they are counted
     inputs, residual = samples.inputs[0][i], samples.residual[i]
@@ -190,7 +198,9 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
     found.set_label(i, int(samples.label[i]))
     for k, kept in enumerate(samples.kept):
       source = chain.inputs[k + 1]
-      found.set_mask(source.site, i, source.entries, kept[i])
+      if source.site is not None:
+        entries = np.where(samples.active[k][i], source.entries, -1)
+        found.set_mask(source.site, i, entries, kept[i])
       if chain.pixels is None:
         path = chain.layers[k + 1].path
         found.set_features(path, i, samples.inputs[k + 1][i][: chain.layers[k + 1].inputs])
@@ -207,8 +217,8 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
     return f"the gradient is not that of {size} image(s): {result.noise:.1e} of it lies outside"
   if count < size:
     return (
-      f"{size - count} of {size} samples were not found: dropout left too few zeros, or the"
-      " gradient is not that of the mean cross-entropy of such a batch (scaled, or of another loss)"
+      f"{size - count} of {size} samples were not found: there are too few zeros to tell them"
+      " apart, or the gradient is not that of the cross-entropy of such a batch"
     )
   if chain.pixels is None:
     return "the first of the dense layers is fed with features, not with pixels"
@@ -234,6 +244,21 @@ def _use_classifier(chain, observation, gradient, rates, found) -> str:
     if kept is not None:
       found.set_mask(site, 0, chain.inputs[0].entries, kept)
   return "the classifier is fed with features, not with pixels"
+
+
+def _scale_by_classifier(model, observation, gradient) -> float:
+  """Returns by which factor the gradient of one image exceeds that of the loss; NaN if unknown."""
+  leaves = {} if model.classifier is None else layer_gradient(gradient, model.classifier)
+  if set(leaves) != {"kernel", "bias"}:
+    return math.nan
+  read = read_inputs(leaves["kernel"], leaves["bias"])
+  params = layer_gradient(observation.params, model.classifier)
+  kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
+  rounding = float(np.finfo(observation.dtype).eps)
+  delta = np.asarray(last_delta(read.values @ kernel + bias, leaves["bias"], rounding)[1])
+  scale = delta @ leaves["bias"] / (delta @ delta)
+  misfit = np.linalg.norm(scale * delta - leaves["bias"]) / np.linalg.norm(leaves["bias"])
+  return float(scale) if max(read.residual, misfit) <= EXACT else math.nan
 
 
 def _use_convolutions(

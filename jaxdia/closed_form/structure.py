@@ -21,6 +21,8 @@ from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, model_
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
 _TOLERANCE = 1e-9
+# A function that is zero for more than this share of random outputs is called silent.
+_SILENT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,18 @@ class Input:
   entries: np.ndarray | None = None
 
 
+class Link(NamedTuple):
+  """What the function of single entries between two layers is like.
+
+  Attributes:
+    silent: whether it is zero, and its slope too, for many outputs, as a ReLU is.
+    homogeneous: whether of twice the output it is twice as large, as a ReLU is, leaky or not.
+  """
+
+  silent: bool
+  homogeneous: bool
+
+
 class Chain(NamedTuple):
   """Linear layers of a row an image, with functions of single entries between.
 
@@ -45,11 +59,20 @@ class Chain(NamedTuple):
     inputs: of each layer.
     pixels: i[1, inputs], which pixel each input of the first layer is; None if
       these are features.
+    links: the functions between the layers.
+    biased: whether any layer has a bias.
   """
 
   layers: tuple[DenseLayer | Convolution, ...]
   inputs: tuple[Input, ...]
   pixels: np.ndarray | None
+  links: tuple[Link, ...]
+  biased: bool
+
+  @property
+  def homogeneous(self) -> bool:
+    """Whether twice the inputs of the first layer are twice the outputs of the last."""
+    return not self.biased and all(link.homogeneous for link in self.links)
 
 
 def probing_params(model: DropoutModel) -> Params:
@@ -89,9 +112,14 @@ def find_chain(network: Network) -> Chain | None:
   last = first = paths.index(model.classifier)
   with jax.enable_x64(True):
     params = probing_params(model)
-    while first > 0 and _is_elementwise(model, params, layers[first - 1], layers[first]):
+    links: list[Link] = []
+    while first > 0:
+      link = _find_link(model, params, layers[first - 1], layers[first])
+      if link is None:
+        break
+      links.insert(0, link)
       first -= 1
-    return _chain(model, params, layers[first : last + 1])
+    return _chain(model, params, layers[first : last + 1], links)
 
 
 @functools.lru_cache
@@ -109,16 +137,22 @@ def find_convolutions(network: Network, after: DenseLayer) -> Chain | None:
   found: list[DenseLayer | Convolution] = [after]
   with jax.enable_x64(True):
     params = probing_params(model)
+    links: list[Link] = []
     for layer in reversed(model.convolutions):
-      if not _is_elementwise(model, params, layer, found[0]):
+      link = _find_link(model, params, layer, found[0])
+      if link is None:
         break
       found.insert(0, layer)
-    return _chain(model, params, found[:-1]) if len(found) > 1 else None
+      links.insert(0, link)
+    return _chain(model, params, found[:-1], links) if links else None
 
 
-def _chain(model, params, layers) -> Chain:
+def _chain(model, params, layers, links) -> Chain:
   inputs = tuple(_find_input(model, params, layer) for layer in layers)
-  return Chain(tuple(layers), inputs, find_pixels(model, params, layers[0]))
+  leaves = leaves_by_path(params)
+  biased = any((*layer.path, "bias") in leaves for layer in layers)
+  pixels = find_pixels(model, params, layers[0])
+  return Chain(tuple(layers), inputs, pixels, tuple(links), biased)
 
 
 def full_masks(model: DropoutModel, batch_size: int = 1) -> Masks:
@@ -195,10 +229,10 @@ def _random(number: int, shape) -> jax.Array:
   return jnp.asarray(np.random.default_rng(number).standard_normal(shape))
 
 
-def _is_elementwise(model, params, layer, after) -> bool:
-  """Returns whether each input of `after` is a function of one output of `layer`, and no more."""
+def _find_link(model, params, layer, after) -> Link | None:
+  """Returns the function that makes each input of `after` of one output of `layer`, if one does."""
   if layer.outputs != after.inputs:
-    return False
+    return None
 
   @jax.jit
   def probe(params, outputs, direction, images):
@@ -209,15 +243,18 @@ def _is_elementwise(model, params, layer, after) -> bool:
     _, along = jax.jvp(inputs_after, (outputs,), (direction,))
     # The image itself reaches `after` on no other way.
     other = activate(model, params, layer, after, outputs)
-    return along, slope * direction, expected, other
+    return along, slope * direction, expected, other, inputs_after(2 * outputs)
 
-  along, expected_along, expected, other = probe(
+  along, expected_along, expected, other, twice = probe(
     params,
     _random(0, layer.outputs),
     _random(1, layer.outputs),
     _random(2, (1, *model.image_shape)),
   )
-  return close(along, expected_along) and close(other, expected)
+  if not (close(along, expected_along) and close(other, expected)):
+    return None
+  silent = np.mean((np.asarray(expected) == 0) & (np.asarray(expected_along) == 0))
+  return Link(bool(silent > _SILENT), close(twice, 2 * expected))
 
 
 def _find_input(model, params, layer) -> Input:
