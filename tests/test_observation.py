@@ -155,7 +155,7 @@ def test_defences_change_what_is_sent_and_nothing_else(model):
     ]
   )
   assert abs(added.std() / 1e-2 - 1) < 0.1 and abs(added.mean()) < 2e-3
-  assert defences.create("none") is defences.identity and noise == defences.create(
+  assert defences.create("none") == defences.identity and noise == defences.create(
     "gaussian_noise", std=0.01
   )
   for name, settings, message in (

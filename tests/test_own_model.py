@@ -117,7 +117,7 @@ def test_a_study_varies_an_argument_of_the_users_module(nets, tmp_path):
     ("{}:SmallCNN", {"num_filters": "many"}, "many"),
     ("{}:factory", {}, "cannot be made: TypeError: .*'sizes'"),
     ("{}:failing", {}, "cannot be made: ValueError: no such weights"),
-    ("{}:of_no_kind", {}, "gives a int; expected a flax.linen.Module"),
+    ("{}:of_no_kind", {}, "gives a int; expected a module of Flax Linen"),
     ("{}:number", {}, "gives a int; expected a class or a function"),
     ("{}:ready", {"num_filters": 3}, "is made already and takes no arguments"),
     ("{}:models", {}, "gives a module; expected a class or a function"),

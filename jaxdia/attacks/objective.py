@@ -22,7 +22,8 @@ def total_variation(images: Images) -> jax.Array:
     f[]; a direction in which an image is one pixel wide adds 0.
   """
   terms = [jnp.abs(jnp.diff(images, axis=axis)) for axis in (1, 2)]
-  return sum(jnp.mean(term) if term.size else jnp.zeros((), images.dtype) for term in terms)
+  zero = jnp.zeros((), images.dtype)
+  return sum((jnp.mean(term) if term.size else zero for term in terms), zero)
 
 
 def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
@@ -48,7 +49,8 @@ def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
     excess = jnp.where(close, whole, kept) - jnp.sum(mask)
     return excess * jax.lax.stop_gradient(jnp.sign(excess)) / mask.size
 
-  return sum(deviation(masks[site.name], site.rate) for site in model.sites)
+  deviations = (deviation(masks[site.name], site.rate) for site in model.sites)
+  return sum(deviations, jnp.asarray(0.0))  # of no type of its own
 
 
 def feature_distance(
@@ -94,6 +96,7 @@ def complete(candidate: Candidate, known: Known) -> tuple[Masks | None, Labels]:
   """
   masks = candidate.masks if candidate.masks is not None else known.masks
   labels = known.labels if candidate.labels is None else jax.nn.softmax(candidate.labels)
+  assert labels is not None  # an attack holds fixed what it does not search
   return masks, labels
 
 
@@ -122,16 +125,16 @@ def objective(
     observation = prepare(model, observation, suits(settings.distance, "auto"), compress=False)
   masks, labels = complete(candidate, known)
   given = (model, observation.params, observation.target)
-  comparison = compare(*given, masks, candidate.images, labels)
+  comparison = compare(*given, masks, candidate.images, labels, observation.loss)
   zero = jnp.zeros((), candidate.images.dtype)
-  weight, parts = settings.feature_weight, known.parts
-  with_features = weight is not None and parts is not None and parts.features
+  parts = known.parts
+  weight = settings.feature_weight if parts is not None and parts.features else None
   terms = Terms(
     distance=DISTANCES[settings.distance](comparison),
     total_variation=total_variation(candidate.images),
     mask_prior=mask_prior(model, candidate.masks) if candidate.masks else zero,
     feature_distance=feature_distance(model, observation, candidate, parts)
-    if with_features
+    if weight is not None
     else zero,
   )
   value = (
@@ -139,6 +142,6 @@ def objective(
     + settings.tv_weight * terms.total_variation
     + settings.mask_weight * terms.mask_prior
   )
-  if with_features:
+  if weight is not None:
     value += weight * terms.feature_distance
   return value, terms

@@ -103,7 +103,9 @@ def find_chain(network: Network) -> Chain | None:
     known classifier, or it cannot be tapped.
   """
   model = model_to_try(network)
+  shapes = leaves_by_path(jax.eval_shape(model.init, jax.random.key(0)))
   layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
+  layers = [layer for layer in layers if len(shapes[(*layer.path, "kernel")].shape) == 2]
   paths = [layer.path for layer in layers]
   if model.classifier not in paths:
     return None
@@ -244,7 +246,10 @@ def _find_link(model, params, layer, after) -> Link | None:
     return along, slope * direction, expected, other, inputs_after(2 * outputs)
 
   along, expected_along, expected, other, twice = probe(
-    params, *(_random(i, layer.outputs) for i in range(2)), _random(2, (1, *model.image_shape))
+    params,
+    _random(0, layer.outputs),
+    _random(1, layer.outputs),
+    _random(2, (1, *model.image_shape)),
   )
   if not (close(along, expected_along) and close(other, expected)):
     return None

@@ -16,6 +16,7 @@ Logits = jax.Array  # f[B, num_classes]
 Params = Any  # a pytree of arrays
 Gradient = Any  # a pytree like Params
 Masks = dict[str, jax.Array]  # one array for each dropout site, 1 = kept
+NamedArrays = dict[str, np.ndarray]  # by the names that a file or a framework gives them
 
 
 @dataclasses.dataclass(frozen=True)

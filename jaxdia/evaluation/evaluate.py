@@ -111,8 +111,8 @@ def pair(
     pool: f[P, H, W, C], pixels, if there is one.
   """
   normalized = as_float(originals), as_float(images)
-  pixels = (denormalize(x, statistics).astype(np.float32) for x in normalized)
-  return Pairs(*pixels, normalized, None if pool is None else np.asarray(pool))
+  first, second = (denormalize(x, statistics).astype(np.float32) for x in normalized)
+  return Pairs(first, second, normalized, None if pool is None else np.asarray(pool))
 
 
 def image_scores(pairs: Pairs) -> dict[str, np.ndarray | None]:
@@ -135,8 +135,8 @@ def ssim_of_recording(
   """
   recorded = as_float(images)[:, order]
   originals = np.broadcast_to(as_float(secret.images), recorded.shape)
-  flat = (x.reshape(-1, *recorded.shape[2:]) for x in (originals, recorded))
-  return metrics.ssim(*pair(*flat, statistics).pixels).reshape(recorded.shape[:2])
+  flat = [x.reshape(-1, *recorded.shape[2:]) for x in (originals, recorded)]
+  return metrics.ssim(*pair(flat[0], flat[1], statistics).pixels).reshape(recorded.shape[:2])
 
 
 def floors(

@@ -50,7 +50,7 @@ def mask_diagnostics(
     found, right = by_image(site, masks[site]), by_image(site, true[site]) >= 0.5
     counts = np.ones(found.shape, bool) if known is None else by_image(site, known[site])
     if axes[site] is None:
-      counts = counts & counts.all()
+      counts = np.full(counts.shape, bool(counts.all()))
     else:
       found, counts = found[order], counts[order]
     columns = [_compare(*rows) for rows in zip(found, right, counts, strict=True)]

@@ -19,7 +19,7 @@ _WIDE = ("study", *_PAGES)
 @compiled
 def mse(a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns f[B], the mean squared error of each image; f[B, H, W, C] both."""
-  return dm_pix.mse(a, b)
+  return jnp.asarray(dm_pix.mse(a, b))
 
 
 @compiled
@@ -49,7 +49,7 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     largest odd number that fits.
   """
   side = min(11, *a.shape[1:3])
-  return dm_pix.ssim(a, b, filter_size=side - 1 + side % 2)
+  return jnp.asarray(dm_pix.ssim(a, b, filter_size=side - 1 + side % 2))
 
 
 def _identified(pairs: Pairs) -> np.ndarray | None:
@@ -252,6 +252,6 @@ def columns(table: str | None = None) -> list[tuple[Metric, Column]]:
   return [
     (metric, column)
     for metric in REGISTRY.values()
-    for column in metric.columns
+    for column in metric.columns or ()
     if table is None or table in column.tables
   ]

@@ -114,6 +114,7 @@ class Clients:
       data.normalize(self.data.images[mine], self.data.statistics),
       self.data.labels[mine],
       statistics=self.data.statistics,
+      defence=self.settings.defence,
     )
 
   @functools.cached_property

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from jaxdia.attacks import CATALOGUE, AttackSettings
+from jaxdia.client import defences
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.data import STATISTICS
 from jaxdia.gradients import METHODS
@@ -139,6 +140,7 @@ class ClientsSettings(typing.NamedTuple):
   precision: str
   data: DataSettings
   model: ModelSettings
+  defence: defences.Defence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,7 @@ class ExperimentSettings:
     precision: floating-point type of weights, gradients and search.
     data: the images.
     model: the network.
+    defence: what the clients do to their gradients before they send them.
     restarts: trials for each gradient; the one with the best objective counts.
     attacks: settings by name of the preset, in the order in which they run.
     engine: how the trials are run.
@@ -159,6 +162,7 @@ class ExperimentSettings:
   precision: str = "float32"
   data: DataSettings = DataSettings()
   model: ModelSettings = ModelSettings()
+  defence: defences.Defence = defences.identity
   restarts: int = 1
   attacks: dict[str, AttackSettings] = dataclasses.field(hash=False)
   engine: EngineSettings = EngineSettings()
@@ -172,7 +176,7 @@ class ExperimentSettings:
   @property
   def clients(self) -> ClientsSettings:
     """What experiments on the same clients have in common."""
-    return ClientsSettings(self.seed, self.precision, self.data, self.model)
+    return ClientsSettings(self.seed, self.precision, self.data, self.model, self.defence)
 
   def to_json(self) -> dict[str, Any]:
     """Returns what goes into config.json: all settings, resolved."""
@@ -181,6 +185,7 @@ class ExperimentSettings:
       "precision": self.precision,
       "data": dataclasses.asdict(self.data),
       "model": self.model.to_json(),
+      "defence": defences.to_json(self.defence),
       "restarts": self.restarts,
       "attacks": {name: dataclasses.asdict(a) for name, a in self.attacks.items()},
       "engine": dataclasses.asdict(self.engine),
@@ -192,18 +197,17 @@ def default_config() -> ml_collections.ConfigDict:
 
   A field of `attack` that is None has the value of the attack's preset, which is
   the paper's (see `jaxdia.attacks.AttackSettings`). `attack.name` may name
-  several attacks, separated by commas: they are run on the same gradients.
+  several attacks, separated by commas: they are run on the same gradients. Likewise
+  a field of `defence` that is None has the default of the defence that is named.
   """
-  settings = {
-    f.name: config_dict.placeholder(_kind(f.type)) for f in dataclasses.fields(AttackSettings)
-  }
   return ml_collections.ConfigDict(
     {
       "seed": 0,
       "precision": "float32",
       "data": _placeholders(DataSettings()),
       "model": ModelSettings().to_json(),
-      "attack": {"name": "dia", "restarts": 1} | settings,
+      "defence": {"name": "none"} | _unset(*defences.DEFENCES.values()),
+      "attack": {"name": "dia", "restarts": 1} | _unset(AttackSettings),
       "engine": _placeholders(EngineSettings()),
     }
   )
@@ -217,6 +221,12 @@ def _placeholders(settings: Any) -> dict[str, Any]:
     return config_dict.placeholder(_kind(f.type)) if value is None else value
 
   return {f.name: field(f) for f in dataclasses.fields(settings)}
+
+
+def _unset(*kinds: type) -> dict[str, Any]:
+  """Returns a dictionary with a field that is None, of the right type, for each of some classes."""
+  fields = [field for kind in kinds for field in dataclasses.fields(kind)]
+  return {field.name: config_dict.placeholder(_kind(field.type)) for field in fields}
 
 
 def _kind(annotation: Any) -> type:
@@ -235,17 +245,18 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
   Raises:
     InputError: a field that does not exist, or a value that it cannot take.
   """
-  fields = _plain(ml_collections.ConfigDict(config).to_dict())
-  groups = ("data", "model", "attack", "engine")
+  fields = plain(ml_collections.ConfigDict(config).to_dict())
+  groups = ("data", "model", "defence", "attack", "engine")
   _check_names("config field", fields, ("seed", "precision", *groups))
   for name in groups:
     if not isinstance(fields.get(name), dict):
       raise InputError(f"config.{name} is {fields.get(name)!r}; expected a group of fields.")
-  data, model, attack, engine = (fields.pop(name) for name in groups)
+  data, model, defence, attack, engine = (fields.pop(name) for name in groups)
   name, rate = model.pop("name", None), model.pop("dropout_rate", ModelSettings.dropout_rate)
   return ExperimentSettings(
     data=_settings(DataSettings, "data", data),
     model=ModelSettings(name, rate, tuple(model.items())),
+    defence=defences.create(str(defence.pop("name", "none")), **_set(defence)),
     restarts=attack.pop("restarts", 1),
     attacks=_attacks(str(attack.pop("name", "")), attack),
     engine=_settings(EngineSettings, "engine", engine),
@@ -253,12 +264,16 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
   )
 
 
-def _plain(value: Any) -> Any:
-  """Returns a value with tuples for sequences, and Python's numbers for those of numpy."""
+def plain(value: Any) -> Any:
+  """Returns a value with tuples for sequences, and Python's numbers for those of numpy.
+
+  Args:
+    value: of a config; dictionaries are looked into.
+  """
   if isinstance(value, dict):
-    return {name: _plain(inner) for name, inner in value.items()}
+    return {name: plain(inner) for name, inner in value.items()}
   if isinstance(value, (list, tuple)):
-    return tuple(map(_plain, value))
+    return tuple(map(plain, value))
   return value.item() if isinstance(value, np.generic) else value
 
 
@@ -274,6 +289,10 @@ def _settings(kind: type, group: str, fields: dict[str, Any]) -> Any:
   return kind(**fields)
 
 
+def _set(fields: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in fields.items() if value is not None}
+
+
 def _attacks(names: str, fields: dict[str, Any]) -> dict[str, AttackSettings]:
   """Returns the settings of the attacks whose names are given, separated by commas."""
   known = ["name", "restarts"] + [f.name for f in dataclasses.fields(AttackSettings)]
@@ -282,8 +301,7 @@ def _attacks(names: str, fields: dict[str, Any]) -> dict[str, AttackSettings]:
   _check_names("attack", given, CATALOGUE)
   if len(set(given)) < len(given):
     raise InputError(f"config.attack.name is {','.join(given)!r}; expected each attack once.")
-  overrides = {name: value for name, value in fields.items() if value is not None}
-  return {name: CATALOGUE[name].settings.override(**overrides) for name in given}
+  return {name: CATALOGUE[name].settings.override(**_set(fields)) for name in given}
 
 
 def config_for(model: str, dataset: str, **options: Any) -> ml_collections.ConfigDict:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxdia.attacks import Attack
+from jaxdia.client import defences
 from jaxdia.engine import Plan
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
@@ -38,6 +39,7 @@ def describe(
   masks = sum(int(np.prod(shape)) for shape in model.mask_shapes(d.batch_size).values())
   pixels = d.batch_size * int(np.prod(model.image_shape))
   shape = "x".join(str(n) for n in model.image_shape)
+  untold = ", of which no attack is told" * (settings.defence != defences.identity)
   lines = [
     f"jaxdia: {d.count} images of {d.source} ({shape}) in {d.batches} batches of {d.batch_size}",
     f"  model    {settings.model.name}, dropout rate {common_rate(model):g} at {len(model.sites)}"
@@ -45,6 +47,7 @@ def describe(
     "  threat   an honest-but-curious server knows the weights, the dropout rates and one"
     " client gradient",
     f"  known    {gradient:,} gradient entries a batch",
+    f"  defence  {defences.describe(settings.defence)}{untold}",
   ]
   for name, attack in attacks.items():
     unknowns = [f"{pixels:,} pixels"]

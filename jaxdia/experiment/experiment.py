@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxdia import evaluation
 from jaxdia.attacks.told import told
+from jaxdia.client import defences
 from jaxdia.core.files import write_json, write_npz
 from jaxdia.experiment.attack_run import SHOWN, AttackRun
 from jaxdia.experiment.clients import Clients
@@ -105,6 +106,7 @@ class Experiment:
         run.rows,
         len(originals),
         told=told(run.attack.masks, run.attack.labels),
+        defence=defences.describe(self.settings.defence),
         pool=len(clients.pool),
         **run.times,
       )

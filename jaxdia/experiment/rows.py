@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxdia import data, evaluation
 from jaxdia.attacks import Status
-from jaxdia.client import Secret
+from jaxdia.client import Secret, defences
 from jaxdia.closed_form import Verdict
 from jaxdia.core.types import Statistics
 from jaxdia.experiment import outcomes
@@ -70,15 +70,15 @@ def score(
   """
   settings, statistics = facts.settings, facts.victims.statistics
   record, origin, size = outcome.best, outcome.origin, settings.data.batch_size
-  alone = record.status == Status.NO_SEARCH
+  alone = origin if record.status == Status.NO_SEARCH else None  # the closed form alone
   result = evaluation.evaluate(
     facts.model,
     secret,
     outcome.candidate,
     statistics,
     evaluation.found_labels(outcome.candidate, recovered),
-    found=origin.verdict > 0 if alone else None,
-    known_masks=origin.known_masks if alone else None,
+    found=alone.verdict > 0 if alone else None,
+    known_masks=alone.known_masks if alone else None,
     pool=facts.pool,
   )
   mask_seed, client = divmod(number, settings.data.batches)
@@ -105,7 +105,9 @@ def score(
       kept = ("iterations", "best_iteration", "restart", "seconds", "gradient_evaluations")
       scores = {k: v if k in kept else None for k, v in scores.items()}
     closed = origin and describe_origin(origin, int(result.order[i]))
-    status = closed.verdict if alone else "failed" if outcome.failed else record.status.name.lower()
+    status = "failed" if outcome.failed else record.status.name.lower()
+    if alone and closed:
+      status = closed.verdict
     rows.append(
       Row(
         image=settings.data.offset + client * size + i,
@@ -117,6 +119,7 @@ def score(
         model=settings.model.name,
         dropout_rate=common_rate(facts.model),
         batch_size=size,
+        defence=defences.describe(settings.defence),
         scores=scores,
         oracle=None if outcome.failed else oracle and {k: v[i] for k, v in oracle.items()},
         status=status,

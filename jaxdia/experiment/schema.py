@@ -81,6 +81,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     model: name of the network.
     dropout_rate: of the network.
     batch_size: images of the client.
+    defence: what the client did to its gradient, as people read it; None in older results.
     scores: by metric; None where one does not apply.
     oracle: scores of the restart that the truth would choose, if there was a choice.
     status: how the search ended; or the closed form's verdict, if nothing was searched.
@@ -97,6 +98,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
   model: str | None = None
   dropout_rate: float | int | None = None
   batch_size: int | None = None
+  defence: str | None = None
   scores: dict[str, Value] = {}
   oracle: dict[str, float | int] | None = None
   status: str | None = None
@@ -105,7 +107,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
   def score(self, metric: str) -> float | None:
     """Returns one score, or None if there is none."""
-    return self.scores.get(metric)
+    value = self.scores.get(metric)
+    return None if isinstance(value, dict) else value  # of sites there are several
 
   def to_json(self) -> dict[str, Any]:
     """Returns the columns of results.jsonl."""
@@ -140,6 +143,7 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
     not_applicable: to which no closed form applies.
     metrics: statistics of each metric, over the images that have it.
     told: what the attack was told and what not, for people.
+    defence: what the clients did to their gradients, as in a row.
     success: curves, by metric.
     iip: share of images that were identified in the pool.
     pool: number of images in it.
@@ -158,6 +162,7 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
   not_applicable: int
   metrics: dict[str, Statistics]
   told: str | None = None
+  defence: str | None = None
   success: dict[str, Curve] = {}
   iip: float | None = None
   pool: int | None = None
@@ -235,6 +240,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
   data: dict[str, Any]
   model: dict[str, Any]
+  defence: dict[str, Any] = {}
   attacks: dict[str, dict[str, Any]]
   restarts: int | None = None
   seed: int | None = None

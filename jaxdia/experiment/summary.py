@@ -17,7 +17,8 @@ def summarize(rows: Sequence[Row], attempted: int, **more: Any) -> AttackSummary
   Args:
     rows: one an image.
     attempted: number of images that were to be attacked.
-    **more: fields of the summary that rows do not tell: told, pool, run_seconds, compile_seconds.
+    **more: fields of the summary that rows do not tell: told, defence, pool, run_seconds,
+      compile_seconds.
 
   Returns:
     The counts, and for each metric mean, std, median, min and max over the
@@ -78,7 +79,7 @@ def _statistics(
   return Statistics(
     **{name: float(f(values)) for name, f in functions.items()},
     count=values.size,
-    ci95=evaluation.bootstrap_interval(means.to_numpy()),
+    ci95=evaluation.bootstrap_interval(np.asarray(means)),
   )
 
 

@@ -12,13 +12,13 @@ is kept as thin factors. What is not a dense layer is formed.
 """
 
 import typing
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.client import Observation, loss_of_logits
+from jaxdia.client import CROSS_ENTROPY, Loss, Observation
 from jaxdia.core.precision import full_precision
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
@@ -66,6 +66,7 @@ class Prepared:
     mean: as in the observation.
     std: as in the observation.
     batch_size: as in the observation.
+    loss: as in the observation.
   """
 
   params: Params
@@ -74,6 +75,7 @@ class Prepared:
   mean: jax.Array
   std: jax.Array
   batch_size: int = static()
+  loss: Loss = static(default=CROSS_ENTROPY)
 
 
 def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple[DenseLayer, ...]:
@@ -129,14 +131,16 @@ def prepare(
     kernel = gradient.pop((*layer.path, "kernel"), None)
     if kernel is None:  # of a frozen layer
       continue
+    kernel = kernel.reshape(layer.inputs, layer.outputs)  # it may have more axes than a matrix
     factors = factorize(kernel, sum(layer.rows)) if compress else None
     kernels[layer.path] = kernel if factors is None else factors
   fields = {name: getattr(observation, name) for name in ("params", "labels", "mean", "std")}
   target = Target(gradient, kernels, squared_norm)
-  return Prepared(target=target, batch_size=observation.batch_size, **fields)
+  facts = {"batch_size": observation.batch_size, "loss": observation.loss}
+  return Prepared(target=target, **facts, **fields)
 
 
-def factorize(matrix: jax.Array, rank: int) -> Factors | None:
+def factorize(matrix: Any, rank: int) -> Factors | None:
   """Returns thin factors of a matrix, if it has no more than the given rank.
 
   Args:
@@ -179,6 +183,7 @@ def compare(
   masks: Masks | None,
   images: Images,
   labels: Labels,
+  loss: Loss = CROSS_ENTROPY,
 ) -> Comparison:
   """Compares the gradient of a dummy batch with the client's.
 
@@ -189,6 +194,7 @@ def compare(
     masks: of the dummy batch; None for the evaluation mode.
     images: f[B, H, W, C], of the dummy batch.
     labels: i[B], or f[B, num_classes] probabilities.
+    loss: that the client descends.
 
   Returns:
     The comparison; differentiable by masks, images and labels.
@@ -202,15 +208,15 @@ def compare(
   dtype = images.dtype
   taps = {x.path: tuple(jnp.zeros((rows, x.outputs), dtype) for rows in x.rows) for x in layers}
 
-  def loss(free, taps):
+  def tapped_loss(free, taps):
     merged = with_leaves(params, fixed | free)
     if not taps:
-      return loss_of_logits(model.apply(merged, masks, images), labels), {}
+      return loss(model.apply(merged, masks, images), labels), {}
     logits, inputs = model.apply_tapped(merged, masks, images, taps)
-    return loss_of_logits(logits, labels), inputs
+    return loss(logits, labels), inputs
 
   with full_precision():
-    (formed, deltas), inputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(free, taps)
+    (formed, deltas), inputs = jax.grad(tapped_loss, argnums=(0, 1), has_aux=True)(free, taps)
     inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
     squared_norm = sum(_dot(g, g) for g in formed.values())
     squared_distance = sum(

@@ -8,18 +8,17 @@ would draw one. So a user's module needs no rewriting.
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Images, Key, Logits, Masks, Params
+from jaxdia.core.types import Images, Key, Logits, Params
 from jaxdia.models import discovery
-from jaxdia.models.base import DropoutModel, Network, check_image_shape, drop, model_of
+from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.flax_interception import interceptor
 from jaxdia.models.hooks import Hooks, ignore_sites
 
@@ -75,12 +74,13 @@ class FlaxNetwork(Network):
       raise InputError(f"{self.name} has no parameters, so a client has no gradient to send.")
     return nn.unbox(variables["params"])
 
-  def call(self, params: Params, images: Images, hooks: Hooks) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
     """Computes logits, with dropout and linear layers intercepted."""
     # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
+    rngs = rngs or dict.fromkeys(("params", "dropout"), jax.random.key(0))
     with nn.intercept_methods(interceptor(hooks)):
-      rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
-      return self.module.apply({"params": params}, images, rngs=rngs, **self.kwargs)
+      logits = self.module.apply({"params": params}, images, rngs=rngs, **self.kwargs)
+    return cast(Logits, logits)  # without `mutable` nothing else is returned
 
 
 def from_flax(
@@ -120,7 +120,7 @@ def from_flax(
       " network of another library can be given as plain functions to from_functions."
     )
   image_shape = check_image_shape(image_shape)
-  kwargs = _training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
+  kwargs = training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
   network = FlaxNetwork(module, image_shape, kwargs)
   try:
     inspect.signature(type(module).__call__).bind(module, None, **kwargs)
@@ -136,67 +136,15 @@ def from_flax(
       f"all dropout of {network.name} ({', '.join(inactive)}) is switched off. Pass call_kwargs to"
       " from_flax with the argument that turns training on, or give it rate 0."
     )
-  _check_no_other_randomness(network)
+  discovery.check_randomness(network)
   return model
 
 
-def read_masks(model: DropoutModel, params: Params, images: Images, rngs: Any) -> Masks:
-  """Returns the masks that Flax itself draws in a training step, from its own keys.
-
-  With them a gradient that was computed by plain Flax can be scored, or given to the
-  well-informed attacker.
+def training_kwargs(module: Any) -> dict[str, bool]:
+  """Returns the arguments that turn training on, of those that a module's call takes.
 
   Args:
-    model: of `from_flax`.
-    params: of the module.
-    images: f[B, H, W, C], of the step.
-    rngs: as they were given to `module.apply`.
-
-  Returns:
-    {site: f[shape]} of zeros and ones.
-
-  Raises:
-    InputError: the model is not one of Flax.
+    module: of Flax.
   """
-  network = model.network
-  if not isinstance(network, FlaxNetwork):
-    raise InputError(f"{network.name} is no module of Flax; expected a model of from_flax.")
-  masks: Masks = {}
-
-  def read(call):
-    masks[call.name] = call.draw().astype(call.inputs.dtype)
-    return drop(call.inputs, masks[call.name], call.rate)
-
-  with nn.intercept_methods(interceptor(Hooks(read))):
-    network.module.apply({"params": params}, images, rngs=rngs, **network.kwargs)
-  return masks
-
-
-def _training_kwargs(module: nn.Module) -> dict[str, bool]:
   parameters = inspect.signature(type(module).__call__).parameters
   return {name: value for name, value in _TRAINING_FLAGS.items() if name in parameters}
-
-
-def _check_no_other_randomness(network: FlaxNetwork) -> None:
-  """Refuses a module that draws other random numbers than the masks of its sites.
-
-  It counts the random numbers in the program of the plain module, loops
-  included: dropout inside `nn.scan` draws anew in each turn, which one mask
-  cannot stand for, and a network may call `make_rng("dropout")` by itself.
-  """
-  sites = discovery.discover(network, 2).sites
-  images = jax.ShapeDtypeStruct((2, *network.image_shape), jnp.float32)
-  program = jax.make_jaxpr(
-    lambda params, images, key: network.module.apply(
-      {"params": params}, images, rngs={"params": key, "dropout": key}, **network.kwargs
-    )
-  )(discovery.params_shape(network), images, jax.random.key(0))
-  drawn = discovery.count_random_numbers(program.jaxpr)
-  explicit = sum(math.prod(shape) for _, shape in sites.values())
-  if drawn != explicit:
-    raise InputError(
-      f"{network.name} draws {drawn} random numbers for 2 images, but its dropout sites"
-      f" ({', '.join(sites) or 'none'}) account for {explicit}. What else draws (dropout under"
-      " nn.scan or nn.vmap, stochastic depth, noise) cannot be made an explicit mask: unroll"
-      " the loop, or turn that part off."
-    )

@@ -1,10 +1,12 @@
 """What a network is made of, as far as attacks need to know it."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxdia.core.trees import Path
 from jaxdia.core.types import Params
@@ -27,7 +29,8 @@ class DenseLayer(NamedTuple):
   """A dense layer `z = a @ kernel (+ bias)` whose inputs and outputs can be tapped.
 
   Attributes:
-    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one.
+    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one. The
+      kernel may have several axes in place of one of these, as in Flax's attention.
     rows: rows of `a` in each call of the layer: images times positions.
     inputs: columns of `a`.
     outputs: columns of `z`.
@@ -44,9 +47,10 @@ class Convolution(NamedTuple):
 
   Attributes:
     path: where its parameters are; `kernel`, and `bias` if it has one.
-    input_shape: (height, width, channels).
-    output_shape: (height, width, channels).
-    apply: `apply(leaves, inputs f[B, H, W, C]) -> f[B, H, W, C]`, the layer by itself.
+    input_shape: (height, width, channels); of a library that has the channels first, (channels,
+      height, width).
+    output_shape: likewise.
+    apply: `apply(leaves, inputs f[B, *input_shape]) -> f[B, *output_shape]`, the layer by itself.
   """
 
   path: Path
@@ -68,6 +72,44 @@ class Convolution(NamedTuple):
   def outputs(self) -> int:
     """Columns of its outputs, which are flattened."""
     return math.prod(self.output_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainConvolution:
+  """A convolution by itself, as a function of its leaves and inputs: `Convolution.apply`.
+
+  Attributes:
+    strides: along height and width.
+    padding: of height and width, or "SAME" or "VALID".
+    input_dilation: along height and width.
+    kernel_dilation: along height and width.
+    groups: of channels.
+    layout: of images, such as "NHWC"; kernels are HWIO.
+  """
+
+  strides: tuple[int, int]
+  padding: str | tuple[tuple[int, int], ...]
+  input_dilation: tuple[int, int] = (1, 1)
+  kernel_dilation: tuple[int, int] = (1, 1)
+  groups: int = 1
+  layout: str = "NHWC"
+
+  def __call__(self, leaves: Params, inputs: jax.Array) -> jax.Array:
+    """Computes the outputs of images in the layout."""
+    outputs = jax.lax.conv_general_dilated(
+      inputs,
+      leaves["kernel"],
+      self.strides,
+      self.padding,
+      self.input_dilation,
+      self.kernel_dilation,
+      (self.layout, "HWIO", self.layout),
+      self.groups,
+    )
+    if "bias" in leaves:
+      others = [axis for axis, name in enumerate(self.layout) if name != "C"]
+      outputs += jnp.expand_dims(leaves["bias"].reshape(-1), others)
+    return outputs
 
 
 class Entry(NamedTuple):

@@ -190,6 +190,11 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
     texts.append(
       f"Each image was attacked under {times} sets of dropout masks, and counts for each."
     )
+  if defended := {row.defence for cell in study.done for row in cell.rows} - {None, "none"}:
+    texts.append(
+      f"Clients changed their gradients before they sent them: {', '.join(sorted(defended))}. No"
+      " attack was told of it; one that is made for it may see more."
+    )
   guesses = [
     cell.floors["mean_image"]["ssim"]
     for cell in study.done
@@ -201,11 +206,11 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
       f" {number('ssim', max(guesses))} here, so “recognisable” says little about these images."
     )
   picks = [
-    (cell.summary[score.attack].iip, cell.summary[score.attack].pool, score.attack)
+    (iip, cell.summary[score.attack].pool, score.attack)
     for score in scores
     if not score.knows_masks and score.recognisable < score.attempted
     for cell in study.done
-    if score.attack in cell.summary and cell.summary[score.attack].iip is not None
+    if score.attack in cell.summary and (iip := cell.summary[score.attack].iip) is not None
   ]
   if picks:
     share, pool, attack = max(picks, key=lambda pick: pick[0])

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 
-from jaxdia.client.defences.none import Defence
 from jaxdia.core.errors import check_number
 from jaxdia.core.types import Gradient, Key
 
@@ -15,9 +14,16 @@ class GaussianNoise:
 
   Attributes:
     std: standard deviation of the noise, in units of the gradient.
+
+  Raises:
+    InputError: it is no finite number of at least 0.
   """
 
-  std: float
+  std: float = 1e-3
+
+  def __post_init__(self):
+    at_least_0 = (lambda value: value >= 0), "a finite number of at least 0"
+    object.__setattr__(self, "std", check_number("std of the noise", self.std, *at_least_0))
 
   def __call__(self, key: Key, gradient: Gradient) -> Gradient:
     """Returns the noised gradient.
@@ -35,17 +41,4 @@ class GaussianNoise:
     return jax.tree.unflatten(tree, noised)
 
 
-def gaussian_noise(std: float = 1e-3) -> Defence:
-  """Returns the defence that adds Gaussian noise.
-
-  Args:
-    std: standard deviation, in units of the gradient.
-
-  Raises:
-    InputError: it is no finite number of at least 0.
-  """
-  at_least_0 = (lambda value: value >= 0), "a finite number of at least 0"
-  return GaussianNoise(check_number("std of the noise", std, *at_least_0))
-
-
-DEFENCES = {"gaussian_noise": gaussian_noise}
+DEFENCES = {"gaussian_noise": GaussianNoise}

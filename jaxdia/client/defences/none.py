@@ -1,5 +1,6 @@
 """No defence."""
 
+import dataclasses
 from collections.abc import Callable
 
 from jaxdia.core.types import Gradient, Key
@@ -8,15 +9,20 @@ from jaxdia.core.types import Gradient, Key
 Defence = Callable[[Key, Gradient], Gradient]
 
 
-def identity(key: Key, gradient: Gradient) -> Gradient:
-  """Sends the gradient as it is.
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """Sends the gradient as it is."""
 
-  Args:
-    key: random key, of which no use is made.
-    gradient: of the client's batch.
-  """
-  del key
-  return gradient
+  def __call__(self, key: Key, gradient: Gradient) -> Gradient:
+    """Returns the gradient.
+
+    Args:
+      key: random key, of which no use is made.
+      gradient: of the client's batch.
+    """
+    del key
+    return gradient
 
 
-DEFENCES = {"none": lambda: identity}
+identity = Identity()
+DEFENCES = {"none": Identity}
