@@ -1,10 +1,11 @@
 """The registry of metrics: one entry brings a metric into all results, tables and pages."""
 
 import dm_pix
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from jaxdia.core.types import Array, Images
 from jaxdia.evaluation.lpips import lpips
 from jaxdia.evaluation.matching import identified
 from jaxdia.evaluation.metric import TABLES, Column, Metric, Pairs, compiled
@@ -17,13 +18,13 @@ _WIDE = ("study", *_PAGES)
 
 
 @compiled
-def mse(a: jax.Array, b: jax.Array) -> jax.Array:
+def mse(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B], the mean squared error of each image; f[B, H, W, C] both."""
   return jnp.asarray(dm_pix.mse(a, b))
 
 
 @compiled
-def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+def psnr(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B] in dB, the peak signal-to-noise ratio of pixels in [0, 1].
 
   Args:
@@ -37,7 +38,7 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @compiled
-def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+def ssim(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B], the structural similarity of pixels in [0, 1].
 
   Args:

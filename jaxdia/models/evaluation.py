@@ -40,7 +40,12 @@ class EvaluationNetwork(Network):
 def evaluation_mode(model: DropoutModel) -> DropoutModel:
   """Returns a model without dropout: that of a client which computes in evaluation mode.
 
+  BatchNorm takes its running averages there, if an argument of a Flax module's call says so.
+
   Args:
     model: with dropout or without.
   """
-  return model_of(EvaluationNetwork(model.network)) if model.rates else model
+  network = model.network.evaluation()
+  if not model.rates and not network.constants():
+    return model
+  return model_of(EvaluationNetwork(network))

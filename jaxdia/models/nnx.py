@@ -6,7 +6,7 @@ never changed.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,7 +105,14 @@ class _Interception:
       return
     node._interception, node._where = self, path
 
-  def drop(self, where: str, rate: float, shape, inputs: jax.Array, draw) -> jax.Array:
+  def drop(
+    self,
+    where: str,
+    rate: float,
+    shape: Sequence[int],
+    inputs: jax.Array,
+    draw: Callable[[], jax.Array],
+  ) -> jax.Array:
     """Calls the hook of a site."""
     rate = check_rate(rate, f"the rate of the dropout {where!r}")
     return self.hooks.on_site(SiteCall(self.names(where), rate, tuple(shape), inputs, draw))
