@@ -2,6 +2,7 @@
 
 python benchmarks/closed_forms.py                            # all cases, samples
 python benchmarks/closed_forms.py --cases=mlp:cifar10:8:0.1 --source=npz:victims.npz
+python benchmarks/closed_forms.py --cases=mlp:cifar10:8:0.0 --activation=relu
 """
 
 import dataclasses
@@ -30,6 +31,9 @@ _SOURCE = flags.DEFINE_string(
   "source", None, "Where the images come from, as in config.data.source; DATASET is put for {}."
 )
 _BATCHES = flags.DEFINE_integer("batches", 2, "Batches of a case, each with its own masks.", 1)
+_ACTIVATION = flags.DEFINE_string(
+  "activation", None, "Of the MLP, in place of the paper's GELU: relu or leaky_relu."
+)
 _DIA = flags.DEFINE_bool("dia", True, "Whether to run DIA for as long.")
 
 _HEADINGS = (
@@ -54,7 +58,8 @@ def _victims(name, dataset, size, rate):
   except InputError:  # fewer images: the batches overlap, their masks differ
     victims = data.load(source, size, image_size=image_size, statistics=dataset)
   images = data.normalize(victims.images, victims.statistics)
-  model = models.create(name, images.shape[1:], victims.num_classes, rate)
+  options = {"activation": _ACTIVATION.value} if _ACTIVATION.value else {}
+  model = models.create(name, images.shape[1:], victims.num_classes, rate, **options)
   params = jax.jit(model.init)(jax.random.key(0))
   pairs = []
   for i in range(_BATCHES.value):

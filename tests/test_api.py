@@ -42,7 +42,7 @@ def test_public_functions_have_types_and_docstrings(path):
 
 
 def test_attacks_never_reach_the_secret():
-  for room in ("attacks", "closed_form", "engine", "models"):
+  for room in ("attacks", "closed_form", "engine", "models", "updates"):
     for path in (PACKAGE / room).rglob("*.py"):
       for name in _imports(path):
         assert not name.endswith(".Secret"), path
@@ -52,8 +52,8 @@ def test_attacks_never_reach_the_secret():
 
 def test_rooms_import_only_from_the_rooms_below_them():
   order = [
-    "core", "models", "client", "gradients", "closed_form", "attacks", "engine",
-    "data", "evaluation", "experiment", "report", "study", "command_line",
+    "core", "models", "client", "updates", "gradients", "closed_form", "attacks", "engine",
+    "data", "evaluation", "experiment", "audit", "report", "study", "command_line",
   ]  # fmt: skip
   for path in FILES:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")

@@ -211,7 +211,7 @@ def test_the_classifier_is_the_layer_that_gives_the_logits():
   class Narrow(nn.Module):
     @nn.compact
     def __call__(self, x):
-      return nn.DenseGeneral(3)(nn.gelu(nn.Dense(3)(x.reshape(len(x), -1))))
+      return nn.Conv(3, (1,))(nn.gelu(nn.Dense(3)(x.reshape(len(x), -1)))[:, None])[:, 0]
 
   assert models.from_flax(Gated(), (2, 2, 1)).classifier is None
   assert models.from_flax(Narrow(), (2, 2, 1)).classifier is None

@@ -78,7 +78,7 @@ def test_masks_that_flax_drew_itself_are_read():
   plain = models.from_functions(
     lambda key: jnp.ones(3), lambda p, drop, x: x[:, 0, :, 0], (6, 6, 1), {}
   )
-  with pytest.raises(InputError, match="is no module of Flax"):
+  with pytest.raises(InputError, match="is no network of a library"):
     models.read_masks(plain, params, images, rngs)
 
 

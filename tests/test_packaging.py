@@ -10,11 +10,21 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CORE_ROOMS = ("core", "models", "client", "gradients", "closed_form", "attacks", "engine")
+CORE_ROOMS = (
+  "core",
+  "models",
+  "updates",
+  "client",
+  "gradients",
+  "closed_form",
+  "attacks",
+  "engine",
+)
 
 # Where a package is imported by another name than it is installed by.
 IMPORT_NAMES = {
   "absl-py": "absl",
+  "orbax-checkpoint": "orbax",
   "pillow": "PIL",
   "tensorflow-datasets": "tensorflow_datasets",
 }
@@ -40,7 +50,10 @@ def setup():
 
 
 CORE, EXTRAS = setup()
-PACKAGE_EXTRAS = ("images", "run", "samples", "tfds", "lpips", "tensorboard")
+PACKAGE_EXTRAS = (
+  *("images", "run", "samples", "tfds", "lpips", "tensorboard"),
+  *("safetensors", "orbax", "torch", "flower"),
+)
 
 
 def imported(path, *, at_top_only):

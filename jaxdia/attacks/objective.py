@@ -7,12 +7,12 @@ from jaxdia.attacks.protocol import Candidate, Known, Terms
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
-from jaxdia.core.types import Images, Labels, Masks
+from jaxdia.core.types import Images, Labels, Masks, Scalar
 from jaxdia.gradients import DISTANCES, Prepared, compare, prepare, suits
 from jaxdia.models import DropoutModel
 
 
-def total_variation(images: Images) -> jax.Array:
+def total_variation(images: Images) -> Scalar:
   """Returns the anisotropic total variation: mean |dx| + mean |dy|.
 
   Args:
@@ -22,10 +22,11 @@ def total_variation(images: Images) -> jax.Array:
     f[]; a direction in which an image is one pixel wide adds 0.
   """
   terms = [jnp.abs(jnp.diff(images, axis=axis)) for axis in (1, 2)]
-  return sum(jnp.mean(term) if term.size else jnp.zeros((), images.dtype) for term in terms)
+  zero = jnp.zeros((), images.dtype)
+  return sum((jnp.mean(term) if term.size else zero for term in terms), zero)
 
 
-def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
+def mask_prior(model: DropoutModel, masks: Masks) -> Scalar:
   """Returns how far the share of dropped entries is from the rate, summed over sites.
 
   It is Σ |(1 - mean(m)) - rate|, the regulariser of DIA (Scheliga et al. 2023,
@@ -48,12 +49,13 @@ def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
     excess = jnp.where(close, whole, kept) - jnp.sum(mask)
     return excess * jax.lax.stop_gradient(jnp.sign(excess)) / mask.size
 
-  return sum(deviation(masks[site.name], site.rate) for site in model.sites)
+  deviations = (deviation(masks[site.name], site.rate) for site in model.sites)
+  return sum(deviations, jnp.asarray(0.0))  # of no type of its own
 
 
 def feature_distance(
   model: DropoutModel, observation: Observation | Prepared, candidate: Candidate, parts: Parts
-) -> jax.Array:
+) -> Scalar:
   """Returns how far the inputs of layers are from those that were recovered.
 
   Args:
@@ -94,6 +96,7 @@ def complete(candidate: Candidate, known: Known) -> tuple[Masks | None, Labels]:
   """
   masks = candidate.masks if candidate.masks is not None else known.masks
   labels = known.labels if candidate.labels is None else jax.nn.softmax(candidate.labels)
+  assert labels is not None  # an attack holds fixed what it does not search
   return masks, labels
 
 
@@ -103,7 +106,7 @@ def objective(
   observation: Observation | Prepared,
   candidate: Candidate,
   known: Known,
-) -> tuple[jax.Array, Terms]:
+) -> tuple[Scalar, Terms]:
   """Returns the objective of a candidate: distance and weighted priors.
 
   Args:
@@ -122,16 +125,16 @@ def objective(
     observation = prepare(model, observation, suits(settings.distance, "auto"), compress=False)
   masks, labels = complete(candidate, known)
   given = (model, observation.params, observation.target)
-  comparison = compare(*given, masks, candidate.images, labels)
+  comparison = compare(*given, masks, candidate.images, labels, observation.loss)
   zero = jnp.zeros((), candidate.images.dtype)
-  weight, parts = settings.feature_weight, known.parts
-  with_features = weight is not None and parts is not None and parts.features
+  parts = known.parts
+  weight = settings.feature_weight if parts is not None and parts.features else None
   terms = Terms(
     distance=DISTANCES[settings.distance](comparison),
     total_variation=total_variation(candidate.images),
     mask_prior=mask_prior(model, candidate.masks) if candidate.masks else zero,
     feature_distance=feature_distance(model, observation, candidate, parts)
-    if with_features
+    if weight is not None
     else zero,
   )
   value = (
@@ -139,6 +142,6 @@ def objective(
     + settings.tv_weight * terms.total_variation
     + settings.mask_weight * terms.mask_prior
   )
-  if with_features:
+  if weight is not None:
     value += weight * terms.feature_distance
   return value, terms

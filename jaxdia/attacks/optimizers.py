@@ -1,8 +1,7 @@
 """Optimisers and learning rates of the search, from optax."""
 
-from collections.abc import Callable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -23,12 +22,15 @@ def create_optimizer(settings: AttackSettings) -> optax.GradientTransformationEx
     return optax.lbfgs()
   steps = [optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), optax.scale(-1.0)]
   if settings.optimizer == "signed_adam":
-    sign_images = optax.stateless(lambda grad, _: grad._replace(images=jnp.sign(grad.images)))
-    steps.insert(0, sign_images)
+
+    def sign_images(grad: Any, _: Any) -> Any:  # a `Candidate`, of which optax knows nothing
+      return grad._replace(images=jnp.sign(grad.images))
+
+    steps.insert(0, optax.stateless(sign_images))
   return optax.with_extra_args_support(optax.chain(*steps))
 
 
-def create_schedule(settings: AttackSettings) -> Callable[[jax.Array], jax.Array]:
+def create_schedule(settings: AttackSettings) -> optax.Schedule:
   """Returns the factor of the learning rate as a function of the iteration.
 
   Args:

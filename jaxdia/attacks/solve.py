@@ -1,23 +1,35 @@
 """Runs one trial of an attack to its end."""
 
+import math
+import time
+
 import jax
 import jax.numpy as jnp
 
 from jaxdia.attacks.protocol import Attack, State, Status, Told
 from jaxdia.attacks.search import project
 from jaxdia.client import Observation
-from jaxdia.closed_form import check_sign
+from jaxdia.closed_form import Recovery, check_sign
 from jaxdia.core.types import Key, Masks
 from jaxdia.gradients import Prepared, prepare, suits
 
 # Folded into a key for what closed forms draw, so that they share no key with trials.
 RECOVERY = 2**31
-# Steps between two looks at the trial from the host, which can be interrupted there.
-_CHUNK = 1_000
+# About so many seconds pass between two looks at the trial from the host, which can be interrupted
+# there.
+_CHUNK_SECONDS = 1.0
+# No fewer steps are taken at once, so that what the host does between them costs nothing.
+_LEAST_CHUNK = 10
 
 
 def solve(
-  key: Key, attack: Attack, observation: Observation, *, masks: Masks | None = None
+  key: Key,
+  attack: Attack,
+  observation: Observation,
+  *,
+  masks: Masks | None = None,
+  recovery: Recovery | None = None,
+  seconds: float = math.inf,
 ) -> State:
   """Runs one trial of an attack to its end.
 
@@ -29,6 +41,9 @@ def solve(
     attack: of `jaxdia.attacks.create`.
     observation: of one client.
     masks: the client's, for the well-informed attacker only.
+    recovery: what an attack starts from that starts from a closed form; computed if None.
+    seconds: after about so many the search is stopped, wherever it is; its status is then
+      RUNNING. Compilation is not counted.
 
   Returns:
     The state in which the trial ended; `best.candidate` is its result, `status` the reason why
@@ -38,22 +53,29 @@ def solve(
     InputError: the attack needs labels or masks that it is not given.
   """
   check_sign(attack.model, observation)
-  recovery = attack.recover(jax.random.fold_in(key, RECOVERY), observation)
+  if recovery is None:
+    recovery = attack.recover(jax.random.fold_in(key, RECOVERY), observation)
   told = Told(masks, None if recovery is None else recovery.parts)
   state = attack.init(key, observation, told)
   prepared = prepare(attack.model, observation, suits(attack.distance, "auto"))
-  while int(state.status) == Status.RUNNING:
-    state = _advance(attack, prepared, state)
+  steps, left = 1, seconds  # the first step shows what one takes, after the compilation
+  _advance(attack, prepared, state, 0)
+  while int(state.status) == Status.RUNNING and left > 0:
+    start = time.monotonic()
+    state = jax.block_until_ready(_advance(attack, prepared, state, steps))
+    passed = time.monotonic() - start
+    left -= passed
+    steps = max(_LEAST_CHUNK, int(steps * min(_CHUNK_SECONDS, max(left, 0)) / max(passed, 1e-6)))
   # The start, drawn N(0, 1), may be the best point; it alone is not yet projected.
   best = state.best._replace(candidate=project(observation, state.best.candidate))
   return state._replace(best=best)
 
 
 @jax.jit
-def _advance(attack: Attack, observation: Prepared, state: State) -> State:
+def _advance(attack: Attack, observation: Prepared, state: State, steps: int) -> State:
   def more(carry):
     count, state = carry
-    return (count < _CHUNK) & (state.status == int(Status.RUNNING))
+    return (count < steps) & (state.status == int(Status.RUNNING))
 
   def turn(carry):
     count, state = carry

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
@@ -29,6 +31,8 @@ class Observation:
     mean: f[C] or f[1], public statistics of the kind of data.
     std: f[C] or f[1].
     batch_size: number of images in the client's batch, B.
+    loss: what the client descends, which the server chose; the name of one or a function is
+      converted, see `Loss`.
 
   Raises:
     InputError: the gradient is not one of these params, or labels or statistics are not those of
@@ -41,6 +45,7 @@ class Observation:
   mean: jax.Array
   std: jax.Array
   batch_size: int = static()
+  loss: Loss = static(default=CROSS_ENTROPY)
 
   def __post_init__(self):
     size = check_count("batch_size of the observation", self.batch_size, 1)
@@ -53,6 +58,7 @@ class Observation:
       "mean": _as_array(self.mean, dtype),
       "std": _as_array(self.std, dtype),
       "batch_size": size,
+      "loss": as_loss(self.loss),
     }
     if fields["mean"].ndim != 1 or fields["mean"].shape != fields["std"].shape:
       raise InputError(
@@ -86,10 +92,10 @@ class Secret:
 
 
 def _is_concrete(array: Any) -> bool:
-  return not isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct))
+  return not isinstance(array, (Tracer, jax.ShapeDtypeStruct))
 
 
-def _as_array(value: Any, dtype: Any = None) -> jax.Array:
+def _as_array(value: Any, dtype: Any = None) -> Any:
   """Returns an array, or what stands for one where JAX traces."""
   if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) and dtype in (None, value.dtype):
     return value

@@ -1,14 +1,17 @@
 """One training step of a client."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.core import Tracer
 
 from jaxdia.client.defences import Defence, identity
+from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Gradient, Images, Key, Labels, Logits, Masks, Params, Statistics
+from jaxdia.core.types import Gradient, Images, Key, Labels, Masks, Params, Scalar, Statistics
 from jaxdia.models import DropoutModel, sample_masks
 
 # Images whose normalised values are the pixels themselves.
@@ -20,66 +23,64 @@ _DEFENCE = 2**31
 
 
 def client_loss(
-  model: DropoutModel, params: Params, masks: Masks, images: Images, labels: Labels
-) -> jax.Array:
-  """Returns the mean cross-entropy that the client descends.
+  model: DropoutModel,
+  params: Params,
+  masks: Masks | None,
+  images: Images,
+  labels: Labels,
+  loss: Loss = CROSS_ENTROPY,
+) -> Scalar:
+  """Returns the loss that the client descends.
 
   Args:
     model: the network.
     params: its parameters.
-    masks: one array for each dropout site.
+    masks: one array for each dropout site; None for the network without dropout.
     images: f[B, H, W, C], normalised.
     labels: i[B] classes, or f[B, num_classes] probabilities.
+    loss: of the logits.
 
   Returns:
     f[], the loss.
   """
-  return loss_of_logits(model.apply(params, masks, images), labels)
-
-
-def loss_of_logits(logits: Logits, labels: Labels) -> jax.Array:
-  """Returns the mean cross-entropy of logits.
-
-  Args:
-    logits: f[B, num_classes].
-    labels: i[B] classes, or f[B, num_classes] probabilities.
-
-  Returns:
-    f[], the loss.
-  """
-  if jnp.issubdtype(labels.dtype, jnp.integer):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-  return optax.softmax_cross_entropy(logits, labels).mean()
+  return loss(model.apply(params, masks, images), labels)
 
 
 def client_gradient(
-  model: DropoutModel, params: Params, masks: Masks, images: Images, labels: Labels
+  model: DropoutModel,
+  params: Params,
+  masks: Masks | None,
+  images: Images,
+  labels: Labels,
+  loss: Loss = CROSS_ENTROPY,
 ) -> Gradient:
   """Returns the gradient that the client sends: of `client_loss` by `params`.
 
   Args:
     model: the network.
     params: its parameters.
-    masks: one array for each dropout site.
+    masks: one array for each dropout site; None for the network without dropout.
     images: f[B, H, W, C], normalised.
     labels: i[B] classes, or f[B, num_classes] probabilities.
+    loss: of the logits.
 
   Returns:
     A tree like `params`.
   """
-  return jax.grad(client_loss, argnums=1)(model, params, masks, images, labels)
+  return jax.grad(client_loss, argnums=1)(model, params, masks, images, labels, loss)
 
 
 def observe(
   key: Key,
   model: DropoutModel,
   params: Params,
-  images: Images,
-  labels: Labels,
+  images: Any,
+  labels: Any,
   *,
   statistics: Statistics = _PIXELS,
   reveal_labels: bool = True,
   defence: Defence = identity,
+  loss: Loss | Kind | Function = CROSS_ENTROPY,
 ) -> tuple[Observation, Secret]:
   """Plays one training step of a client that draws its dropout masks.
 
@@ -94,18 +95,20 @@ def observe(
     reveal_labels: whether the server is granted the labels, as the paper's
       attacks assume.
     defence: what the client does to its gradient before it sends it.
+    loss: what the client descends: a `Loss`, the name of one, or a function.
 
   Returns:
     What the server sees, and what it does not.
 
   Raises:
-    InputError: images or labels that the model cannot have been trained on.
+    InputError: images or labels that the model cannot have been trained on, or no such loss.
   """
+  loss = as_loss(loss)
   _check_batch(model, images, labels, statistics)
   dtype = jnp.result_type(*jax.tree.leaves(params))
   images, labels = jnp.asarray(images, dtype), jnp.asarray(labels, jnp.int32)
   masks = sample_masks(key, model, images.shape[0], dtype)
-  gradient = _compiled_gradient(model, params, masks, images, labels)
+  gradient = _compiled_gradient(model, params, masks, images, labels, loss)
   observation = Observation(
     params=params,
     gradient=defence(jax.random.fold_in(key, _DEFENCE), gradient),
@@ -113,16 +116,15 @@ def observe(
     mean=statistics.mean,
     std=statistics.std,
     batch_size=images.shape[0],
+    loss=loss,
   )
   return observation, Secret(images, labels, masks)
 
 
-_compiled_gradient = jax.jit(client_gradient)
+_compiled_gradient = jax.jit(client_gradient, static_argnames="loss")
 
 
-def _check_batch(
-  model: DropoutModel, images: Images, labels: Labels, statistics: Statistics
-) -> None:
+def _check_batch(model: DropoutModel, images: Any, labels: Any, statistics: Statistics) -> None:
   """Refuses a batch that the model cannot have been trained on; of traced arrays only shapes."""
   images, labels = (x if hasattr(x, "dtype") else np.asarray(x) for x in (images, labels))
   expected = ", ".join(str(n) for n in model.image_shape)
@@ -141,7 +143,7 @@ def _check_batch(
       f"labels are {labels.dtype} of shape {labels.shape}; expected integers of shape"
       f" ({images.shape[0]},), one class an image."
     )
-  if isinstance(images, jax.core.Tracer) or isinstance(labels, jax.core.Tracer):
+  if isinstance(images, Tracer) or isinstance(labels, Tracer):
     return
   images, labels = np.asarray(images), np.asarray(labels)
   if not np.isfinite(images).all():

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.client import CROSS_ENTROPY, Loss
 from jaxdia.closed_form import chain as chains
+from jaxdia.closed_form import spaces as planes
 from jaxdia.closed_form import sparse
 from jaxdia.closed_form.structure import Chain
 from jaxdia.core.types import Gradient, Key, Params
@@ -37,7 +39,8 @@ class Batch(NamedTuple):
     noise: f[], least singular value that is left out by the largest that is kept, over
       the layers: 1e-8 or so for an exact gradient, 1 for one that has not the rank of
       the batch.
-    rank: the least number of dimensions that the gradient of a layer has.
+    rank: the least number of dimensions that the gradient of a layer has: fewer than images if
+      some coincide, or leave next to nothing.
     rounds: how often was searched.
   """
 
@@ -55,6 +58,8 @@ def solve(
   gradient: Gradient,
   batch_size: int,
   most_noise: float,
+  loss: Loss = CROSS_ENTROPY,
+  rounding: float = float(np.finfo(np.float32).eps),
 ) -> Batch:
   """Recovers the samples of a batch from the gradients of a chain of dense layers.
 
@@ -66,31 +71,37 @@ def solve(
     gradient: that the client sent.
     batch_size: of the client.
     most_noise: with more than this no sample is looked for.
+    loss: of the client.
+    rounding: unit of the type that the client computed in.
 
   Returns:
     The samples that fit the gradient.
   """
-  links = tuple(zip(chain.layers[:-1], chain.layers[1:], strict=True))
-  sites = tuple(source.site for source in chain.inputs[1:])
-  rate = model.rates.get(sites[0])
+  links = chains.links_of(chain)
+  rate = model.rates.get(links.sites[0])
+  zeros = (rate or 0.0, chains.may_be_silent(links.silent[0]))
   # The gradient of the logits has no more rank than classes but one, so it is used only where the
   # inputs of the last layer are shown by no other.
   spanning = chain.layers if len(chain.layers) == 2 else chain.layers[:-1]
-  matrices = [np.asarray(x.weights) for x in chains.layers_of(spanning, gradient)]
-  rank = min(_rank(matrix, batch_size) for matrix in matrices)
-  found, noise, left, empty, rounds = [], 0.0, batch_size, 0, 0
-  while left and empty < _EMPTY_ROUNDS:
-    spanned = [chains.span(matrix, left, batch_size) for matrix in matrices]
+  matrices = [np.asarray(x.weights) for x in planes.layers_of(spanning, gradient)]
+  # Each by itself: an image that is there twice has one dimension before dropout, and two after it.
+  ranks = [_rank(matrix, batch_size) for matrix in matrices]
+  rank = min(ranks)
+  found, noise, empty, rounds = [], 0.0, 0, 0
+  while min(ranks) > 0 and empty < _EMPTY_ROUNDS:
+    spanned = [
+      planes.span(matrix, n, batch_size) for matrix, n in zip(matrices, ranks, strict=True)
+    ]
     spaces = tuple(space for space, _ in spanned)
     if not rounds:
       noise = max(rest for _, rest in spanned)
       if noise > most_noise:
         break
-    known = _candidates(jax.random.fold_in(key, rounds), spaces, rate, left, 4**empty)
+    known = _candidates(jax.random.fold_in(key, rounds), spaces, zeros, ranks[0], 4**empty)
     rounds += 1
     samples = None
     if known is not None:
-      samples = chains.complete(model, links, sites, params, spaces, known, batch_size)
+      samples = chains.complete(model, links, params, spaces, known, batch_size, loss, rounding)
       samples = jax.tree.map(np.asarray, samples)
       samples = _distinct(samples)
     if samples is None:
@@ -100,10 +111,10 @@ def solve(
     for k, space in enumerate(spaces):
       for inputs, delta in zip(samples.inputs[k], samples.deltas[k], strict=True):
         # Scaled so that the rank becomes exactly one less.
-        scale = float(chains.share(inputs, delta, space))
+        scale = float(planes.share(inputs, delta, space))
         matrices[k] = matrices[k] - np.outer(inputs, delta) / scale
     found.append(samples)
-    left -= len(samples.label)
+    ranks = [n - len(samples.label) for n in ranks]
   if not found:
     return Batch(None, noise, rank, rounds)
   return Batch(jax.tree.map(lambda *x: np.concatenate(x), *found), noise, rank, rounds)
@@ -115,48 +126,52 @@ def _rank(matrix: np.ndarray, most: int) -> int:
   return int(np.sum(values > _NO_DIMENSION * values[0]))
 
 
-def _candidates(key, spaces, rate, left, effort):
+def _candidates(key, spaces, zeros_of, left, effort):
   """Returns what candidate samples kept after the first layer, and their vectors there."""
   first, second = spaces[0], spaces[1]
+  rate, silent = zeros_of
   sizes = np.linalg.norm(first.right, axis=0)
   counts = (sizes > _EMPTY_COLUMN * np.max(sizes)).astype(float)
   if left == 1:
     zero = (counts == 0)[None]
   else:
-    if not rate:
+    if not any(zeros_of):
       return None
     points = (first.right / np.where(counts > 0, sizes, 1) * counts).T
     dimensions = len(first.values)
     starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))
-    starts = starts.astype(jnp.float64) * (1 - first.padding)
+    starts = starts.astype(jnp.float64) * (1 - first.padding)[None, None]
     starts /= jnp.linalg.norm(starts, axis=-1, keepdims=True)
     normals = np.concatenate(
       [sparse.search(points, counts, first.padding, some, 1 / effort) for some in starts]
     )
     # Of the columns that are not empty a sample dropped fewer, as it dropped all of the empty ones.
     share = max(rate * counts.size - np.sum(counts == 0), 1.0) / np.sum(counts)
-    zeros = sparse.examine(points, counts, first.padding, normals, share)
+    zeros = sparse.examine(points, counts, first.padding, normals, share, silent)
     chosen = sparse.distinct(zeros)[:left]
     if not len(chosen):
       return None
     zero = np.asarray(zeros.zero)[chosen] | (counts == 0)
-  return _see(first, second, zero, rate)
+  return _see(first, second, zero, zeros_of)
 
 
-def _see(first, second, zero, rate):
+def _see(first, second, zero, zeros_of):
   # In sizes of which there are few, as each is compiled anew.
   size = next(n for n in (1, 4, 16, 64, 256, len(zero)) if n >= len(zero))
   missing = size - len(zero)
   zero = np.pad(zero, ((0, missing), (0, 0)), mode="edge")
-  if not rate:
+  if not any(zeros_of):
     kept = np.ones(zero.shape)
     return kept[:1], first.right[:1], second.left[: zero.shape[1], 0][None]
-  return _refine(first, second, zero, rate)
+  return _refine(first, second, zero, *zeros_of)
 
 
 @jax.jit
-def _refine(first, second, zero, rate):
-  return jax.lax.map(lambda one: chains.refine(first, second, one, rate), zero, batch_size=64)
+def _refine(first, second, zero, rate, silent):
+  off = jnp.zeros(zero.shape[1], bool)  # none is known to be
+  return jax.lax.map(
+    lambda one: chains.refine(first, second, one, off, rate, silent), zero, batch_size=64
+  )
 
 
 def _distinct(samples):

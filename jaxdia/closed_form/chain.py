@@ -8,50 +8,33 @@ layer 1 and a_b of layer 2 are zero, and the vectors with these zeros are theirs
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxdia.client import Loss
+from jaxdia.closed_form.spaces import (
+  Space,
+  first_inputs,
+  fit_size,
+  layers_of,
+  least_squares,
+  rms,
+  share,
+)
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, normal, split_zeros
-from jaxdia.closed_form.structure import activate
+from jaxdia.closed_form.structure import Chain, activate
+from jaxdia.core.precision import usual_promotion
 from jaxdia.core.types import Params
-from jaxdia.gradients import layer_gradient
 from jaxdia.models import DenseLayer, DropoutModel
 
-# Sizes (root mean square) that the kept activations are tried with, and steps from each.
-_SCALES = (0.05, 0.15, 0.4, 1.0, 2.5)
-_FIRST_STEPS, _STEPS = 4, 20
-
-
-class Layer(NamedTuple):
-  """The parameters of a layer of a chain, with its bias as last row.
-
-  Attributes:
-    weights: f64[inputs (+ 1), outputs].
-    biased: b[], whether the last row is a bias.
-  """
-
-  weights: jax.Array
-  biased: bool
-
-
-class Space(NamedTuple):
-  """The gradient of a layer, `left @ diag(values) @ right`, by its singular vectors.
-
-  Attributes:
-    left: f64[inputs (+ 1), rank].
-    values: f64[rank]; dimensions that are not used any more have 1.
-    right: f64[rank, outputs].
-    padding: f64[rank], 1 for such dimensions, otherwise 0.
-  """
-
-  left: jax.Array
-  values: jax.Array
-  right: jax.Array
-  padding: jax.Array
+# So many units of rounding may a derivative by the logits be off, since 1 is taken from a softmax.
+_UNITS = 4
+# A derivative by the logits from which that of every label differs by more, relative, has none.
+_NO_LABEL = 0.05
+# Behind a ReLU no more than this share of the outputs is zero.
+_MOST_SILENT = 0.95
 
 
 class Sample(NamedTuple):
@@ -61,68 +44,29 @@ class Sample(NamedTuple):
     inputs: {layer number: f64[inputs (+ 1)]}.
     deltas: {layer number: f64[outputs]}, derivatives of the batch's loss.
     kept: {layer number: f64[inputs]}, masks of the inputs of all layers but the first.
-    label: i[].
+    active: {layer number: b[inputs]}, where the mask makes a difference. Where it makes none, as
+      behind a ReLU that is off, it is not known, and `kept` is 0.
+    label: i[]; -1 if the gradient does not tell it.
+    scale: f[], by which factor the gradient exceeds that of the loss.
     residual: f[], how far all this is from what the gradient allows, relative.
   """
 
   inputs: tuple[jax.Array, ...]
   deltas: tuple[jax.Array, ...]
   kept: tuple[jax.Array, ...]
+  active: tuple[jax.Array, ...]
   label: jax.Array
+  scale: jax.Array
   residual: jax.Array
 
 
-def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
-  """Returns the parameters of the layers of a chain; a gradient's if given one."""
-  layers = []
-  for layer in chain:
-    leaves = layer_gradient(params, layer.path)
-    rows = [leaves["kernel"]] + ([leaves["bias"][None]] if "bias" in leaves else [])
-    layers.append(Layer(jnp.concatenate(rows).astype(jnp.float64), "bias" in leaves))
-  return tuple(layers)
-
-
-def span(matrix: np.ndarray, rank: int, size: int) -> tuple[Space, float]:
-  """Returns the space of a gradient, and how much lies outside.
-
-  Args:
-    matrix: f64[inputs, outputs].
-    rank: dimensions that are used.
-    size: dimensions in all, so that shapes need not change with the rank.
-
-  Returns:
-    The space; and the largest singular value left out by the least one kept.
-  """
-  left, values, right = np.linalg.svd(matrix, full_matrices=False)
-  rest = values[rank] if len(values) > rank else 0.0
-  rest = rest / max(values[min(rank, len(values)) - 1], 1e-300)
-  unused = np.arange(size) >= rank
-  left = np.where(unused, 0, _resize(left, size, 1))
-  right = np.where(unused[:, None], 0, _resize(right, size, 0))
-  values = np.where(unused, 1, _resize(values, size, 0))
-  return Space(left, values, right, unused.astype(float)), float(rest)
-
-
-def _resize(array, size, axis):
-  array = np.take(array, range(min(size, array.shape[axis])), axis)
-  padding = [(0, size - n) if i == axis else (0, 0) for i, n in enumerate(array.shape)]
-  return np.pad(array, padding)
-
-
-def _rms(values, kept):
-  return jnp.sqrt(jnp.sum(kept * values**2) / jnp.maximum(jnp.sum(kept), 1))
-
-
-def _solve(rows, values, weights, padding):
-  """Returns the least-squares solution x of `x @ rows = values`."""
-  matrix = (rows * weights) @ rows.T
-  size = jnp.trace(matrix)
-  matrix += jnp.diag(padding * (1 + size) + 1e-14 * size + 1e-300)
-  return jax.scipy.linalg.solve(matrix, (rows * weights) @ values, assume_a="pos")
-
-
 def refine(
-  delta_space: Space, input_space: Space, zero: jax.Array, rate: jax.Array
+  delta_space: Space,
+  input_space: Space,
+  zero: jax.Array,
+  off: jax.Array,
+  rate: jax.Array,
+  silent: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Finds out what a sample dropped, from both of the gradients that show it.
 
@@ -132,8 +76,10 @@ def refine(
   Args:
     delta_space: of the layer before.
     input_space: of the layer after.
-    zero: b[n], entries that seem dropped.
+    zero: b[n], entries that seem zero.
+    off: b[n], entries that are zero of themselves, whether dropped or not.
     rate: f[], of dropout.
+    silent: see `bounds`, of the entries that are not known to be off.
 
   Returns:
     kept f64[n], delta f64[n] and inputs f64[n], the latter two up to scale and sign.
@@ -152,186 +98,201 @@ def refine(
   # Reweighted, so that an entry that only seems dropped loses its weight.
   sizes = joint_sizes(zero.astype(jnp.float64))
   for epsilon in (0.3, 0.1, 0.03, 0.01, 1e-3):
-    sizes = joint_sizes(zero / (sizes**2 + epsilon**2))
-  least, most = bounds(count, 0.0, rate)
-  zeros = split_zeros(sizes, jnp.ones(count), jnp.maximum(least, 1), most)
+    sizes = joint_sizes(zero.astype(sizes.dtype) / (sizes**2 + epsilon**2))
+  on = 1 - off.astype(sizes.dtype)
+  least, most = bounds(jnp.sum(on), 0.0, rate, silent)
+  zeros = split_zeros(sizes, on, jnp.maximum(least, 1), most)
   chosen = zeros.zero & (zeros.gap > LEAST_GAP)  # a sample may have dropped nothing
-  delta, inputs = vectors(chosen)
-  kept = 1 - chosen.astype(jnp.float64)
+  kept = on * (1 - chosen.astype(on.dtype))
+  delta, inputs = vectors(1 - kept)
   return kept, kept * delta, kept * inputs
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 6))
+class Links(NamedTuple):
+  """What a chain of layers is made of, without arrays.
+
+  Attributes:
+    layers: all.
+    sites: of dropout after each layer but the last; None where there is none.
+    silent: after each layer but the last, whether the function is a ReLU or like it.
+    straight: whether the first of these functions is linear on either side of 0.
+    homogeneous: see `structure.Chain`.
+  """
+
+  layers: tuple[DenseLayer, ...]
+  sites: tuple[str | None, ...]
+  silent: tuple[bool, ...]
+  straight: bool
+  homogeneous: bool
+
+
+def links_of(chain: Chain) -> Links:
+  """Returns what a chain is made of."""
+  sites = tuple(source.site for source in chain.inputs[1:])
+  silent = tuple(link.silent for link in chain.links)
+  return Links(chain.layers, sites, silent, chain.links[0].homogeneous, chain.homogeneous)
+
+
+def may_be_silent(silent: bool) -> float:
+  """Returns the share of the outputs of a function that may be zero of itself."""
+  return _MOST_SILENT if silent else 0.0
+
+
+@functools.partial(jax.jit, static_argnums=(1, 5, 6))
 def complete(
   model: DropoutModel,
-  links: tuple[tuple[DenseLayer, DenseLayer], ...],
-  sites: tuple[str | None, ...],
+  links: Links,
   params: Params,
   spaces: tuple[Space, ...],
   known: tuple[jax.Array, jax.Array, jax.Array],
   batch_size: int,
+  loss: Loss,
+  rounding: float,
 ) -> Sample:
   """Recovers samples from what they kept after the first layer.
 
   Args:
     model: the network.
-    links: each layer of the chain with the one after it.
-    sites: of dropout after each layer but the last; None where there is none.
+    links: its dense layers.
     params: its parameters, f64.
     spaces: of the gradient of each layer but the last, or of two layers.
     known: kept, delta and inputs as `refine` gives them, with leading axis k.
     batch_size: of the client.
+    loss: of the client.
+    rounding: unit of the type that the client computed in.
 
   Returns:
     The samples, with leading axis k.
   """
-  rates = [None if site is None else model.rates[site] for site in sites]
   return jax.lax.map(
-    lambda one: _complete(model, links, params, spaces, rates, *one, batch_size),
+    lambda one: _complete(model, links, params, spaces, batch_size, loss, rounding, *one),
     known,
     batch_size=64,
   )
 
 
-def _complete(model, links, params, spaces, rates, kept, delta, h, batch_size) -> Sample:
-  layers = layers_of([*(layer for layer, _ in links), links[-1][1]], params)
-  last = len(links)
+def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, delta, h) -> Sample:
+  layers = layers_of(links.layers, params)
+  last = len(layers) - 1
 
   def activation(k, outputs):  # the inputs of layer k + 1, and their slopes
     def function(z):
-      return activate(model, params, *links[k], z)
+      return activate(model, params, links.layers[k], links.layers[k + 1], z)
 
     return jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
 
-  coordinates = _first_inputs(layers, spaces, activation, kept, h)
+  coordinates = first_inputs(
+    spaces[0], layers[0], functools.partial(activation, 0), kept, h, links.straight
+  )
   inputs = [coordinates @ spaces[0].left.T]
   if layers[0].biased:
     inputs[0] = inputs[0].at[-1].set(1.0)
-  masks, slopes = [], []
+  sign = jnp.sign(share(inputs[0], delta, spaces[0]))
+  masks, active, slopes = [], [], []
   for k in range(last):
     values, slope = activation(k, inputs[k] @ layers[k].weights)
+    active.append((values != 0) | (slope != 0))
+    if k:
+      rate = None if links.sites[k] is None else model.rates[links.sites[k]]
+      kept, delta = _kept_after(spaces[k : k + 2], delta, active[k], rate)
     # delta = (next delta @ weights.T) * slope, and the next delta lies in the space of its layer.
     inner = layers[k + 1].weights[: len(values)].T
     if k + 1 == last:
-      next_delta = _solve(inner * (kept * slope), delta, kept, jnp.zeros(len(inner)))
+      next_delta = least_squares(inner * (kept * slope)[None], delta, kept, jnp.zeros(len(inner)))
     else:
       space = spaces[k + 1]
-      rows = (space.right @ inner) * (kept * slope)
-      next_delta = _solve(rows, delta, kept, space.padding) @ space.right
+      rows = (space.right @ inner) * (kept * slope)[None]
+      next_delta = least_squares(rows, delta, kept, space.padding) @ space.right
     # What was kept shows once more, now that the delta is known that would be if all were.
     expected = (next_delta @ inner) * slope
-    sure = jnp.abs(expected) > 3e-5 * _rms(expected, jnp.ones(len(kept)))
+    sure = jnp.abs(expected) > 3e-5 * rms(expected, jnp.ones(len(kept)))
     kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
     slopes.append(kept * slope)
     one = jnp.ones(1 if layers[k + 1].biased else 0)
     inputs.append(jnp.concatenate([kept * values, one]))
     delta = next_delta
-    if k + 1 < last:
-      kept = jnp.ones_like(delta)
-      if rates[k + 1] is not None:
-        count = jnp.asarray(float(delta.size))
-        least, most = bounds(count, 0.0, rates[k + 1])
-        zeros = split_zeros(delta, jnp.ones_like(delta), jnp.maximum(least, 1), most)
-        zero = zeros.zero & (zeros.gap > LEAST_GAP)
-        if k + 2 < len(spaces):
-          kept, direction, _ = refine(space, spaces[k + 2], zero, rates[k + 1])
-          delta = direction * jnp.sum(direction * delta) / jnp.sum(direction**2)
-        else:
-          kept = 1 - zero.astype(delta.dtype)
 
-  # The last delta is (softmax - one-hot) / B; which class it is shows in its direction.
-  classes = jnp.eye(layers[last].weights.shape[1])
-  candidates = jax.nn.softmax(inputs[last] @ layers[last].weights) - classes
-  fits = jnp.abs(candidates @ delta) / (jnp.linalg.norm(candidates, axis=1) + 1e-300)
-  label = jnp.argmax(fits)
-  deltas = [candidates[label] / batch_size]
+  logits, error = inputs[last] @ layers[last].weights, jnp.zeros(())
+  if links.homogeneous and loss.kind == "cross_entropy" and not loss.label_smoothing:
+    size, error = fit_size(logits, delta)
+    inputs, logits = [size * x for x in inputs], size * logits
+  elif links.homogeneous:
+    error = jnp.asarray(jnp.inf)  # of other losses the size of the image is not solved for
+  label, delta = last_delta(logits, sign * delta, loss, rounding)
+  deltas = [delta if loss.reduction == "sum" else delta / batch_size]
   for k in reversed(range(last)):
     inner = layers[k + 1].weights[: len(slopes[k])].T
     deltas.insert(0, (deltas[0] @ inner) * slopes[k])
-  residual = jnp.max(jnp.asarray([*_outside(inputs, deltas, spaces)]))
+  shares = jnp.stack([share(*vectors) for vectors in zip(inputs, deltas, spaces, strict=False)])
+  # Taking the sample out of the gradient lowers its rank (Wedderburn 1934), if this is 1; so it
+  # tells by what factor the gradient is larger than that of the loss.
+  mean = jnp.mean(shares)
+  misfits = [*_outside(inputs, deltas, spaces), *jnp.abs(1 - shares / mean), error]
+  residual = jnp.max(jnp.stack(misfits))
   residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
-  return Sample(tuple(inputs), tuple(deltas), tuple(masks), label, residual)
+  scale = jnp.where(label < 0, jnp.nan, 1 / mean)
+  return Sample(tuple(inputs), tuple(deltas), tuple(masks), tuple(active), label, scale, residual)
+
+
+def _kept_after(spaces, delta, active, rate):
+  """Returns what a sample kept after a layer, and its delta there without rounding elsewhere.
+
+  Args:
+    spaces: of the layer and, unless it is the last of them, of the next.
+    delta: f64[n].
+    active: b[n], entries that are not zero of themselves.
+    rate: f[], of dropout; None if there is none.
+  """
+  kept = active.astype(delta.dtype)
+  if rate is None:
+    return kept, kept * delta
+  least, most = bounds(jnp.sum(kept), 0.0, rate)
+  zeros = split_zeros(delta, kept, jnp.maximum(least, 1), most)
+  zero = zeros.zero & (zeros.gap > LEAST_GAP)
+  if len(spaces) == 1:
+    return kept * (1 - zero.astype(delta.dtype)), delta
+  kept, direction, _ = refine(*spaces, zero | ~active, ~active, rate, 0.0)
+  return kept, direction * jnp.sum(direction * delta) / jnp.sum(direction**2)
+
+
+def last_delta(
+  logits: jax.Array, delta: jax.Array, loss: Loss, rounding: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the label, and the derivative of the loss by the logits.
+
+  Args:
+    logits: f64[num_classes].
+    delta: f64[num_classes], the derivative, up to scale.
+    loss: of the client.
+    rounding: unit of the type that the client computed in.
+
+  Returns:
+    The label; or -1, and `delta` itself, if it is that of no label.
+  """
+  number = len(logits)
+  # Which class it is shows in its direction.
+  with usual_promotion():
+    slope = jax.grad(lambda z, label: loss(z[None], label[None]))
+    candidates = jax.vmap(slope, (None, 0))(logits, jnp.arange(number, dtype=jnp.int32))
+  norms = jnp.linalg.norm(candidates, axis=1) + 1e-300
+  fits = candidates @ delta / norms / (jnp.linalg.norm(delta) + 1e-300)
+  # Of two classes that share the softmax the derivatives differ in sign alone. A gradient that
+  # was turned has the other one, but that is rare.
+  label = jnp.argmax(jnp.where(fits > 0, fits, -0.9 * fits))
+  candidate, own = candidates[label], jnp.eye(number)[label]
+  others = 1 - own
+  found = delta * jnp.sum(others * candidate * delta) / (jnp.sum(others * delta**2) + 1e-300)
+  # Of a class that is all but sure, 1 - softmax is rounded, and the gradient has what came of it.
+  room = _UNITS * rounding * jnp.maximum(jnp.abs(candidate), own)
+  exact = jnp.clip(found, candidate - room, candidate + room)
+  told = jnp.linalg.norm(found - exact) <= _NO_LABEL * jnp.linalg.norm(found)
+  return jnp.where(told, label, -1), jnp.where(told, exact, delta)
 
 
 def _outside(inputs, deltas, spaces):
   """Yields how far a sample is from the spaces of the gradient, each f[] and relative."""
-  for k, space in enumerate(spaces):
-    for vector, basis in ((inputs[k], space.left), (deltas[k], space.right.T)):
+  for vectors in zip(inputs, deltas, spaces, strict=False):
+    for vector, basis in zip(vectors[:2], (vectors[2].left, vectors[2].right.T), strict=True):
       coordinates = vector @ basis
       yield jnp.linalg.norm(vector - basis @ coordinates) / jnp.linalg.norm(vector)
-    # Taking the sample out of the gradient lowers its rank (Wedderburn 1934).
-    yield jnp.abs(1 - share(inputs[k], deltas[k], space))
-
-
-def share(inputs: jax.Array, delta: jax.Array, space: Space) -> jax.Array:
-  """Returns 1 if a gradient without the outer product of two vectors has a rank less."""
-  return jnp.sum((inputs @ space.left) * (delta @ space.right.T) / space.values)
-
-
-def _first_inputs(layers, spaces, activation, kept, h):
-  """Finds the inputs of the first layer from the direction of those of the second.
-
-  `activation(c @ left.T @ W) = s h` on the kept entries, for some scale s: by
-  Levenberg-Marquardt over (c, s).
-  """
-  first = spaces[0]
-  h = h / _rms(h, kept)
-  rows = first.left.T @ layers[0].weights
-  rank = len(rows)
-  count = jnp.sum(kept)
-  # With a bias the input that goes with it is 1, which weighs as much as all entries.
-  one_row = first.left[-1] * jnp.sqrt(count) if layers[0].biased else None
-  at = activation(0, jnp.zeros_like(h))[0]
-  slope = activation(0, jnp.full_like(h, 0.5))[0] - activation(0, jnp.full_like(h, -0.5))[0]
-  padding = jnp.concatenate([first.padding, jnp.zeros(1)])
-
-  def residuals(theta, sign):
-    # With c = s c', divided by s: else s = 0 would be a solution.
-    c, scale = theta[:rank], sign * jnp.exp(theta[rank])
-    outputs = scale * (c @ rows)
-    values, slopes = activation(0, outputs)
-    r = kept * (values / scale - h)
-    along_scale = kept * (slopes * outputs - values) / scale
-    jacobian = jnp.concatenate([(kept * slopes) * rows, along_scale[None]])
-    if one_row is not None:
-      one = scale * (c @ one_row)
-      r = jnp.append(r, one - jnp.sqrt(count))
-      jacobian = jnp.concatenate([jacobian, jnp.append(scale * one_row, one)[:, None]], axis=1)
-    return r, jacobian
-
-  def step(sign, _, carry):
-    theta, damping, loss = carry
-    r, jacobian = residuals(theta, sign)
-    matrix = jacobian @ jacobian.T
-    diagonal = damping * jnp.diag(matrix) + padding * (1 + jnp.trace(matrix)) + 1e-300
-    move = jax.scipy.linalg.solve(matrix + jnp.diag(diagonal), jacobian @ r, assume_a="pos")
-    new = theta - move
-    new_loss = jnp.sum(residuals(new, sign)[0] ** 2)
-    better = new_loss < loss
-    return (
-      jnp.where(better, new, theta),
-      jnp.clip(jnp.where(better, damping / 5, damping * 5), 1e-14, 1e6),
-      jnp.where(better, new_loss, loss),
-    )
-
-  def fit(scale):
-    sign = jnp.sign(scale)
-    c = _solve(rows, (scale * h - at) / slope, kept, first.padding)
-    theta = jnp.append(c / scale, jnp.log(jnp.abs(scale)))
-    loss = jnp.sum(residuals(theta, sign)[0] ** 2)
-    return sign, (theta, jnp.asarray(1e-3), loss)
-
-  def descend(sign, carry, steps):
-    return jax.lax.fori_loop(0, steps, functools.partial(step, sign), carry)
-
-  # A few steps from every scale, many from the best.
-  scales = jnp.asarray([sign * scale for scale in _SCALES for sign in (1, -1)])
-  signs, carries = jax.vmap(fit)(scales)
-  carries = jax.vmap(lambda sign, carry: descend(sign, carry, _FIRST_STEPS))(signs, carries)
-  losses = jnp.where(jnp.isfinite(carries[2]), carries[2], jnp.inf)
-  best = jnp.argsort(losses)[:2]
-  signs, carries = jax.tree.map(lambda x: x[best], (signs, carries))
-  thetas, _, losses = jax.vmap(lambda sign, carry: descend(sign, carry, _STEPS))(signs, carries)
-  theta, sign = jax.tree.map(lambda x: x[jnp.argmin(losses)], (thetas, signs))
-  return sign * jnp.exp(theta[rank]) * theta[:rank]

@@ -186,9 +186,9 @@ def _start(model, layer, after, params, gradient, known, prior, weight):
 
   function = functools.partial(activate, model, params, layer, after)
   on_grid = jax.vmap(lambda z: function(jnp.full(layer.outputs, z)))(jnp.asarray(_GRID))
-  crosses = (on_grid[1:] > known.values) != (on_grid[:-1] > known.values)
+  crosses = (on_grid[1:] > known.values[None]) != (on_grid[:-1] > known.values[None])
   last = len(crosses) - 1 - jnp.argmax(crosses[::-1], axis=0)
-  nearest = jnp.argmin(jnp.abs(on_grid - known.values), axis=0)
+  nearest = jnp.argmin(jnp.abs(on_grid - known.values[None]), axis=0)
   any_cross = jnp.any(crosses, axis=0)
   grid = jnp.asarray(_GRID)
   low = jnp.where(any_cross, grid[last], grid[nearest])
@@ -202,7 +202,7 @@ def _start(model, layer, after, params, gradient, known, prior, weight):
     return jnp.where(upper, low, middle), jnp.where(upper, middle, high)
 
   outputs = jax.lax.fori_loop(0, 50, halve, (low, high))[0]
-  sure = known.kept * (jnp.sum(crosses, axis=0) == 1)
+  sure = jnp.where(jnp.sum(crosses, axis=0) == 1, known.kept, 0)
   _, delta = _delta(model, layer, after, params, known, outputs)
 
   def equations(inputs):
@@ -230,7 +230,8 @@ def _step(model, layer, after, params, gradient, known, prior, weight, inputs):
   square += weight * prior + 1e-15 * jnp.trace(square) / len(square) * jnp.eye(len(square))
   direction = matrix @ value + weight * prior @ inputs
   move = jax.scipy.linalg.solve(square, direction, assume_a="pos")
-  points = inputs - jnp.asarray([1, 0.5, 0.25, 0.1, 0.03, 0.0])[:, None] * jnp.nan_to_num(move)
+  lengths = jnp.asarray([1, 0.5, 0.25, 0.1, 0.03, 0.0])[:, None]
+  points = inputs[None] - lengths * jnp.nan_to_num(move)[None]
   losses = jax.lax.map(loss, points)
   return points[jnp.argmin(losses)], jnp.min(losses)
 

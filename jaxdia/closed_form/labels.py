@@ -9,20 +9,39 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision
 from jaxdia.core.types import Labels
 from jaxdia.gradients import layer_gradient
-from jaxdia.models import DropoutModel
+from jaxdia.models import DropoutModel, discovery
 
 _DUMMIES = 32
+# What turns logits into outputs from which the loss subtracts its targets.
+_SQUASHED = {"cross_entropy": jax.nn.softmax, "binary_cross_entropy": jax.nn.sigmoid}
 # Of the sum of what should cancel, the share that rounding may leave.
 _ROUNDING = 1e-3
 
 
-def check_sign(model: DropoutModel, observation: Observation) -> None:
-  """Refuses a gradient that has the opposite sign, as new weights minus old ones have.
+def is_turned(model: DropoutModel, observation: Observation) -> bool:
+  """Returns whether a gradient has the opposite sign, as new weights minus old ones have.
 
-  By the bias of the classifier the gradient is `mean softmax - share of the class`. It sums to 0,
-  and of B images it is negative for B classes at most. Where it is positive for so few and
-  negative for more, it was turned. Without a bias, with half as many images as classes, or
-  where noise hides the sum, nothing is told.
+  By the bias of the classifier the gradient of the cross-entropy is `mean softmax - share of the
+  class`. It sums to 0, and of B images it is negative for B classes at most. Where it is positive
+  for so few and negative for more, it was turned. Without a bias, with half as many images as
+  classes, where noise hides the sum, or with label smoothing or another loss, nothing is told.
+
+  Args:
+    model: the network.
+    observation: of one client, with concrete values.
+  """
+  layer = {} if model.classifier is None else layer_gradient(observation.gradient, model.classifier)
+  loss = observation.loss
+  if "bias" not in layer or loss.kind != "cross_entropy" or loss.label_smoothing:
+    return False
+  bias = np.asarray(layer["bias"], np.float64)
+  positive, negative = int(np.sum(bias > 0)), int(np.sum(bias < 0))
+  sums_to_0 = abs(np.sum(bias)) <= _ROUNDING * np.sum(np.abs(bias))
+  return bool(sums_to_0 and 0 < positive <= observation.batch_size < negative)
+
+
+def check_sign(model: DropoutModel, observation: Observation) -> None:
+  """Refuses a gradient that has the opposite sign; see `is_turned`.
 
   Args:
     model: the network.
@@ -31,17 +50,11 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
   Raises:
     InputError: it was turned.
   """
-  layer = {} if model.classifier is None else layer_gradient(observation.gradient, model.classifier)
-  if "bias" not in layer:
-    return
-  bias = np.asarray(layer["bias"], np.float64)
-  positive, negative = int(np.sum(bias > 0)), int(np.sum(bias < 0))
-  sums_to_0 = abs(np.sum(bias)) <= _ROUNDING * np.sum(np.abs(bias))
-  if sums_to_0 and 0 < positive <= observation.batch_size < negative:
+  if is_turned(model, observation):
     raise InputError(
-      f"the gradient by the bias of {'/'.join(model.classifier)} is negative for {negative}"
-      f" classes; of a batch of {observation.batch_size} it is so for no more than that. It has the"
-      " opposite sign: use its negative, as old weights minus new ones."
+      f"the gradient by the bias of {'/'.join(model.classifier or ())} is negative for more than"
+      f" {observation.batch_size} classes; of a batch of {observation.batch_size} it is so for no"
+      " more than that. It has the opposite sign: use its negative, as old weights minus new ones."
     )
 
 
@@ -63,6 +76,15 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
   rule of Yin et al. (2021): the classes with a negative gradient. How well it does
   depends on how alike the softmax of all images is: best at random weights.
 
+  The binary cross-entropy has the sigmoid where the cross-entropy has the softmax, so the same
+  holds but for a factor. Label smoothing pulls all shares towards 1 / num_classes, of which the
+  counts are freed. A single image under label smoothing, the mean squared error or a function of
+  one's own gets the label whose derivative by the logits points where that of the bias does: the
+  logits are known, as the inputs of a dense layer with a bias are. Without a bias, the binary
+  cross-entropy of a single image has the label whose column points against the others, and label
+  smoothing leaves the largest column, unless the network is surer than the smoothed target. All
+  else is refused.
+
   Args:
     model: the network; its `classifier` says where to look.
     observation: of one client.
@@ -71,7 +93,7 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
     i[B], for a batch in ascending order: which image has which label, it does not tell.
 
   Raises:
-    InputError: the model has no known classifier.
+    InputError: the model has no known classifier, or the loss tells no labels.
   """
   if model.classifier is None:
     raise InputError(
@@ -84,31 +106,74 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
       f"labels=recovered reads the gradient of {'/'.join(model.classifier)}, which the observation"
       " lacks: the layer is frozen. Use labels=free or labels=given."
     )
-  if observation.batch_size > 1:
-    with full_precision():
-      return _recover_counts(model, observation, layer)
-  if "bias" in layer:
+  layer["kernel"] = layer["kernel"].reshape(-1, model.num_classes)
+  loss, single = observation.loss, observation.batch_size == 1
+  if loss.kind != "cross_entropy" and discovery.discover(model.network, 2).is_shifted:
+    raise InputError(
+      f"labels=recovered takes the outputs of {'/'.join(model.classifier)} as logits; what follows"
+      f" it (log_softmax, say) makes no difference to the cross-entropy, but to the loss"
+      f" {loss.name}. Use labels=free or labels=given."
+    )
+  if loss.kind not in _SQUASHED and not (single and "bias" in layer):
+    raise InputError(
+      f"labels=recovered cannot read the labels from the gradient of the loss {loss.name} by"
+      f" {'/'.join(model.classifier)}: it tells that of a single image alone, where the layer has"
+      " a bias. Use labels=free or labels=given."
+    )
+  with full_precision():
+    return (_recover_label if single else _recover_counts)(model, observation, layer)
+
+
+def _recover_label(model, observation, layer) -> Labels:
+  loss = observation.loss
+  if "bias" in layer and (loss.kind not in _SQUASHED or loss.label_smoothing):
+    label = _label_by_direction(model, observation, layer)
+  elif "bias" in layer:
     label = jnp.argmin(layer["bias"])
   else:
-    label = jnp.argmax(jnp.sum(jnp.square(layer["kernel"]), axis=0))
+    sizes = jnp.sum(jnp.square(layer["kernel"]), axis=0)
+    label = jnp.argmax(sizes)
+    if loss.kind == "binary_cross_entropy":
+      # The columns are multiples of one another; that of the label points against the others.
+      signs = jnp.sign(layer["kernel"][:, label] @ layer["kernel"])
+      label = jnp.argmin(signs * jnp.sign(jnp.sum(signs)))
   return jax.lax.convert_element_type(label, jnp.int32)[None]
 
 
+def _label_by_direction(model, observation, layer) -> jax.Array:
+  kernel, delta = layer["kernel"], layer["bias"]
+  params = layer_gradient(observation.params, model.classifier)
+  tiny = jnp.finfo(delta.dtype).tiny
+  # The gradient of the kernel is the outer product of the layer's inputs and delta.
+  inputs = kernel @ delta / jnp.maximum(jnp.sum(delta**2), tiny)
+  weights = params["kernel"].reshape(kernel.shape)
+  logits = (inputs @ weights + params["bias"])[None]
+  classes = jnp.arange(model.num_classes, dtype=jnp.int32)
+  slope = jax.grad(lambda logits, label: observation.loss(logits, label[None]))
+  slopes = jax.vmap(slope, (None, 0))(logits, classes)[:, 0]
+  return jnp.argmax(slopes @ delta / (jnp.linalg.norm(slopes, axis=1) + tiny))
+
+
 def _recover_counts(model, observation, layer) -> Labels:
-  size = observation.batch_size
+  size, loss = observation.batch_size, observation.loss
   images = jax.random.normal(jax.random.key(0), (_DUMMIES, *model.image_shape), jnp.float32)
   images = images.astype(observation.dtype)
-  softmax = jnp.mean(jax.nn.softmax(model.apply(observation.params, None, images)), axis=0)
+  outputs = jnp.mean(_SQUASHED[loss.kind](model.apply(observation.params, None, images)), axis=0)
+  if loss.label_smoothing:
+    outputs -= loss.label_smoothing / model.num_classes
+  # Of a mean the gradient is divided by the number of terms: images, or images and classes.
+  terms = 1 if loss.reduction == "mean" else 1 / size
+  terms *= 1 if loss.kind == "cross_entropy" or loss.reduction == "sum" else model.num_classes
   if "bias" in layer:
-    shares = softmax - layer["bias"]
+    shares = outputs - layer["bias"] * terms
   else:
     inputs = _mean_inputs(model, observation, images)
-    slopes = inputs @ layer["kernel"] / jnp.sum(inputs**2)
+    slopes = inputs @ layer["kernel"] * (terms / jnp.sum(inputs**2))
     # The inputs of real images may be larger or smaller than those of noise. Of more classes than
     # images one is absent; then its share, 0, gives the scale.
-    largest = jnp.max(slopes / softmax)
+    largest = jnp.max(jnp.where(outputs > 0, slopes / outputs, 0))
     absent = (model.num_classes > size) | (largest > 1)
-    shares = softmax - slopes / jnp.where(absent, jnp.maximum(largest, 1e-30), 1.0)
+    shares = outputs - slopes / jnp.where(absent, jnp.maximum(largest, 1e-30), 1.0)
   wanted = jnp.maximum(shares, 0)
   wanted = wanted * size / jnp.maximum(jnp.sum(wanted), 1e-30)
   counts = jnp.floor(wanted).astype(jnp.int32)

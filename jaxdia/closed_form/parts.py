@@ -1,12 +1,13 @@
 """What closed forms give: parts of a batch, and how well each is known."""
 
 import enum
+import math
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from jaxtyping import Bool, Float, Integer
 
-from jaxdia.core.types import Images, Labels, Masks
+from jaxdia.core.types import Array, Images, Labels, Masks
 
 
 class Verdict(enum.IntEnum):
@@ -32,13 +33,13 @@ class Parts(NamedTuple):
   """
 
   images: Images
-  verdict: jax.Array
+  verdict: Integer[Array, " batch"]
   masks: Masks
   known_masks: Masks
   labels: Labels
-  known_labels: jax.Array
-  features: dict[tuple[str, ...], jax.Array]
-  known_features: dict[tuple[str, ...], jax.Array]
+  known_labels: Bool[Array, " batch"]
+  features: dict[tuple[str, ...], Float[Array, "batch _"]]
+  known_features: dict[tuple[str, ...], Bool[Array, " batch"]]
 
 
 class Recovery(NamedTuple):
@@ -49,11 +50,16 @@ class Recovery(NamedTuple):
     residual: f[B], the share of the gradient that each image or its features leave unexplained;
       NaN where there are none.
     reason: why there is not more, for a person to read; empty if all is exact.
+    scale: by which factor the gradient exceeds that of the loss, 1 up to rounding if it is of that
+      loss; NaN where that is not known. Nothing else depends on it.
+    error: f[B], standard error of the pixels of an image, where its equations tell; else NaN.
   """
 
   parts: Parts
-  residual: np.ndarray
+  residual: Float[Array, " batch"]
   reason: str
+  scale: float = math.nan
+  error: np.ndarray | float = math.nan
 
   def summary(self) -> str:
     """Returns how many images are exact or approximate, and why not more, in one line."""

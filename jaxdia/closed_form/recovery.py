@@ -1,6 +1,7 @@
 """What a gradient gives away without a search, for any network whose structure allows it."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from jaxdia.client import Observation
 from jaxdia.closed_form import batch as batches
+from jaxdia.closed_form.chain import last_delta
 from jaxdia.closed_form.convolutions import (
   MOST_INPUTS,
   After,
@@ -15,18 +17,18 @@ from jaxdia.closed_form.convolutions import (
   cotangent_before,
   solve,
 )
-from jaxdia.closed_form.labels import check_sign, recover_labels
-from jaxdia.closed_form.parts import Parts, Recovery, Verdict
+from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
+from jaxdia.closed_form.found import EXACT, Found
+from jaxdia.closed_form.labels import check_sign
+from jaxdia.closed_form.parts import Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
-from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
+from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import first_line
 from jaxdia.core.types import Key
 from jaxdia.gradients import layer_gradient
-from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
+from jaxdia.models import DropoutModel
 
-# A sample that leaves no more than this of the gradient unexplained, relative, is exact.
-_EXACT = 1e-3
 # A gradient with so much outside the rank of its batch is not the sum of that many samples.
 _MOST_NOISE = 0.1
 # An input of a convolution within so many standard deviations was dropped, beyond so many kept. In
@@ -64,7 +66,7 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
 def _recover(key, model, observation) -> Recovery:
   size = observation.batch_size
   gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), observation.gradient)
-  found = _Found(model, observation)
+  found = Found(model, observation)
   try:
     chain = find_chain(model.network)
   except TypeError as error:  # as of a loop that carries float32, whatever it is given
@@ -93,6 +95,12 @@ def _recover(key, model, observation) -> Recovery:
       reason = _use_patches(patching, gradient, found)
     elif patching is not None:
       reason = "patches of a batch of more than one image are summed over the images"
+  if size == 1 and found.parts.verdict[0] != Verdict.EXACT:
+    reason = _use_first_layer(model, gradient, found) or reason
+  if size == 1 and np.isnan(found.scale):
+    found.scale = _scale_by_classifier(model, observation, gradient)
+  if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
+    reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
 
 
@@ -105,77 +113,6 @@ def _why_no_chain(model: DropoutModel) -> str:
   )
 
 
-class _Found:
-  """The parts, while they are put together."""
-
-  def __init__(self, model, observation):
-    size = observation.batch_size
-    self.dtype = observation.dtype
-    self.axes = batch_axes(model)
-    self.residual = np.full(size, np.nan)
-    masks = expected_masks(model, size, jnp.float64)
-    if observation.labels is not None:
-      labels = np.asarray(observation.labels)
-    else:
-      labels = np.asarray(recover_labels(model, observation))
-    self.parts = Parts(
-      images=np.zeros((size, *model.image_shape)),
-      verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),
-      masks=jax.tree.map(np.array, masks),
-      known_masks={site: np.zeros(mask.shape, bool) for site, mask in masks.items()},
-      labels=labels,
-      known_labels=np.full(size, size == 1 and model.classifier is not None),
-      features={},
-      known_features={},
-    )
-
-  def set_label(self, number: int, label: int) -> None:
-    """Gives an image its label, and the others those that are left."""
-    labels, known = self.parts.labels.copy(), self.parts.known_labels
-    others = [i for i in range(len(labels)) if i != number and not known[i]]
-    if not known[number] and labels[number] != label:
-      for i in others:
-        if labels[i] == label:
-          labels[i] = labels[number]
-          break
-    labels[number] = label
-    known[number] = True
-    self.parts = self.parts._replace(labels=labels)
-
-  def set_mask(self, site: str | None, number: int, entries: np.ndarray, kept: np.ndarray) -> None:
-    """Notes the entries of an image's part of a mask."""
-    if site is None or self.axes[site] != 0 or len(self.parts.masks[site]) != len(self.residual):
-      return
-    entries, kept = entries[entries >= 0], kept[entries >= 0]
-    self.parts.masks[site][number].reshape(-1)[entries] = kept
-    self.parts.known_masks[site][number].reshape(-1)[entries] = True
-
-  def declare_features(self, layer: DenseLayer | Convolution) -> None:
-    """Makes room for the inputs of a layer."""
-    size = len(self.residual)
-    self.parts.features[layer.path] = np.zeros((size, layer.inputs))
-    self.parts.known_features[layer.path] = np.zeros(size, bool)
-
-  def set_features(self, path: tuple[str, ...], number: int, features: np.ndarray) -> None:
-    """Notes the inputs of a layer."""
-    self.parts.features[path][number] = features
-    self.parts.known_features[path][number] = True
-
-  def set_image(
-    self, number: int, image: np.ndarray, residual: float, determined: bool = True
-  ) -> None:
-    """Notes an image, and how far it can be believed."""
-    self.parts.images[number] = image
-    exact = residual <= _EXACT and determined
-    self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
-
-  def recovery(self, reason: str) -> Recovery:
-    """Returns the result, with the reason why there is not more."""
-    parts = jax.tree.map(lambda x: x.astype(self.dtype) if x.dtype == np.float64 else x, self.parts)
-    exact = bool((parts.verdict == Verdict.EXACT).all())
-    return Recovery(parts, self.residual, "" if exact else reason)
-
-
 def _use_patches(patching, gradient, found) -> str:
   patches = solve_patches(patching, gradient)
   if patches is None:
@@ -184,9 +121,43 @@ def _use_patches(patching, gradient, found) -> str:
   if not patches.residual < 1:
     return "the gradient is not that of one image"
   found.set_image(0, patches.image.reshape(found.parts.images.shape[1:]), patches.residual)
-  if patches.kept is not None and patches.residual <= _EXACT:
+  if patches.kept is not None and patches.residual <= EXACT:
     found.set_mask(patching.site, 0, np.arange(patches.kept.size), patches.kept)
   return f"the patches leave {patches.residual:.1e} of their gradient unexplained"
+
+
+def _use_first_layer(model, gradient, found) -> str:
+  """Notes the image that a first dense layer with a bias tells; returns why there is not more."""
+  layer = find_first_layer(model.network)
+  leaves = {} if layer is None else layer_gradient(gradient, layer.path)
+  if layer is None or set(leaves) != {"kernel", "bias"}:
+    return ""
+  read = read_inputs(leaves["kernel"], leaves["bias"])
+  name = "/".join(layer.path)
+  error = np.linalg.norm(read.errors) / max(np.linalg.norm(read.values), 1e-300)
+  if not (read.residual < 1 and error < 1):
+    return f"the gradient of {name} is not that of one image"
+  known, values, site = layer.factors != 0, read.values, layer.source.site
+  if site is not None:
+    kept = _kept_features(values, model.rates[site])
+    values = values * (1 - model.rates[site])
+    if kept is not None:
+      known &= kept > 0
+      if read.residual <= EXACT:
+        found.set_mask(site, 0, layer.source.entries, kept)
+  pixels, factors = layer.pixels[known], layer.factors[known]
+  image, seen = np.zeros((2, found.parts.images[0].size))
+  image[pixels] = (values[known] - layer.shifts[known]) / factors
+  seen[pixels] = 1
+  found.residual[0] = read.residual
+  found.error[0] = np.sqrt(np.mean(np.square(read.errors[known] / factors)))
+  whole = bool(seen.all()) and (site is None or kept is not None)
+  found.set_image(
+    0, image.reshape(found.parts.images.shape[1:]), read.residual, whole and error <= EXACT
+  )
+  if not whole:
+    return f"of the pixels before {name} {np.mean(seen == 0):.0%} were dropped, and are unknown"
+  return f"{name} tells the pixels up to a standard error of {found.error[0]:.1e}"
 
 
 def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
@@ -195,9 +166,10 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   rates = model.rates
   if len(chain.layers) == 1:
     return _use_classifier(chain, observation, gradient, rates, found)
-  if size > 1 and chain.inputs[1].site is None:
+  if size > 1 and chain.inputs[1].site is None and not chain.links[0].silent:
     return (
-      "without dropout after its first dense layer, the samples of a batch cannot be told apart"
+      "without dropout or a ReLU after its first dense layer, the samples of a batch cannot be told"
+      " apart"
     )
   narrowest = min(
     min(layer.inputs, layer.outputs) for layer in chain.layers[: max(2, len(chain.layers) - 1)]
@@ -205,12 +177,19 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   if size > 1 and size >= narrowest:
     return f"a layer of width {narrowest} cannot hold {size} samples apart"
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
-  result = batches.solve(key, model, chain, params, gradient, size, _MOST_NOISE)
+  rounding = float(np.finfo(observation.dtype).eps)
+  result = batches.solve(
+    key, model, chain, params, gradient, size, _MOST_NOISE, observation.loss, rounding
+  )
   samples = result.samples
   count = 0 if samples is None else len(samples.label)
+  if count and np.min(samples.residual) <= EXACT:
+    assert samples is not None  # they are counted
+    found.scale = float(np.median(samples.scale[samples.residual <= EXACT]))
   for i in range(count):
+    assert samples is not None  # they are counted
     inputs, residual = samples.inputs[0][i], samples.residual[i]
-    exact = residual <= _EXACT
+    exact = residual <= EXACT
     features = inputs[: chain.layers[0].inputs]
     found.residual[i] = residual
     if chain.pixels is not None:
@@ -221,10 +200,18 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
       found.set_features(chain.layers[0].path, i, features)
     if not exact:
       continue
-    found.set_label(i, int(samples.label[i]))
+    if samples.label[i] >= 0:
+      found.set_label(i, int(samples.label[i]))
+    else:
+      found.note = (
+        "the labels are not told: the derivative by the logits is not that of the loss"
+        f" {observation.loss.name} for any of them"
+      )
     for k, kept in enumerate(samples.kept):
       source = chain.inputs[k + 1]
-      found.set_mask(source.site, i, source.entries, kept[i])
+      if source.site is not None:
+        entries = np.where(samples.active[k][i], source.entries, -1)
+        found.set_mask(source.site, i, entries, kept[i])
       if chain.pixels is None:
         path = chain.layers[k + 1].path
         found.set_features(path, i, samples.inputs[k + 1][i][: chain.layers[k + 1].inputs])
@@ -241,8 +228,8 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
     return f"the gradient is not that of {size} image(s): {result.noise:.1e} of it lies outside"
   if count < size:
     return (
-      f"{size - count} of {size} samples were not found: dropout left too few zeros, or the"
-      " gradient is not that of the mean cross-entropy of such a batch (scaled, or of another loss)"
+      f"{size - count} of {size} samples were not found: there are too few zeros to tell them"
+      " apart, or the gradient is not that of the cross-entropy of such a batch"
     )
   if chain.pixels is None:
     return "the first of the dense layers is fed with features, not with pixels"
@@ -262,7 +249,7 @@ def _use_classifier(chain, observation, gradient, rates, found) -> str:
   found.residual[0] = residual
   if residual < 1:
     found.set_features(path, 0, features)
-  if residual <= _EXACT and chain.inputs[0].site is not None:
+  if residual <= EXACT and chain.inputs[0].site is not None:
     site = chain.inputs[0].site
     kept = _kept_features(features, rates[site])
     if kept is not None:
@@ -270,12 +257,31 @@ def _use_classifier(chain, observation, gradient, rates, found) -> str:
   return "the classifier is fed with features, not with pixels"
 
 
+def _scale_by_classifier(model, observation, gradient) -> float:
+  """Returns by which factor the gradient of one image exceeds that of the loss; NaN if unknown."""
+  leaves = {} if model.classifier is None else layer_gradient(gradient, model.classifier)
+  if set(leaves) != {"kernel", "bias"}:
+    return math.nan
+  read = read_inputs(leaves["kernel"].reshape(-1, leaves["bias"].size), leaves["bias"])
+  params = layer_gradient(observation.params, model.classifier)
+  kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
+  logits = read.values @ kernel.reshape(-1, bias.size) + bias
+  rounding = float(np.finfo(observation.dtype).eps)
+  label, delta = last_delta(logits, jnp.asarray(leaves["bias"]), observation.loss, rounding)
+  if label < 0:
+    return math.nan
+  delta = np.asarray(delta)
+  scale = delta @ leaves["bias"] / (delta @ delta)
+  misfit = np.linalg.norm(scale * delta - leaves["bias"]) / np.linalg.norm(leaves["bias"])
+  return float(scale) if max(read.residual, misfit) <= EXACT else math.nan
+
+
 def _use_convolutions(
   model, chain: Chain, convolutions: Chain, observation, gradient, found
 ) -> str:
   """Goes on from the inputs of the first dense layer; returns why there is not more, or nothing."""
   after = chain.layers[0]
-  if not (found.parts.known_features[after.path][0] and found.residual[0] <= _EXACT):
+  if not (found.parts.known_features[after.path][0] and found.residual[0] <= EXACT):
     return ""
   rates = model.rates
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
@@ -304,8 +310,8 @@ def _use_convolutions(
     before, known = min(zip(found_with, tried, strict=True), key=lambda pair: pair[0].residual)
     if len(tried) > 1 and residuals[0] < residuals[1] / 3:
       found.set_mask(source.site, 0, source.entries, known.kept)
-    sure = before.error <= _EXACT
-    if pixels and before.residual <= _MOST_NOISE:
+    sure = before.error <= EXACT
+    if pixels and convolutions.pixels is not None and before.residual <= _MOST_NOISE:
       image = np.zeros(before.inputs.size)
       image[convolutions.pixels[0]] = before.inputs
       image = image.reshape(found.parts.images.shape[1:])
@@ -325,7 +331,7 @@ def _use_convolutions(
     choices = [np.ones(values.size)]
     if source.site is not None:
       choices = _kept_inputs(before, rates[source.site])
-    if choices:
+    if choices and source.entries is not None:
       agreed = np.all(np.stack(choices) == choices[0], axis=0)
       found.set_mask(source.site, 0, np.where(agreed, source.entries, -1), choices[0])
   return "the first of the convolutions is not fed with pixels" if not pixels else ""
@@ -337,7 +343,7 @@ def _kept_inputs(before: Before, rate) -> list[np.ndarray]:
   least, most = bounds(float(sizes.size), 0.0, rate)
   unclear = np.flatnonzero((sizes > _ROUNDING[0]) & (sizes < _ROUNDING[1]))
   kept = sizes > _ROUNDING[0]
-  if not least <= np.sum(~kept) <= most or unclear.size > _MOST_UNCLEAR:
+  if not least <= float(np.sum(~kept)) <= most or unclear.size > _MOST_UNCLEAR:
     return []
   answers = []
   for values in itertools.product((1.0, 0.0), repeat=unclear.size):

@@ -69,7 +69,7 @@ def _search(points, counts, padding, starts, scale):
     def step(_, carry):
       q, epsilon = carry
       weights = counts / ((points @ q) ** 2 + epsilon**2)
-      matrix = (points.T * weights) @ points
+      matrix = (points.T * weights[None]) @ points
       return _least_eigenvector(matrix, padding, q, 2), epsilon * _SHRINK
 
     return jax.lax.fori_loop(0, _STEPS, step, (q, scale / jnp.sqrt(rank)))[0]
@@ -88,8 +88,10 @@ def normal(points: jax.Array, chosen: jax.Array, padding: jax.Array) -> jax.Arra
   Returns:
     f64[rank].
   """
-  matrix = (points.T * chosen) @ points
-  start = (1 - padding) * jnp.cos(1.0 + jnp.arange(len(padding)))  # any that is not special
+  matrix = (points.T * chosen[None].astype(points.dtype)) @ points
+  start = (1 - padding) * jnp.cos(
+    1.0 + jnp.arange(len(padding), dtype=padding.dtype)
+  )  # any that is not special
   return _least_eigenvector(matrix, padding, start, 4)
 
 
@@ -124,7 +126,7 @@ def split_zeros(values: jax.Array, counts: jax.Array, least: jax.Array, most: ja
   order = jnp.sort(sizes)
   floor = 1e-14 * jnp.max(jnp.where(counts > 0, sizes, 0)) + 1e-300
   logs = jnp.log(jnp.maximum(order, floor))
-  number = jnp.arange(1, len(order))  # of zeros, if the gap is after so many
+  number = jnp.arange(1.0, len(order))  # of zeros, if the gap is after so many
   gaps = jnp.where(jnp.isfinite(logs[1:]), logs[1:] - logs[:-1], 0)
   gaps = jnp.where((number >= least) & (number <= most), gaps, -1)
   best = jnp.argmax(gaps)
@@ -133,7 +135,12 @@ def split_zeros(values: jax.Array, counts: jax.Array, least: jax.Array, most: ja
 
 @jax.jit
 def examine(
-  points: jax.Array, counts: jax.Array, padding: jax.Array, normals: jax.Array, rate: jax.Array
+  points: jax.Array,
+  counts: jax.Array,
+  padding: jax.Array,
+  normals: jax.Array,
+  rate: jax.Array,
+  silent: jax.Array,
 ) -> Zeros:
   """Sharpens hyperplanes, and says which points lie on them.
 
@@ -143,6 +150,7 @@ def examine(
     padding: f64[rank].
     normals: f64[k, rank].
     rate: f[], of dropout: the share of points that lies on the plane of a sample.
+    silent: f[], see `bounds`.
 
   Returns:
     `Zeros` with leading axis k. The gap is less than 1 if no more points lie on the plane
@@ -150,7 +158,7 @@ def examine(
   """
   rank = points.shape[1] - jnp.sum(padding)
   # Any rank - 1 points have a hyperplane, so fewer than a few more are no sign of one.
-  least, most = bounds(jnp.sum(counts), rank + 2, rate)
+  least, most = bounds(jnp.sum(counts), rank + 2, rate, silent)
 
   def one(q):
     zeros = split_zeros(points @ q, counts, least, most)
@@ -162,16 +170,20 @@ def examine(
   return jax.lax.map(one, normals, batch_size=64)
 
 
-def bounds(count: jax.Array, floor: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns how many of `count` entries dropout of a rate may have dropped, at least and at most.
+def bounds(
+  count: jax.Array, floor: jax.Array, rate: jax.Array, silent: float | jax.Array = 0.0
+) -> tuple[jax.Array, jax.Array]:
+  """Returns how many of `count` entries may be zero by dropout of a rate, at least and at most.
 
   Args:
     count: f[], entries.
     floor: f[], it is no fewer.
     rate: f[], of dropout.
+    silent: f[], the share of those kept that may be zero of itself, as behind a ReLU.
   """
+  most = rate + (1 - rate) * silent
   spread = 6 * jnp.sqrt(count * rate * (1 - rate)) + 2
-  return jnp.maximum(count * rate - spread, floor), count * rate + spread
+  return jnp.maximum(count * rate - spread, floor), count * most + spread
 
 
 def distinct(zeros: Zeros) -> np.ndarray:

@@ -21,6 +21,8 @@ from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, model_
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
 _TOLERANCE = 1e-9
+# A function that is zero for more than this share of random outputs is called silent.
+_SILENT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,18 @@ class Input:
   entries: np.ndarray | None = None
 
 
+class Link(NamedTuple):
+  """What the function of single entries between two layers is like.
+
+  Attributes:
+    silent: whether it is zero, and its slope too, for many outputs, as a ReLU is.
+    homogeneous: whether of twice the output it is twice as large, as a ReLU is, leaky or not.
+  """
+
+  silent: bool
+  homogeneous: bool
+
+
 class Chain(NamedTuple):
   """Linear layers of a row an image, with functions of single entries between.
 
@@ -45,11 +59,20 @@ class Chain(NamedTuple):
     inputs: of each layer.
     pixels: i[1, inputs], which pixel each input of the first layer is; None if
       these are features.
+    links: the functions between the layers.
+    biased: whether any layer has a bias.
   """
 
   layers: tuple[DenseLayer | Convolution, ...]
   inputs: tuple[Input, ...]
   pixels: np.ndarray | None
+  links: tuple[Link, ...]
+  biased: bool
+
+  @property
+  def homogeneous(self) -> bool:
+    """Whether twice the inputs of the first layer are twice the outputs of the last."""
+    return not self.biased and all(link.homogeneous for link in self.links)
 
 
 def probing_params(model: DropoutModel) -> Params:
@@ -80,16 +103,41 @@ def find_chain(network: Network) -> Chain | None:
     known classifier, or it cannot be tapped.
   """
   model = model_to_try(network)
+  shapes = leaves_by_path(jax.eval_shape(model.init, jax.random.key(0)))
   layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
+  layers = [layer for layer in layers if len(shapes[(*layer.path, "kernel")].shape) == 2]
   paths = [layer.path for layer in layers]
   if model.classifier not in paths:
     return None
   last = first = paths.index(model.classifier)
+  alone = last == 0 or not mixes_images(network)
   with jax.enable_x64(True):
     params = probing_params(model)
-    while first > 0 and _is_elementwise(model, params, layers[first - 1], layers[first]):
+    links: list[Link] = []
+    while alone and first > 0:
+      link = _find_link(model, params, layers[first - 1], layers[first])
+      if link is None:
+        break
+      links.insert(0, link)
       first -= 1
-    return _chain(model, params, layers[first : last + 1])
+    return _chain(model, params, layers[first : last + 1], links)
+
+
+@functools.lru_cache
+def mixes_images(network: Network) -> bool:
+  """Returns whether the logits of an image depend on the others of its batch, as in BatchNorm.
+
+  Args:
+    network: of a model.
+  """
+  model = model_to_try(network)
+  with jax.enable_x64(True):
+    images = _random(0, (2, *model.image_shape))
+    apply = jax.jit(model.apply)
+    masks = full_masks(model, 2)
+    params = probing_params(model)
+    logits = [apply(params, masks, x)[0] for x in (images, images.at[1].multiply(0.5))]
+    return not close(*logits)
 
 
 @functools.lru_cache
@@ -107,16 +155,22 @@ def find_convolutions(network: Network, after: DenseLayer) -> Chain | None:
   found: list[DenseLayer | Convolution] = [after]
   with jax.enable_x64(True):
     params = probing_params(model)
+    links: list[Link] = []
     for layer in reversed(model.convolutions):
-      if not _is_elementwise(model, params, layer, found[0]):
+      link = _find_link(model, params, layer, found[0])
+      if link is None:
         break
       found.insert(0, layer)
-    return _chain(model, params, found[:-1]) if len(found) > 1 else None
+      links.insert(0, link)
+    return _chain(model, params, found[:-1], links) if links else None
 
 
-def _chain(model, params, layers) -> Chain:
+def _chain(model, params, layers, links) -> Chain:
   inputs = tuple(_find_input(model, params, layer) for layer in layers)
-  return Chain(tuple(layers), inputs, find_pixels(model, params, layers[0]))
+  leaves = leaves_by_path(params)
+  biased = any((*layer.path, "bias") in leaves for layer in layers)
+  pixels = find_pixels(model, params, layers[0])
+  return Chain(tuple(layers), inputs, pixels, tuple(links), biased)
 
 
 def full_masks(model: DropoutModel, batch_size: int = 1) -> Masks:
@@ -193,10 +247,10 @@ def _random(number: int, shape) -> jax.Array:
   return jnp.asarray(np.random.default_rng(number).standard_normal(shape))
 
 
-def _is_elementwise(model, params, layer, after) -> bool:
-  """Returns whether each input of `after` is a function of one output of `layer`, and no more."""
+def _find_link(model, params, layer, after) -> Link | None:
+  """Returns the function that makes each input of `after` of one output of `layer`, if one does."""
   if layer.outputs != after.inputs:
-    return False
+    return None
 
   @jax.jit
   def probe(params, outputs, direction, images):
@@ -207,41 +261,52 @@ def _is_elementwise(model, params, layer, after) -> bool:
     _, along = jax.jvp(inputs_after, (outputs,), (direction,))
     # The image itself reaches `after` on no other way.
     other = activate(model, params, layer, after, outputs)
-    return along, slope * direction, expected, other
+    return along, slope * direction, expected, other, inputs_after(2 * outputs)
 
-  along, expected_along, expected, other = probe(
-    params, *(_random(i, layer.outputs) for i in range(2)), _random(2, (1, *model.image_shape))
+  along, expected_along, expected, other, twice = probe(
+    params,
+    _random(0, layer.outputs),
+    _random(1, layer.outputs),
+    _random(2, (1, *model.image_shape)),
   )
-  return close(along, expected_along) and close(other, expected)
+  if not (close(along, expected_along) and close(other, expected)):
+    return None
+  silent = np.mean((np.asarray(expected) == 0) & (np.asarray(expected_along) == 0))
+  return Link(bool(silent > _SILENT), close(twice, 2 * expected))
 
 
 def _find_input(model, params, layer) -> Input:
   """Finds the dropout site that multiplies the inputs of a layer."""
-  ones = full_masks(model)
 
   @jax.jit
   def inputs_of(params, masks, images):
     return layer_inputs(model, params, layer, masks, images)[0]
 
-  @jax.jit
-  def changes(params, weights, images):
-    def weighted_sum(scales):
-      masks = {site: ones[site] * scales[site] for site in ones}
-      return jnp.sum(weights * layer_inputs(model, params, layer, masks, images)[0])
+  return find_input(model, functools.partial(inputs_of, params))
 
-    return jax.value_and_grad(weighted_sum)({site: jnp.ones(()) for site in ones})
 
-  # Scaling the mask of the wanted site scales the inputs.
+def find_input(model: DropoutModel, inputs_of: Callable[[Masks, jax.Array], Any]) -> Input:
+  """Finds the dropout site that multiplies inputs.
+
+  Args:
+    model: the network.
+    inputs_of: the inputs f64[n] of masks and of an image f64[1, H, W, C].
+
+  Returns:
+    The site, if there is one.
+  """
+  ones = full_masks(model)
+  # Several images, since an input that is 0 tells nothing.
   images = [_random(i, (1, *model.image_shape)) for i in range(4)]
-  value, slopes = changes(params, _random(5, layer.inputs), images[0])
-  for site, slope in slopes.items():
-    if not np.isclose(slope, value, rtol=1e-9, atol=0):
+  value = inputs_of(ones, images[0])
+  for site, mask in ones.items():
+    # Twice the mask of the wanted site is twice the inputs.
+    if not close(inputs_of(ones | {site: 2 * mask}, images[0]), 2 * value):
       continue
-    # A mask of which no two entries are alike tells which one each input met; several images,
-    # since an input that is 0 tells nothing.
-    values = 1 + np.arange(ones[site].size) / ones[site].size
-    masks = ones | {site: jnp.asarray(values.reshape(ones[site].shape))}
-    before, after = (np.stack([inputs_of(params, m, x) for x in images], 1) for m in (ones, masks))
+    # A mask of which no two entries are alike tells which one each input met.
+    values = 1 + np.arange(mask.size) / mask.size
+    masks = ones | {site: jnp.asarray(values.reshape(mask.shape))}
+    before, after = (np.stack([inputs_of(m, x) for x in images], 1) for m in (ones, masks))
     best = np.argmax(np.abs(before), axis=1)[:, None]
     before, after = (np.take_along_axis(x, best, axis=1)[:, 0] for x in (before, after))
     seen = before != 0

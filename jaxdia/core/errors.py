@@ -66,7 +66,7 @@ def check_count(name: str, value: object, least: int, most: int | None = None) -
     InputError: it is no integer, or out of range.
   """
   is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if not is_integer or value < least or (most is not None and value > most):
+  if not is_integer or int(value) < least or (most is not None and int(value) > most):
     span = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise InputError(f"{name} is {value!r}; expected an integer {span}.")
   return int(value)

@@ -8,7 +8,7 @@ import importlib.util
 import pathlib
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def _samples(name: str, wanted: slice) -> Raw:
   if name not in DATASETS:
     raise unknown("data set of samples:", name, DATASETS)
   spec = importlib.util.find_spec("foolbox")  # only its files: it need not be imported
-  if spec is None:
+  if spec is None or not spec.submodule_search_locations:
     raise InputError(
       f"samples:{name} needs the images that the package foolbox ships. Run"
       ' pip install "jaxdia[samples]", or choose another source.'
@@ -72,7 +72,7 @@ def _tfds(name: str, wanted: slice) -> Raw:
     ) from error
   try:
     builder = tfds.builder(name, file_format="array_record")
-    features = builder.info.features
+    features: Any = builder.info.features  # a mapping, of any data set with these two
     if not {"image", "label"} <= set(features):
       raise InputError(
         f"the data set {name!r} has the features {sorted(features)}; expected 'image' and 'label'."
@@ -96,7 +96,8 @@ def _tfds(name: str, wanted: slice) -> Raw:
     raise InputError(f"{name!r} could not be prepared: {first_line(error)}.") from error
   if split not in builder.info.splits:
     raise unknown(f"split of {name}:", split, builder.info.splits)
-  data = builder.as_data_source(split=split)
+  # The decorator of this method hides its arguments.
+  data = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
   examples = [data[i] for i in range(*wanted.indices(len(data)))]
   return Raw(
     [example["image"] for example in examples],

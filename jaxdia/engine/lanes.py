@@ -207,7 +207,8 @@ def _create_program(structure, leaves, num_lanes, num_slots, devices, recorded) 
   def observation_in(params, slots, number):
     # Of a single slot there is nothing to choose: then no lane has a target of its own.
     one = jax.tree.map(lambda x: x[number if num_slots > 1 else 0], slots)
-    return Prepared(params=params, batch_size=observation_like.batch_size, **one._asdict())
+    facts = {"batch_size": observation_like.batch_size, "loss": observation_like.loss}
+    return Prepared(params=params, **facts, **one._asdict())
 
   def write(tree, number, new):
     here, number = number >= 0, jnp.maximum(number, 0)

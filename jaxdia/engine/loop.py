@@ -17,7 +17,7 @@ from jaxdia.core.trees import shapes_of
 from jaxdia.core.types import Key, Params
 from jaxdia.engine import checkpoint
 from jaxdia.engine.jobs import Job, Task, Trial, trial_key
-from jaxdia.engine.lanes import Gauge, create_program
+from jaxdia.engine.lanes import Gauge, LaneProgram, Lanes, create_program
 from jaxdia.gradients import Method, Prepared, prepare, suits
 
 # The host looks at the lanes about so often.
@@ -53,6 +53,9 @@ class Loop:
     task_seconds: {number: of these, those of a task}.
     resumed_steps: steps of resumed trials that were taken before.
   """
+
+  _program: LaneProgram  # this and the lanes are there from `start` to `stop`
+  _lanes: Lanes
 
   def __init__(
     self,
@@ -136,7 +139,7 @@ class Loop:
     self._put({(0, 0): job})
     self._lanes, _ = self._program.advance(self._lanes, 0)
     self._program.read(self._lanes, 0, 0)
-    self._lanes = None
+    del self._lanes  # before there are others, as memory may be short
     self._lanes = self._program.empty()
     for where in (self._held, self._slots, self._began, self._digests, self.jobs):
       where.clear()
@@ -147,7 +150,8 @@ class Loop:
   def stop(self) -> None:
     """Gives up the lanes, and what was in them."""
     self.jobs.clear()
-    self._program = self._lanes = None
+    for name in ("_program", "_lanes"):  # a start that failed has left neither
+      vars(self).pop(name, None)
     self.resumed_steps = 0
     self.started = False
 

@@ -236,8 +236,9 @@ def _check_tasks(tasks: Sequence[Task] | Task) -> list[Task]:
       for i, observation in enumerate(task.observations):
         if _form(observation) != like:
           raise InputError(
-            f"observation {i} of task {number} has another batch size, or params, statistics or"
-            " labels of other shapes, than the first of all. Run it in a call of its own."
+            f"observation {i} of task {number} has another batch size or loss, or params,"
+            " statistics or labels of other shapes, than the first of all. Run it in a call of its"
+            " own."
           )
     # An attack that lacks something says so here, not in the middle of a run.
     if len(set(task.finished)) < len(task.observations) * task.restarts:
@@ -250,4 +251,4 @@ def _form(observation: Observation) -> tuple:
   """Returns what observations must have in common, besides gradients of one form."""
   rest = (observation.params, observation.mean, observation.std, observation.labels)
   leaves, structure = jax.tree.flatten(shapes_of(rest))
-  return observation.batch_size, structure, tuple(leaves)
+  return observation.batch_size, observation.loss, structure, tuple(leaves)

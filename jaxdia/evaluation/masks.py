@@ -1,9 +1,10 @@
 """What the masks of a reconstruction are worth, compared with the client's."""
 
 import numpy as np
+from jaxtyping import Integer, Shaped
 from scipy.stats import rankdata
 
-from jaxdia.core.types import Masks
+from jaxdia.core.types import Array, Masks
 from jaxdia.models import DropoutModel, batch_axes
 
 # Entries of a searched mask between these are undecided.
@@ -14,9 +15,9 @@ def mask_diagnostics(
   model: DropoutModel,
   masks: Masks,
   true: Masks,
-  order: np.ndarray,
+  order: Integer[Array, " batch"],
   known: Masks | None = None,
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, dict[str, Shaped[np.ndarray, " batch"]]]:
   """Compares masks with the client's, by site.
 
   Args:
@@ -50,7 +51,7 @@ def mask_diagnostics(
     found, right = by_image(site, masks[site]), by_image(site, true[site]) >= 0.5
     counts = np.ones(found.shape, bool) if known is None else by_image(site, known[site])
     if axes[site] is None:
-      counts = counts & counts.all()
+      counts = np.full(counts.shape, bool(counts.all()))
     else:
       found, counts = found[order], counts[order]
     columns = [_compare(*rows) for rows in zip(found, right, counts, strict=True)]

@@ -3,10 +3,11 @@
 import dataclasses
 
 import dm_pix
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from jaxdia.core.types import Array, Images
 from jaxdia.evaluation.lpips import lpips
 from jaxdia.evaluation.matching import identified
 from jaxdia.evaluation.metric import TABLES, Column, Metric, Pairs, compiled
@@ -19,13 +20,13 @@ _WIDE = ("study", *_PAGES)
 
 
 @compiled
-def mse(a: jax.Array, b: jax.Array) -> jax.Array:
+def mse(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B], the mean squared error of each image; f[B, H, W, C] both."""
-  return dm_pix.mse(a, b)
+  return jnp.asarray(dm_pix.mse(a, b))
 
 
 @compiled
-def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+def psnr(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B] in dB, the peak signal-to-noise ratio of pixels in [0, 1].
 
   Args:
@@ -39,7 +40,7 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @compiled
-def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+def ssim(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B], the structural similarity of pixels in [0, 1].
 
   Args:
@@ -51,7 +52,7 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     largest odd number that fits.
   """
   side = min(11, *a.shape[1:3])
-  return dm_pix.ssim(a, b, filter_size=side - 1 + side % 2)
+  return jnp.asarray(dm_pix.ssim(a, b, filter_size=side - 1 + side % 2))
 
 
 def _identified(pairs: Pairs) -> np.ndarray | None:
@@ -253,6 +254,6 @@ def columns(table: str | None = None) -> list[tuple[Metric, Column]]:
   return [
     (metric, column)
     for metric in REGISTRY.values()
-    for column in metric.columns
+    for column in metric.columns or ()
     if table is None or table in column.tables
   ]

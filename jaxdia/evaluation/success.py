@@ -41,8 +41,8 @@ def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[fl
   Returns:
     Its ends.
   """
-  values = np.asarray(values, np.float64)
-  draws = np.random.default_rng(0).integers(values.size, size=(_RESAMPLES, values.size))
-  means = np.mean(values[draws], axis=1)
+  found = np.asarray(values, np.float64)
+  draws = np.random.default_rng(0).integers(found.size, size=(_RESAMPLES, found.size))
+  means = np.mean(found[draws], axis=1)
   low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
   return float(low), float(high)

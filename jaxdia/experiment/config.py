@@ -245,7 +245,7 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
   Raises:
     InputError: a field that does not exist, or a value that it cannot take.
   """
-  fields = _plain(ml_collections.ConfigDict(config).to_dict())
+  fields = plain(ml_collections.ConfigDict(config).to_dict())
   groups = ("data", "model", "defence", "attack", "engine")
   _check_names("config field", fields, ("seed", "precision", *groups))
   for name in groups:
@@ -264,12 +264,16 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
   )
 
 
-def _plain(value: Any) -> Any:
-  """Returns a value with tuples for sequences, and Python's numbers for those of numpy."""
+def plain(value: Any) -> Any:
+  """Returns a value with tuples for sequences, and Python's numbers for those of numpy.
+
+  Args:
+    value: of a config; dictionaries are looked into.
+  """
   if isinstance(value, dict):
-    return {name: _plain(inner) for name, inner in value.items()}
+    return {name: plain(inner) for name, inner in value.items()}
   if isinstance(value, (list, tuple)):
-    return tuple(map(_plain, value))
+    return tuple(map(plain, value))
   return value.item() if isinstance(value, np.generic) else value
 
 

@@ -1,22 +1,27 @@
 """The network of an experiment: a built-in one, or the user's own by its import path."""
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import inspect
 import pathlib
+import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
-from flax import linen as nn
+import jax
+from flax import nnx
 
 from jaxdia import models
 from jaxdia.core.errors import InputError, first_line, unknown
 from jaxdia.experiment.config import ModelSettings
 from jaxdia.models import DropoutModel
 
-# What a module or factory is told of the experiment, if it takes arguments of these names.
-_TOLD = ("num_classes", "dropout_rate")
+# What a module or factory is told, if it takes arguments of these names. Modules of Equinox take a
+# key, and those of NNX rngs.
+_TOLD = ("num_classes", "dropout_rate", "key", "rngs")
 
 
 @functools.lru_cache(maxsize=32)
@@ -25,10 +30,11 @@ def create_model(
 ) -> DropoutModel:
   """Creates the network of an experiment.
 
-  A name with a colon, "package.module:attribute", is the import path of a Flax Linen module
-  class, of a module, of a `DropoutModel`, or of a function that returns one of both. What is
-  called is given the options, and `num_classes` and `dropout_rate` if it takes them; if it takes
-  no rate, the rates are its own.
+  A name with a colon, "package.module:attribute", is the import path of a class of modules of
+  Flax Linen, Flax NNX, Equinox or PyTorch, of such a module, of a `DropoutModel`, or of a function
+  that returns one of both. What is called is given the options, and `num_classes`, `dropout_rate`,
+  `key` and `rngs` if it takes them; if it takes no rate, the rates are its own. Key, rngs and
+  PyTorch's seed are always 0.
 
   Args:
     settings: name, rate and options.
@@ -36,15 +42,16 @@ def create_model(
     num_classes: number of logits.
 
   Raises:
-    InputError: see `jaxdia.models.create` and `jaxdia.models.from_flax`; or there is nothing
+    InputError: see `jaxdia.models.create` and `jaxdia.models.from_module`; or there is nothing
       at the import path, it does not take the options, or it gives no network.
   """
   options, rate = dict(settings.options), settings.dropout_rate
   if ":" not in settings.name:
     return models.create(settings.name, image_shape, num_classes, rate, **options)
   found = _find(settings.name)
-  if not isinstance(found, (nn.Module, DropoutModel)):
-    told = {"num_classes": num_classes, "dropout_rate": rate}
+  if not isinstance(found, DropoutModel) and models.library_of(found) is None:
+    told = {"num_classes": num_classes, "dropout_rate": rate, "key": jax.random.key(0)}
+    told["rngs"] = nnx.Rngs(0)
     found = _call(settings.name, found, options, told)
   elif options:
     raise InputError(
@@ -53,13 +60,13 @@ def create_model(
     )
   if isinstance(found, DropoutModel):
     return found
-  if not isinstance(found, nn.Module):
+  if models.library_of(found) is None:
     raise InputError(
-      f"config.model.name={settings.name} gives {_kind(found)}; expected a flax.linen.Module or a"
-      " jaxdia.models.DropoutModel, or what returns one."
+      f"config.model.name={settings.name} gives {_kind(found)}; expected a module of Flax Linen,"
+      " Flax NNX, Equinox or PyTorch, or a jaxdia.models.DropoutModel, or what returns one."
     )
   try:
-    return models.from_flax(found, image_shape)
+    return models.from_module(found, image_shape)
   except InputError:
     raise
   except Exception as error:  # whatever the user's module raises
@@ -128,16 +135,29 @@ def _call(path: str, function: Any, options: dict[str, Any], told: dict[str, Any
     raise InputError(
       f"config.model.name={path} gives {_kind(function)}; expected a class or a function."
     ) from None
-  # Those that every Flax module has besides its own.
+  # Without those that every Linen module has besides its own.
   known = [name for name in parameters if name not in ("self", "parent", "name")]
   takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
   for name in options:
     if name not in known and not takes_all:
       raise unknown(f"argument of {path}:", name, [n for n in known if n not in _TOLD] or ["none"])
   try:
-    return function(**{k: v for k, v in told.items() if k in known} | options)
+    with _seeded():
+      return function(**{k: v for k, v in told.items() if k in known} | options)
   except (TypeError, ValueError) as error:
     raise InputError(f"config.model.name={path} cannot be made: {_reason(error)}.") from error
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+  """Lets PyTorch draw the same weights in each process, and leaves its state as it was."""
+  torch = sys.modules.get("torch")
+  if torch is None:
+    yield
+    return
+  with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    yield
 
 
 def _kind(value: Any) -> str:

@@ -78,8 +78,8 @@ def score(
     outcome.candidate,
     statistics,
     evaluation.found_labels(outcome.candidate, recovered),
-    found=alone and alone.verdict > 0,
-    known_masks=alone and alone.known_masks,
+    found=np.asarray(alone.verdict) > 0 if alone else None,
+    known_masks=alone.known_masks if alone else None,
     pool=facts.pool,
   )
   mask_seed, client = divmod(number, settings.data.batches)
@@ -107,6 +107,8 @@ def score(
       scores = {k: v if k in kept else None for k, v in scores.items()}
     closed = parts and describe_recovery(outcome, int(result.order[i]))
     status = "failed" if outcome.failed else record.status.name.lower()
+    if alone and closed:
+      status = closed.verdict
     rows.append(
       Row(
         image=settings.data.offset + client * size + i,
@@ -121,7 +123,7 @@ def score(
         defence=defences.describe(settings.defence),
         scores=scores,
         oracle=None if outcome.failed else oracle and {k: v[i] for k, v in oracle.items()},
-        status=closed.verdict if closed and alone else status,
+        status=status,
         closed_form=closed,
         session=record.session,
       )

@@ -107,7 +107,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
   def score(self, metric: str) -> float | None:
     """Returns one score, or None if there is none."""
-    return self.scores.get(metric)
+    value = self.scores.get(metric)
+    return None if isinstance(value, dict) else value  # of sites there are several
 
   def to_json(self) -> dict[str, Any]:
     """Returns the columns of results.jsonl."""

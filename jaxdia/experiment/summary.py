@@ -79,7 +79,7 @@ def _statistics(
   return Statistics(
     **{name: float(f(values)) for name, f in functions.items()},
     count=values.size,
-    ci95=evaluation.bootstrap_interval(means.to_numpy()),
+    ci95=evaluation.bootstrap_interval(np.asarray(means)),
   )
 
 

@@ -17,11 +17,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped
 
-from jaxdia.client import Observation, loss_of_logits
+from jaxdia.client import CROSS_ENTROPY, Loss, Observation
 from jaxdia.core.precision import full_precision
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
-from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
+from jaxdia.core.types import Array, Gradient, Images, Labels, Masks, Params, Scalar
 from jaxdia.gradients.distances import Comparison
 from jaxdia.models import DenseLayer, DropoutModel
 
@@ -37,8 +38,8 @@ class Factors(NamedTuple):
     right: f[outputs, rank].
   """
 
-  left: jax.Array
-  right: jax.Array
+  left: Float[Array, "inputs rank"]
+  right: Float[Array, "outputs rank"]
 
 
 class Target(NamedTuple):
@@ -50,9 +51,9 @@ class Target(NamedTuple):
     squared_norm: f[], of the whole gradient.
   """
 
-  formed: dict[Path, jax.Array]
-  kernels: dict[Path, jax.Array | Factors]
-  squared_norm: jax.Array
+  formed: dict[Path, Float[Array, "..."]]
+  kernels: dict[Path, Float[Array, "_ _"] | Factors]
+  squared_norm: Scalar
 
 
 @value_tree
@@ -66,6 +67,7 @@ class Prepared:
     mean: as in the observation.
     std: as in the observation.
     batch_size: as in the observation.
+    loss: as in the observation.
   """
 
   params: Params
@@ -74,6 +76,7 @@ class Prepared:
   mean: jax.Array
   std: jax.Array
   batch_size: int = static()
+  loss: Loss = static(default=CROSS_ENTROPY)
 
 
 def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple[DenseLayer, ...]:
@@ -129,14 +132,16 @@ def prepare(
     kernel = gradient.pop((*layer.path, "kernel"), None)
     if kernel is None:  # of a frozen layer
       continue
+    kernel = kernel.reshape(layer.inputs, layer.outputs)  # it may have more axes than a matrix
     factors = factorize(kernel, sum(layer.rows)) if compress else None
     kernels[layer.path] = kernel if factors is None else factors
   fields = {name: getattr(observation, name) for name in ("params", "labels", "mean", "std")}
   target = Target(gradient, kernels, squared_norm)
-  return Prepared(target=target, batch_size=observation.batch_size, **fields)
+  facts = {"batch_size": observation.batch_size, "loss": observation.loss}
+  return Prepared(target=target, **facts, **fields)
 
 
-def factorize(matrix: jax.Array, rank: int) -> Factors | None:
+def factorize(matrix: Float[jax.Array | np.ndarray, "inputs outputs"], rank: int) -> Factors | None:
   """Returns thin factors of a matrix, if it has no more than the given rank.
 
   Args:
@@ -179,6 +184,7 @@ def compare(
   masks: Masks | None,
   images: Images,
   labels: Labels,
+  loss: Loss = CROSS_ENTROPY,
 ) -> Comparison:
   """Compares the gradient of a dummy batch with the client's.
 
@@ -189,6 +195,7 @@ def compare(
     masks: of the dummy batch; None for the evaluation mode.
     images: f[B, H, W, C], of the dummy batch.
     labels: i[B], or f[B, num_classes] probabilities.
+    loss: that the client descends.
 
   Returns:
     The comparison; differentiable by masks, images and labels.
@@ -202,15 +209,15 @@ def compare(
   dtype = images.dtype
   taps = {x.path: tuple(jnp.zeros((rows, x.outputs), dtype) for rows in x.rows) for x in layers}
 
-  def loss(free, taps):
+  def tapped_loss(free, taps):
     merged = with_leaves(params, fixed | free)
     if not taps:
-      return loss_of_logits(model.apply(merged, masks, images), labels), {}
+      return loss(model.apply(merged, masks, images), labels), {}
     logits, inputs = model.apply_tapped(merged, masks, images, taps)
-    return loss_of_logits(logits, labels), inputs
+    return loss(logits, labels), inputs
 
   with full_precision():
-    (formed, deltas), inputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(free, taps)
+    (formed, deltas), inputs = jax.grad(tapped_loss, argnums=(0, 1), has_aux=True)(free, taps)
     inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
     squared_norm = sum(_dot(g, g) for g in formed.values())
     squared_distance = sum(
@@ -251,7 +258,7 @@ def _match_derivative(primals, tangents):
   return (_dot(a_left, delta_right), _dot(a_a, delta_delta)), (inner, norm)
 
 
-def layer_gradient(gradient: Gradient, path: Path) -> dict[str, jax.Array]:
+def layer_gradient(gradient: Gradient, path: Path) -> dict[str, Shaped[Array, "..."]]:
   """Returns the gradient of one layer, or its parameters if given those.
 
   Args:

@@ -1,4 +1,10 @@
-"""Dropout models with explicit masks: `create`, `from_flax`, `from_functions`, `DropoutModel`."""
+"""Dropout models with explicit masks: `create`, `from_module`, `from_functions`, `DropoutModel`.
+
+`from_equinox` and `from_torch` are imported when they are asked for, as their libraries are extras.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jaxdia.models.base import (
   DropoutModel,
@@ -8,14 +14,24 @@ from jaxdia.models.base import (
   drop,
   expected_masks,
   model_of,
+  read_masks,
   sample_masks,
 )
 from jaxdia.models.create import create
-from jaxdia.models.flax import from_flax, read_masks
+from jaxdia.models.entries import from_native
+from jaxdia.models.evaluation import evaluation_mode
+from jaxdia.models.flax import from_flax
+from jaxdia.models.flax_variables import batch_moments
 from jaxdia.models.functions import from_functions
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
+from jaxdia.models.modules import from_module, library_of
+from jaxdia.models.nnx import from_nnx
 from jaxdia.models.reference import params_of_reference
 from jaxdia.models.zoo import MODELS
+
+if TYPE_CHECKING:
+  from jaxdia.models.equinox import from_equinox as from_equinox
+  from jaxdia.models.torch import from_torch as from_torch
 
 __all__ = [
   "MODELS",
@@ -27,14 +43,27 @@ __all__ = [
   "Site",
   "Taps",
   "batch_axes",
+  "batch_moments",
   "check_rate",
   "create",
   "drop",
+  "evaluation_mode",
   "expected_masks",
   "from_flax",
   "from_functions",
+  "from_module",
+  "from_native",
+  "from_nnx",
+  "library_of",
   "model_of",
   "params_of_reference",
   "read_masks",
   "sample_masks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  """Returns an adapter of a library that may be absent."""
+  if name in ("from_equinox", "from_torch"):
+    return getattr(importlib.import_module(f"jaxdia.models.{name.removeprefix('from_')}"), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

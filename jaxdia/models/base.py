@@ -9,14 +9,16 @@ import abc
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxdia.core.errors import InputError, check_number
 from jaxdia.core.precision import full_precision, usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree
-from jaxdia.core.types import Images, Key, Logits, Masks, Params
+from jaxdia.core.types import Array, Images, Key, Logits, Masks, Number, Params
 from jaxdia.models import discovery
 from jaxdia.models.hooks import Hooks, ignore_sites
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
@@ -37,11 +39,15 @@ class Network(abc.ABC):
 
   @abc.abstractmethod
   def init(self, key: Key) -> Params:
-    """Draws parameters."""
+    """Draws parameters, or returns those that the network was given with."""
 
   @abc.abstractmethod
-  def call(self, params: Params, images: Images, hooks: Hooks) -> Logits:
-    """Computes f[B, num_classes] logits of f[B, H, W, C] images, and calls the hooks meanwhile."""
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+    """Computes f[B, num_classes] logits of f[B, H, W, C] images, and calls the hooks meanwhile.
+
+    With `rngs`, in the form that the library has for them, `SiteCall.draw` gives the masks that
+    the library draws from them.
+    """
 
   def entries(self) -> dict[str, Entry]:
     """Returns where each array lies that the library itself knows by a name, by that name.
@@ -49,6 +55,14 @@ class Network(abc.ABC):
     Unless an adapter knows better, it is the path with dots.
     """
     return {".".join(path): Entry(path) for path in leaves_by_path(discovery.params_shape(self))}
+
+  def constants(self) -> tuple[str, ...]:
+    """Returns the library's names of arrays that no training changes, such as averages."""
+    return ()
+
+  def evaluation(self) -> "Network":
+    """Returns the network in which BatchNorm takes its averages, if a call's argument says so."""
+    return self
 
 
 @value_tree
@@ -62,7 +76,7 @@ class DropoutModel:
   """
 
   network: Network = static()
-  rates: dict[str, float | jax.Array]
+  rates: dict[str, Number]
 
   def __post_init__(self):
     sites = discovery.discover(self.network, 2).sites
@@ -167,8 +181,9 @@ class DropoutModel:
       if layer.path not in taps:
         return outputs
       added = taps[layer.path][len(inputs_of[layer.path])]
-      inputs_of[layer.path].append(inputs.reshape(len(added), -1))
-      return outputs + added.reshape(outputs.shape)
+      # A layer may compute in a type of its own.
+      inputs_of[layer.path].append(inputs.reshape(len(added), -1).astype(added.dtype))
+      return outputs + added.reshape(outputs.shape).astype(outputs.dtype)
 
     logits = self._call(params, masks, images, tap)
     return logits, {path: tuple(inputs) for path, inputs in inputs_of.items()}
@@ -182,6 +197,7 @@ class DropoutModel:
       )
 
     def drop_at(call):
+      assert masks is not None  # without masks, sites are ignored
       mask = masks[call.name]
       if mask.shape != call.shape:
         raise InputError(
@@ -226,11 +242,13 @@ def model_of(network: Network, rates: Mapping[str, float] | None = None) -> Drop
       stacklevel=3,
     )
   if rates is None:
-    rates = {site: rate for site, (rate, _) in found.sites.items()}
+    return DropoutModel(network, {site: rate for site, (rate, _) in found.sites.items()})
   return DropoutModel(network, dict(rates))
 
 
-def drop(inputs: jax.Array, mask: jax.Array, rate: float | jax.Array) -> jax.Array:
+def drop(
+  inputs: Float[Array, "*shape"], mask: Float[Array, "..."], rate: Number
+) -> Float[Array, "*shape"]:
   """Applies one dropout mask: the only place that scales by 1 / (1 - rate).
 
   Args:
@@ -283,6 +301,42 @@ def expected_masks(model: DropoutModel, batch_size: int, dtype=jnp.float32) -> M
   return {s.name: jnp.full(shapes[s.name], 1 - s.rate, dtype) for s in model.sites}
 
 
+def read_masks(model: DropoutModel, params: Params, images: Images, rngs: Any = None) -> Masks:
+  """Returns the masks that a network's own library draws in a training step.
+
+  With them a gradient that was computed by the library alone can be scored, or given to the
+  well-informed attacker.
+
+  Args:
+    model: of `from_flax`, `from_nnx`, `from_equinox` or `from_torch`.
+    params: of the step.
+    images: f[B, H, W, C], of the step.
+    rngs: Flax Linen: as they were given to `module.apply`. Flax NNX: the module as it was before
+      the step, as its streams of random numbers are part of it. Equinox: the keys of the images,
+      key[B]. PyTorch: what was given to `torch.manual_seed` before the step, on a CPU.
+
+  Returns:
+    {site: f[shape]} of zeros and ones.
+
+  Raises:
+    InputError: the model is of plain functions, whose library is not known.
+  """
+  masks: Masks = {}
+
+  def read(call):
+    if call.draw is None:
+      raise InputError(
+        f"{model.network.name} is no network of a library that draws masks; expected a model of"
+        " from_flax, from_nnx, from_equinox or from_torch."
+      )
+    masks[call.name] = call.draw().astype(call.inputs.dtype)
+    return drop(call.inputs, masks[call.name], call.rate)
+
+  with full_precision(), usual_promotion():
+    model.network.call(params, images, Hooks(read), rngs)
+  return masks
+
+
 def batch_axes(model: DropoutModel) -> dict[str, int | None]:
   """Returns for each site the axis of its mask that grows with the batch.
 
@@ -300,7 +354,7 @@ def batch_axes(model: DropoutModel) -> dict[str, int | None]:
   return {name: axes[0] if axes else None for name, axes in grows.items()}
 
 
-def check_image_shape(image_shape: object) -> tuple[int, int, int]:
+def check_image_shape(image_shape: Any) -> tuple[int, int, int]:
   """Returns `image_shape` as a tuple of three positive integers.
 
   Args:

@@ -60,6 +60,8 @@ def _check_option(model: str, option: str, value: Any, default: Any) -> Any:
     if not isinstance(value, bool):
       raise InputError(f"{where} is {value!r}; expected True or False.")
     return value
+  if isinstance(default, str):  # which there are, the network knows
+    return value
   if not isinstance(default, tuple):
     return check_count(where, value, 1)
   if not isinstance(value, (list, tuple)):

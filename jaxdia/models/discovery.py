@@ -2,12 +2,15 @@
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Container, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex_core
 
+from jaxdia.core.errors import InputError
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path
 from jaxdia.core.types import Params
@@ -28,7 +31,10 @@ class Discovery(NamedTuple):
     dense: {path: shapes of each call}, without layers that cannot be tapped.
     convolutions: {path: (the layer by itself, shapes of one image in each call)}, likewise.
     inactive: names of dropout of a rate above 0 that is switched off.
-    classifier: path of the dense layer whose outputs are the logits, if one's are.
+    classifier: path of the dense layer whose outputs are the logits, but for what merely passes
+      them on (see `_pass_on`), if one's are.
+    is_shifted: whether a number an image is added to its outputs, as log_softmax does; the
+      cross-entropy does not see that.
     logits: their shape and type.
     is_softmax: whether they are the outputs of a softmax.
   """
@@ -38,6 +44,7 @@ class Discovery(NamedTuple):
   convolutions: dict[Path, tuple[Any, _Calls]]
   inactive: list[str]
   classifier: Path | None
+  is_shifted: bool
   logits: Any
   is_softmax: bool
 
@@ -68,8 +75,7 @@ def discover(network: "Network", batch_size: int) -> Discovery:
   convolutions: dict[Path, tuple[Any, _Calls]] = {}
   hidden: set[Path] = set()
   inactive: list[str] = []
-  last: dict[str, Any] = {}  # the dense layer that was called last
-  classifier = None
+  products: list[tuple[Path, jax.Array]] = []  # the outputs of dense layers
 
   def on_site(call):
     sites[call.name] = (call.rate, call.shape)
@@ -78,7 +84,8 @@ def discover(network: "Network", batch_size: int) -> Discovery:
   def on_linear(layer, inputs, outputs, nested):
     if layer.convolution is None:
       dense.setdefault(layer.path, []).append((inputs.shape, outputs.shape))
-      last.update(path=layer.path, outputs=outputs)
+      if not nested:
+        products.append((layer.path, outputs))
     else:
       calls = convolutions.setdefault(layer.path, (layer.convolution, []))[1]
       calls.append((inputs.shape[-3:], outputs.shape[-3:]))
@@ -87,17 +94,15 @@ def discover(network: "Network", batch_size: int) -> Discovery:
     return outputs
 
   def traced(params, images):
-    nonlocal classifier
     with usual_promotion():
       logits = network.call(params, images, Hooks(on_site, on_linear, inactive.append))
-    if logits is last.get("outputs"):
-      classifier = last["path"]
-    last.clear()  # what was traced must not outlive the trace
-    return logits
+    handed_out = [outputs for _, outputs in products]
+    products[:] = [(path, None) for path, _ in products]  # no tracer may outlive the trace
+    return logits, handed_out
 
   shapes = params_shape(network)
   images = jax.ShapeDtypeStruct((batch_size, *network.image_shape), jnp.float32)
-  program, logits = jax.make_jaxpr(traced, return_shape=True)(shapes, images)
+  program, (logits, handed_out) = jax.make_jaxpr(traced, return_shape=True)(shapes, images)
   # A kernel that is changed before its product, or used elsewhere too (tied weights), has a
   # gradient that taps do not tell.
   variables = dict(zip(leaves_by_path(shapes), program.jaxpr.invars, strict=False))
@@ -107,9 +112,89 @@ def discover(network: "Network", batch_size: int) -> Discovery:
     for path, calls in calls_of.items()
     if _count_products(program.jaxpr, variables.get((*path, "kernel"))) != len(calls)
   }
-  seen = ({p: x for p, x in found.items() if p not in hidden} for found in (dense, convolutions))
+  for found in (dense, convolutions):
+    for path in hidden & set(found):
+      del found[path]
+  of_products = program.jaxpr.outvars[len(program.jaxpr.outvars) - len(handed_out) :]
+  path_of = {id(v): path for v, (path, _) in zip(of_products, products, strict=True)}
+  classifier, is_shifted = None, False
+  if getattr(logits, "ndim", None) == 2:
+    origin, is_shifted = _origin(program.jaxpr, program.jaxpr.outvars[0], path_of, logits.shape[1])
+    if origin.aval.shape[-1:] == logits.shape[1:]:
+      classifier = path_of.get(id(origin))
   is_softmax = _is_softmax(program.jaxpr)
-  return Discovery(sites, *seen, inactive, classifier, logits, is_softmax)
+  return Discovery(sites, dense, convolutions, inactive, classifier, is_shifted, logits, is_softmax)
+
+
+# Operations whose outputs are their inputs, in another type or shape of the same size.
+_PASSING = {"broadcast_in_dim", "convert_element_type", "copy", "name", "reduce_precision"}
+_PASSING |= {"reshape", "sharding_constraint", "squeeze"}
+_CALLS = {"checkpoint", "closed_call", "jit", "pjit", "remat2"}
+# What leaves the other operand as it is.
+_NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
+
+
+def _origin(
+  program: jex_core.Jaxpr, variable: Any, wanted: Container[int], num_classes: int
+) -> tuple[Any, bool]:
+  """Follows a variable back through operations that pass on the outputs of a layer.
+
+  Args:
+    program: in which it is computed.
+    variable: where to start.
+    wanted: ids of variables at which to stop.
+    num_classes: length of the last axis, that of the classes.
+
+  Returns:
+    The first variable that no such operation made, and whether a number for all classes was added
+    on the way.
+  """
+  made_by = {id(output): equation for equation in program.eqns for output in equation.outvars}
+  is_shifted = False
+  while id(variable) not in wanted and id(variable) in made_by:
+    equation = made_by[id(variable)]
+    inner = _inner_programs(equation)
+    if equation.primitive.name in _CALLS and len(inner) == 1:
+      place = [id(output) for output in equation.outvars].index(id(variable))
+      start = inner[0].outvars[place]
+      origin, shifts = _origin(inner[0], start, (), num_classes)
+      places = [i for i, value in enumerate(inner[0].invars) if value is origin]
+      before = equation.invars[places[0]] if places else None
+    else:
+      before, shifts = _pass_on(equation, made_by, num_classes)
+    if before is None or math.prod(before.aval.shape) != math.prod(variable.aval.shape):
+      break
+    variable, is_shifted = before, is_shifted or shifts
+  return variable, is_shifted
+
+
+def _pass_on(equation, made_by: Mapping[int, Any], num_classes: int) -> tuple[Any, bool]:
+  """Returns which operand an operation passes on, None if none, and whether it is shifted."""
+  name, operands = equation.primitive.name, equation.invars
+  if name in _PASSING:
+    is_float = jnp.issubdtype(operands[0].aval.dtype, jnp.floating)
+    return (operands[0] if is_float else None), False
+  if name not in _NEUTRAL or len(operands) != 2:
+    return None, False
+  for i, j in ((0, 1), (1, 0)) if name in ("add", "mul") else ((0, 1),):
+    other = operands[j]
+    if isinstance(other, jex_core.Literal) and np.all(other.val == _NEUTRAL[name]):
+      return operands[i], False
+    if name in ("add", "sub") and operands[i].aval.shape[-1:] == (num_classes,):
+      if _is_same_for_all_classes(other, made_by):
+        return operands[i], True
+  return None, False
+
+
+def _is_same_for_all_classes(operand, made_by: Mapping[int, Any]) -> bool:
+  shape = operand.aval.shape
+  if shape[-1:] in ((), (1,)):
+    return True
+  equation = made_by.get(id(operand))
+  if equation is None or equation.primitive.name != "broadcast_in_dim":
+    return False
+  axes, before = equation.params["broadcast_dimensions"], equation.invars[0].aval.shape
+  return len(shape) - 1 not in axes or before[axes.index(len(shape) - 1)] == 1
 
 
 def _is_softmax(program: jex_core.Jaxpr) -> bool:
@@ -136,7 +221,8 @@ def _inner_programs(equation) -> list[jex_core.Jaxpr]:
 def _count_products(program: jex_core.Jaxpr, variable) -> float:
   """Returns how many products of a program use a variable; NaN if anything else does.
 
-  What merely hands a variable on to an inner program is followed into it.
+  What merely hands a variable on to an inner program, converts or transposes it, is followed, as
+  libraries lay out their kernels in several ways.
   """
   count = math.nan if any(output is variable for output in program.outvars) else 0
   for equation in program.eqns:
@@ -146,11 +232,48 @@ def _count_products(program: jex_core.Jaxpr, variable) -> float:
       continue
     if equation.primitive.name in ("dot_general", "conv_general_dilated"):
       count += len(places)
+    elif equation.primitive.name in ("convert_element_type", "transpose"):
+      count += _count_products(program, equation.outvars[0])
     elif len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
       count += sum(_count_products(inner[0], inner[0].invars[i]) for i in places)
     else:
       count = math.nan
   return count
+
+
+def check_randomness(network: "Network") -> None:
+  """Refuses a network that draws other random numbers than the masks of its sites.
+
+  It counts the random numbers in the program in which the library draws, loops included: dropout
+  inside a scan draws anew in each turn, which one mask cannot stand for, and a network may draw
+  by itself what is no dropout.
+
+  Args:
+    network: whose library draws with JAX.
+
+  Raises:
+    InputError: it does; the message says how many.
+  """
+  images = jax.ShapeDtypeStruct((2, *network.image_shape), jnp.float32)
+
+  def draw(call):
+    return call.inputs * call.draw().astype(call.inputs.dtype)
+
+  def drawing(params, images):
+    with usual_promotion():
+      return network.call(params, images, Hooks(draw))
+
+  program = jax.make_jaxpr(drawing)(params_shape(network), images)
+  sites = discover(network, 2).sites
+  drawn = count_random_numbers(program.jaxpr)
+  explicit = sum(math.prod(shape) for _, shape in sites.values())
+  if drawn != explicit:
+    raise InputError(
+      f"{network.name} draws {drawn} random numbers for 2 images, but its dropout sites"
+      f" ({', '.join(sites) or 'none'}) account for {explicit}. What else draws (dropout under a"
+      " scan or vmap such as nn.scan, stochastic depth, noise) cannot be made an explicit mask:"
+      " unroll the loop, or turn that part off."
+    )
 
 
 def count_random_numbers(program: jex_core.Jaxpr) -> float:
@@ -159,7 +282,8 @@ def count_random_numbers(program: jex_core.Jaxpr) -> float:
   for equation in program.eqns:
     if equation.primitive.name == "random_bits":
       # Under nn.vmap there is a batch of keys, which the parameter "shape" leaves out.
-      count += math.prod(equation.outvars[0].aval.shape)
+      drawn = cast(jax.ShapeDtypeStruct, equation.outvars[0].aval)
+      count += math.prod(drawn.shape)
       continue
     turns = {"scan": equation.params.get("length"), "while": math.inf}
     for inner in _inner_programs(equation):

@@ -1,10 +1,11 @@
 """Interception of the calls inside a Flax Linen module: dropout, attention, linear layers."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax.core import tracers
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Params
 from jaxdia.models.base import check_rate
-from jaxdia.models.hooks import Hooks, Linear, SiteCall
+from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,27 +25,26 @@ class _Alone:
   layer: nn.Module
 
   def __call__(self, leaves: Params, inputs: jax.Array) -> jax.Array:
-    return self.layer.apply({"params": leaves}, inputs)
+    return cast(jax.Array, self.layer.apply({"params": leaves}, inputs))  # there is no `mutable`
 
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:
   """Returns a Flax method interceptor for one call of a module.
 
   Args:
-    hooks: called at dropout, and after each `nn.Dense`, and each `nn.Conv` on images.
+    hooks: called at dropout, and after each `nn.Dense` or `nn.DenseGeneral`, and each
+      `nn.Conv` on images.
 
   Raises:
     InputError: from inside the call, for dropout that cannot be made explicit.
   """
   on_site, on_linear, on_inactive = hooks
-  calls: dict[str, int] = {}
+  names = SiteNames()
   outer = tracers.current_trace()
   patched = set()  # attention layers that are being called with masks
 
   def site_name(module):
-    path = "/".join(module.path) or type(module).__name__
-    calls[path] = calls.get(path, 0) + 1
-    return path if calls[path] == 1 else f"{path}#{calls[path]}"
+    return names("/".join(module.path) or type(module).__name__)
 
   def intercept(next_fun, args, kwargs, context):
     module = context.module
@@ -60,33 +60,75 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
         return _attention(on_site, on_inactive, site_name, next_fun, args, kwargs, module)
       finally:
         patched.remove(id(module))
-    outputs = next_fun(*args, **kwargs)
+    with _widened(module, args, kwargs):
+      outputs = next_fun(*args, **kwargs)
+    contracted = _contracted_axes(module)
     convolution = _is_plain_convolution(module, outputs)
-    if on_linear is not None and (convolution or _is_plain_dense(module)):
-      nested = tracers.current_trace() != outer
-      inputs = args[0] if args else kwargs["inputs"]
-      alone = _Alone(module.clone(parent=None, name=None)) if convolution else None
-      outputs = on_linear(Linear(module.path, alone), inputs, outputs, nested)
-    return outputs
+    if on_linear is None or not (convolution or contracted):
+      return outputs
+    nested = tracers.current_trace() != outer
+    inputs = jnp.asarray(args[0] if args else kwargs["inputs"], outputs.dtype)
+    if convolution:
+      # Without a type of its own, so that it can be computed in float64 too.
+      alone = _Alone(module.clone(parent=None, name=None, dtype=None))
+      return on_linear(Linear(module.path, alone), inputs, outputs, nested)
+    if contracted > inputs.ndim:
+      return outputs
+    rows = inputs.shape[: inputs.ndim - contracted]
+    flat = on_linear(
+      Linear(module.path, None),
+      inputs.reshape(*rows, -1),
+      outputs.reshape(*rows, -1),
+      nested,
+    )
+    return flat.reshape(outputs.shape)
 
   return intercept
 
 
-def _is_plain_dense(module: nn.Module) -> bool:
-  """Returns whether a module computes `a @ kernel + bias` in the type of its inputs."""
-  return (
-    type(module) is nn.Dense
-    and module.dtype is None
-    and module.dot_general is None
-    and module.dot_general_cls is None
-  )
+@contextlib.contextmanager
+def _widened(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+  """Lets a layer of Flax that has a type of its own compute in float64 where it is given that."""
+  given = jax.tree.leaves((args, kwargs))
+  dtype = getattr(module, "dtype", None)
+  if (
+    dtype is None
+    or not type(module).__module__.startswith("flax.")
+    or not any(getattr(x, "dtype", None) == jnp.float64 for x in given)
+  ):
+    yield
+    return
+  # Modules are frozen dataclasses.
+  object.__setattr__(module, "dtype", None)
+  try:
+    yield
+  finally:
+    object.__setattr__(module, "dtype", dtype)
+
+
+def _contracted_axes(module: nn.Module) -> int:
+  """Returns over how many axes, the last ones, a dense layer sums; 0 for what is no plain one.
+
+  It is plain if it computes `a @ kernel + bias`, in whatever type; its kernel may have an axis for
+  each that it sums over or makes.
+  """
+  if type(module) not in (nn.Dense, nn.DenseGeneral):
+    return 0
+  if module.dot_general is not None or module.dot_general_cls is not None:
+    return 0
+  if module.promote_dtype is not nn.dtypes.promote_dtype:
+    return 0
+  if type(module) is nn.Dense:
+    return 1
+  axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+  is_last = axes == tuple(range(-len(axes), 0))
+  return len(axes) if is_last and not module.batch_dims else 0
 
 
 def _is_plain_convolution(module: nn.Module, outputs: jax.Array) -> bool:
   """Returns whether a module convolves images with its kernel as it is."""
   return (
     type(module) is nn.Conv
-    and module.dtype is None
     and module.mask is None
     and outputs.ndim == 4
     and module.conv_general_dilated is None

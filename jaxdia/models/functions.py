@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,9 @@ class FunctionNetwork(Network):
     """Draws parameters."""
     return self.initialize(key)
 
-  def call(self, params: Params, images: Images, hooks: Hooks) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
     """Computes logits, with dropout as the hooks make it."""
+    del rngs  # nothing is drawn
     met = set()
 
     def drop(site: str, inputs: jax.Array, mask_shape: tuple[int, ...] | None = None) -> jax.Array:

@@ -63,6 +63,18 @@ class Hooks(NamedTuple):
   on_inactive: OnInactive = lambda path: None
 
 
+class SiteNames:
+  """Names sites by where they are; the second call of the same one is "path#2", and so on."""
+
+  def __init__(self):  # noqa: D107
+    self._calls: dict[str, int] = {}
+
+  def __call__(self, path: str) -> str:
+    """Returns the name of the next call of what is at a path."""
+    self._calls[path] = self._calls.get(path, 0) + 1
+    return path if self._calls[path] == 1 else f"{path}#{self._calls[path]}"
+
+
 def ignore_sites(call: SiteCall) -> jax.Array:
   """Is an `OnSite` that makes dropout the identity."""
   return call.inputs

@@ -1,13 +1,16 @@
 """What a network is made of, as far as attacks need to know it."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxdia.core.trees import Path
-from jaxdia.core.types import Params
+from jaxdia.core.types import Array, Number, Params
 
 
 class Site(NamedTuple):
@@ -20,14 +23,15 @@ class Site(NamedTuple):
   """
 
   name: str
-  rate: float | jax.Array
+  rate: Number
 
 
 class DenseLayer(NamedTuple):
   """A dense layer `z = a @ kernel (+ bias)` whose inputs and outputs can be tapped.
 
   Attributes:
-    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one.
+    path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one. The
+      kernel may have several axes in place of one of these, as in Flax's attention.
     rows: rows of `a` in each call of the layer: images times positions.
     inputs: columns of `a`.
     outputs: columns of `z`.
@@ -44,9 +48,10 @@ class Convolution(NamedTuple):
 
   Attributes:
     path: where its parameters are; `kernel`, and `bias` if it has one.
-    input_shape: (height, width, channels).
-    output_shape: (height, width, channels).
-    apply: `apply(leaves, inputs f[B, H, W, C]) -> f[B, H, W, C]`, the layer by itself.
+    input_shape: (height, width, channels); of a library that has the channels first, (channels,
+      height, width).
+    output_shape: likewise.
+    apply: `apply(leaves, inputs f[B, *input_shape]) -> f[B, *output_shape]`, the layer by itself.
   """
 
   path: Path
@@ -70,6 +75,44 @@ class Convolution(NamedTuple):
     return math.prod(self.output_shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class PlainConvolution:
+  """A convolution by itself, as a function of its leaves and inputs: `Convolution.apply`.
+
+  Attributes:
+    strides: along height and width.
+    padding: of height and width, or "SAME" or "VALID".
+    input_dilation: along height and width.
+    kernel_dilation: along height and width.
+    groups: of channels.
+    layout: of images, such as "NHWC"; kernels are HWIO.
+  """
+
+  strides: tuple[int, int]
+  padding: str | tuple[tuple[int, int], ...]
+  input_dilation: tuple[int, int] = (1, 1)
+  kernel_dilation: tuple[int, int] = (1, 1)
+  groups: int = 1
+  layout: str = "NHWC"
+
+  def __call__(self, leaves: Params, inputs: jax.Array) -> jax.Array:
+    """Computes the outputs of images in the layout."""
+    outputs = jax.lax.conv_general_dilated(
+      inputs,
+      leaves["kernel"],
+      self.strides,
+      self.padding,
+      self.input_dilation,
+      self.kernel_dilation,
+      (self.layout, "HWIO", self.layout),
+      self.groups,
+    )
+    if "bias" in leaves:
+      others = [axis for axis, name in enumerate(self.layout) if name != "C"]
+      outputs += jnp.expand_dims(leaves["bias"].reshape(-1), others)
+    return outputs
+
+
 class Entry(NamedTuple):
   """Where an array lies among the params that a network's own library knows by a name.
 
@@ -83,4 +126,4 @@ class Entry(NamedTuple):
 
 
 # {path of a layer: one array for each of its calls}
-Taps = dict[Path, tuple[jax.Array, ...]]
+Taps = dict[Path, tuple[Float[Array, "_ _"], ...]]

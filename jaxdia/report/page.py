@@ -62,6 +62,23 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     InputError: there are no such results, or a file of them is damaged.
   """
   study = read_study(workdir)
+  return write_page(workdir, "page.html.j2", _context(study))
+
+
+def write_page(folder: pathlib.Path, template: str, context: dict[str, Any]) -> pathlib.Path:
+  """Writes `report.html`.
+
+  Args:
+    folder: where it shall be.
+    template: name of a file beside this one.
+    context: all that it shows.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    InputError: it cannot be written.
+  """
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("jaxdia", "report"),
     autoescape=True,
@@ -69,8 +86,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  html = environment.get_template("page.html.j2").render(_context(study))
-  path = workdir / "report.html"
+  html = environment.get_template(template).render(context)
+  path = folder / "report.html"
   try:
     write_atomically(path, lambda file: file.write(html.encode()))
   except OSError as error:
@@ -245,8 +262,9 @@ def _success(study: Study) -> list[tuple[str, str, str]]:
 def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[float], list[float]]:
   """Returns thresholds that all cells have, and the share of all their images that reach each."""
   cells = [cell for cell in cells if attack in cell.summary]
-  curves = [cell.summary[attack].success.get(metric) for cell in cells]
-  if not curves or not all(curves):
+  found = [cell.summary[attack].success.get(metric) for cell in cells]
+  curves = [curve for curve in found if curve is not None]
+  if not curves or len(curves) < len(found):
     return [], []
   weights = [cell.summary[attack].attempted for cell in cells]
   rates = [dict(zip(curve.thresholds, curve.rate, strict=True)) for curve in curves]

@@ -86,7 +86,7 @@ def _table(study: Study, table: pd.DataFrame) -> str:
   kept = {name: name for name in about} | {"attack": "attack"}
   kept |= {column.key: column.heading for _, column in evaluation.columns("published")}
   kept = {name: heading for name, heading in kept.items() if name in table}
-  shown = table[list(kept)].rename(columns=kept).copy()
+  shown = pd.DataFrame(table[list(kept)]).rename(columns=kept).copy()
   shown["attack"] = [attack_label(attack) for attack in shown["attack"]]
   done = zip(table["finished"], table["attempted"], strict=True)
   shown.insert(len(about) + 1, "images", [f"{a}/{b}" for a, b in done])

@@ -94,7 +94,7 @@ def _lines(study: Study, name: str, others: list[str]) -> list[Line]:
 def _points(line: dict[float, list[Row]], metric: str) -> np.ndarray:
   points = []
   for x in sorted(line):
-    values = [row.score(metric) for row in line[x] if row.score(metric) is not None]
+    values = [value for row in line[x] if (value := row.score(metric)) is not None]
     points.append([f(values) if values else np.nan for f in (np.min, np.median, np.max)])
   return np.asarray(points, np.float64)
 

@@ -206,11 +206,11 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
       f" {number('ssim', max(guesses))} here, so “recognisable” says little about these images."
     )
   picks = [
-    (cell.summary[score.attack].iip, cell.summary[score.attack].pool, score.attack)
+    (iip, cell.summary[score.attack].pool, score.attack)
     for score in scores
     if not score.knows_masks and score.recognisable < score.attempted
     for cell in study.done
-    if score.attack in cell.summary and cell.summary[score.attack].iip is not None
+    if score.attack in cell.summary and (iip := cell.summary[score.attack].iip) is not None
   ]
   if picks:
     share, pool, attack = max(picks, key=lambda pick: pick[0])

@@ -1,11 +1,19 @@
 """The paper's MLP."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 from flax import linen as nn
 
+from jaxdia.core.errors import unknown
 from jaxdia.models.zoo.layers import dense
+
+_ACTIVATIONS = {
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "relu": nn.relu,
+  "leaky_relu": nn.leaky_relu,
+}
 
 
 class MLP(nn.Module):
@@ -16,12 +24,20 @@ class MLP(nn.Module):
     dropout_rate: after each hidden layer.
     hidden_sizes: width of each hidden layer.
     use_bias: in all layers.
+    activation: "gelu" as in the paper, "relu" or "leaky_relu".
   """
 
   num_classes: int
   dropout_rate: float = 0.25
   hidden_sizes: Sequence[int] = (512, 512, 512)
   use_bias: bool = False
+  activation: str = "gelu"
+
+  def check(self, image_shape: tuple[int, int, int]) -> None:
+    """Refuses an activation that there is not."""
+    del image_shape
+    if self.activation not in _ACTIVATIONS:
+      raise unknown("activation of the model mlp", self.activation, _ACTIVATIONS)
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
@@ -29,7 +45,7 @@ class MLP(nn.Module):
     x = images.reshape(images.shape[0], -1)
     for i, size in enumerate(self.hidden_sizes):
       x = dense(x, size, f"hidden_{i}", self.use_bias)
-      x = nn.gelu(x, approximate=False)
+      x = _ACTIVATIONS[self.activation](x)
       x = nn.Dropout(self.dropout_rate, name=f"dropout_{i}")(x, deterministic=not train)
     return dense(x, self.num_classes, "classifier", self.use_bias)
 

@@ -1,0 +1,305 @@
+"""What is tried on an update, and how its results are held against it."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia import attacks
+from jaxdia.attacks import Attack, Status, complete
+from jaxdia.audit.schema import VERDICTS, Attempt
+from jaxdia.client import Observation, client_gradient
+from jaxdia.closed_form import Recovery, Verdict, recover
+from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.types import Images, Key, Labels, Masks
+from jaxdia.models import DropoutModel
+
+# A search that leaves no more than this share of the update unexplained has probably found it.
+LIKELY = 0.03
+# One that leaves more than this has found nothing worth showing.
+PARTIAL = 0.5
+# Folded into the key of an update, for searches; closed forms use the key itself.
+_SEARCH = 1
+
+
+class Proof(NamedTuple):
+  """A result held against the update: the gradient that it would have caused.
+
+  Attributes:
+    residual: share of the update that is left when that gradient is taken out, at the factor that
+      leaves least.
+    factor: that factor.
+  """
+
+  residual: float
+  factor: float
+
+
+class Found(NamedTuple):
+  """What an attempt found of a batch.
+
+  Attributes:
+    by: the attempt that found each image.
+    images: f[B, H, W, C], normalised.
+    verdicts: of each image, a key of `jaxdia.audit.schema.VERDICTS`.
+    residuals: f[B], NaN where there is no image.
+    reasons: for each image.
+    labels: i[B].
+    known_labels: b[B], those that are certain.
+    masks: {site: known share}.
+    factor: of the update, if it is known.
+  """
+
+  by: list[str]
+  images: np.ndarray
+  verdicts: list[str]
+  residuals: np.ndarray
+  reasons: list[str]
+  labels: np.ndarray
+  known_labels: np.ndarray
+  masks: dict[str, float]
+  factor: float | None
+
+
+def prove(
+  model: DropoutModel, observation: Observation, masks: Masks | None, images: Images, labels: Labels
+) -> Proof:
+  """Computes the gradient of a step on what was found, and compares it with the update.
+
+  Args:
+    model: the network.
+    observation: the update.
+    masks: of the step; None is the evaluation mode.
+    images: f[B, H, W, C], normalised.
+    labels: i[B] classes, or f[B, num_classes] probabilities.
+  """
+  simulated = _simulate(model, observation, masks, jnp.asarray(images), jnp.asarray(labels))
+  inner, size, target = 0.0, 0.0, 0.0
+  pairs = [
+    (np.asarray(g, np.float64), np.asarray(s, np.float64))
+    for g, s in zip(
+      jax.tree.leaves(observation.gradient, is_leaf=_is_none),
+      jax.tree.leaves(simulated),
+      strict=True,
+    )
+    if g is not None
+  ]
+  for g, s in pairs:
+    inner, size, target = inner + np.sum(g * s), size + np.sum(s * s), target + np.sum(g * g)
+  factor = inner / size if size > 0 else 0.0
+  left = sum(np.sum((g - factor * s) ** 2) for g, s in pairs)
+  residual = math.sqrt(left / target) if np.isfinite(left) else math.inf
+  return Proof(residual, float(factor))
+
+
+def _is_none(leaf: Any) -> bool:
+  return leaf is None
+
+
+@jax.jit
+def _simulate(model, observation, masks, images, labels):
+  return client_gradient(model, observation.params, masks, images, labels, loss=observation.loss)
+
+
+def by_algebra(
+  key: Key, model: DropoutModel, observation: Observation
+) -> tuple[Attempt, Recovery | None, Found | None]:
+  """Tries what linear algebra gives.
+
+  Args:
+    key: random key.
+    model: the network.
+    observation: the update.
+
+  Returns:
+    What came of it, and what was found; None if it does not apply to the network.
+  """
+  start = time.monotonic()
+  try:
+    recovery = recover(key, model, observation)
+  except InputError as error:
+    attempt = Attempt(
+      name="closed form", outcome=first_line(error), seconds=time.monotonic() - start
+    )
+    return attempt, None, None
+  found = _found_by_algebra(model, observation, recovery)
+  whole = _whole(model, observation, recovery)
+  attempt = Attempt(
+    name="closed form",
+    outcome=recovery.summary(),
+    seconds=time.monotonic() - start,
+    residual=whole and whole.residual,
+  )
+  factor = whole.factor if whole and whole.residual < LIKELY else None
+  if factor is None and np.isfinite(recovery.scale):
+    factor = float(recovery.scale)
+  return attempt, recovery, found._replace(factor=factor)
+
+
+def _whole(model, observation, recovery: Recovery) -> Proof | None:
+  """Holds a whole batch that was recovered against the whole update, if its masks are known."""
+  parts = recovery.parts
+  if not np.all(np.asarray(parts.verdict) == Verdict.EXACT):
+    return None
+  return prove(model, observation, parts.masks, parts.images, parts.labels)
+
+
+def _found_by_algebra(model, observation, recovery: Recovery) -> Found:
+  parts = recovery.parts
+  names = {Verdict.EXACT: "certain", Verdict.APPROXIMATE: "partial", Verdict.NOT_APPLICABLE: "none"}
+  verdicts = [names[Verdict(int(v))] for v in np.asarray(parts.verdict)]
+  reasons = [
+    f"its part of the gradient is determined by linear equations, and left unexplained to {r:.1e}"
+    if verdict == "certain"
+    else recovery.reason
+    for verdict, r in zip(verdicts, recovery.residual, strict=True)
+  ]
+  return Found(
+    by=["closed form"] * len(verdicts),
+    images=np.asarray(parts.images),
+    verdicts=verdicts,
+    residuals=np.asarray(recovery.residual),
+    reasons=reasons,
+    labels=np.asarray(parts.labels),
+    known_labels=np.asarray(parts.known_labels),
+    masks={site: float(np.mean(known)) for site, known in parts.known_masks.items()},
+    factor=None,
+  )
+
+
+def by_search(
+  key: Key,
+  model: DropoutModel,
+  observation: Observation,
+  recovery: Recovery | None,
+  seconds: float,
+  on_trial: Callable[[str], None],
+) -> tuple[Attempt, Found]:
+  """Searches images, masks and labels until one explains the update or the time is up.
+
+  Args:
+    key: random key.
+    model: the network.
+    observation: the update.
+    recovery: what linear algebra gave; where it gave anything, the search starts from there.
+    seconds: for the search, compilation apart.
+    on_trial: called with a line after each trial.
+
+  Returns:
+    What came of it, and what was found.
+  """
+  start = time.monotonic()
+  attack = choose_attack(model, observation, recovery)
+  name = attack_name(attack)
+  best, left, iterations, trials = None, seconds, 0, 0
+  while left > 0 or best is None:
+    begun = time.monotonic()
+    state = attacks.solve(
+      jax.random.fold_in(jax.random.fold_in(key, _SEARCH), trials),
+      attack,
+      observation,
+      recovery=recovery,
+      seconds=left,
+    )
+    trials += 1
+    iterations += int(state.iteration)
+    if best is None or float(state.best.objective) < float(best.best.objective):
+      best = state
+    on_trial(f"{name}: trial {trials} ended at objective {float(state.best.objective):.2e}")
+    left -= time.monotonic() - begun
+    if int(best.status) == Status.CONVERGED:
+      break
+  candidate = best.best.candidate
+  masks, labels = complete(candidate, best.known)
+  proof = prove(model, observation, masks, candidate.images, labels)
+  verdict = "likely" if proof.residual <= LIKELY else "partial"
+  verdict = "none" if proof.residual > PARTIAL else verdict
+  size = observation.batch_size
+  reason = f"the batch leaves {proof.residual:.1%} of the update unexplained"
+  labels = np.asarray(labels)
+  found = Found(
+    by=[name] * size,
+    images=np.asarray(candidate.images),
+    verdicts=[verdict] * size,
+    residuals=np.full(size, proof.residual),
+    reasons=[reason] * size,
+    labels=labels if labels.ndim == 1 else labels.argmax(axis=1),
+    known_labels=np.zeros(size, bool),
+    masks={},
+    factor=proof.factor if verdict == "likely" else None,
+  )
+  status = Status(int(best.status))
+  ended = "the time was up" if status == Status.RUNNING else status.name.lower().replace("_", " ")
+  attempt = Attempt(
+    name=name,
+    outcome=f"{trials} trial(s), {ended}; {reason}",
+    seconds=time.monotonic() - start,
+    residual=proof.residual if math.isfinite(proof.residual) else None,
+    iterations=iterations,
+  )
+  return attempt, found
+
+
+def choose_attack(
+  model: DropoutModel, observation: Observation, recovery: Recovery | None
+) -> Attack:
+  """Chooses the search for what is known of an update.
+
+  Args:
+    model: the network.
+    observation: the update.
+    recovery: what linear algebra gave.
+  """
+  if model.classifier is None and observation.labels is None:
+    return attacks.create("dia" if model.rates else "ig", model, labels="free")
+  labels = "recovered" if observation.labels is None else "given"
+  if recovery is not None and _gave_something(recovery):
+    return attacks.create("hybrid", model, labels=labels)
+  return attacks.create("dia" if model.rates else "ig", model, labels=labels)
+
+
+def attack_name(attack: Attack) -> str:
+  """Returns what people call an attack that `choose_attack` chose."""
+  if type(attack).recover is not Attack.recover:
+    return "hybrid"
+  return "dia" if attack.masks == "free" else "ig"
+
+
+def _gave_something(recovery: Recovery) -> bool:
+  parts = recovery.parts
+  images = bool(np.any(np.asarray(parts.verdict) > 0))
+  return images or any(bool(np.any(known)) for known in parts.known_features.values())
+
+
+def better(one: Found, other: Found) -> Found:
+  """Returns of each image what is surer; of two that explain a part, that of the search.
+
+  Args:
+    one: of a closed form.
+    other: of a search, which keeps the images of the closed form in their places.
+  """
+  order = list(VERDICTS)
+  pick = np.array(
+    [
+      order.index(b) < order.index(a) or a == b == "partial"
+      for a, b in zip(one.verdicts, other.verdicts, strict=True)
+    ]
+  )
+
+  def each(name):
+    pairs = zip(pick, getattr(one, name), getattr(other, name), strict=True)
+    return [b if picked else a for picked, a, b in pairs]
+
+  return one._replace(
+    by=each("by"),
+    images=np.where(pick[:, None, None, None], other.images, one.images),
+    verdicts=each("verdicts"),
+    residuals=np.where(pick, other.residuals, one.residuals),
+    reasons=each("reasons"),
+    labels=np.where(pick, other.labels, one.labels),
+    factor=other.factor if one.factor is None else one.factor,
+  )

@@ -1,0 +1,301 @@
+"""What is wrong with an update, found before anything is tried on it.
+
+A gradient of one training step has marks of its own: its rank, the sum and the signs of the
+classifier's entries, the zeros that dropout leaves. Where an update lacks them it is not what it
+was said to be, and mostly the marks tell what it is.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia.audit.schema import Finding
+from jaxdia.client import Observation
+from jaxdia.closed_form import find_chain, is_turned
+from jaxdia.core.errors import InputError
+from jaxdia.core.trees import Path, leaves_by_path, with_leaves
+from jaxdia.core.types import Gradient
+from jaxdia.gradients import layer_gradient
+from jaxdia.models import DropoutModel
+
+# Types of fewer bits than float32, the coarsest first.
+_HALVES = (jnp.bfloat16, np.float16)
+# Rounding of float32, and of what JAX computes in it.
+_SINGLE = 1e-6
+# Singular values below this share of the largest are rounding.
+_RANK = 1e-5
+# Where no dropped unit is seen, so many must have been expected: e^-20 is chance enough.
+_EXPECTED_ZEROS = 20
+# Sizes of the entries of Adam's first update differ by less than this share.
+_EQUAL = 0.02
+# What should cancel does to this share of its terms.
+_CANCELS = 1e-4
+TURNED = Finding(
+  name="sign",
+  effect="mended",
+  text="the update has the opposite sign of a gradient, as new weights minus old ones have; it is"
+  " turned.",
+)
+
+
+class Diagnosis(NamedTuple):
+  """An update that was put right as far as that is possible.
+
+  Attributes:
+    observation: what the attacks are shown.
+    findings: what was seen.
+    rounding: share of the gradient that rounding may have changed.
+    training: whether dropout was on, where it shows; None where it does not.
+  """
+
+  observation: Observation
+  findings: list[Finding]
+  rounding: float
+  training: bool | None
+
+  @property
+  def stops(self) -> bool:
+    """Whether there is no gradient to be attacked."""
+    return any(finding.effect == "stops" for finding in self.findings)
+
+
+def diagnose(model: DropoutModel, observation: Observation, rounding: float = 0.0) -> Diagnosis:
+  """Looks for what an update has besides, or instead of, the gradient of one training step.
+
+  Args:
+    model: the network.
+    observation: with the gradient as it was sent.
+    rounding: share of it that is known to be rounding, as of weights of few bits.
+
+  Returns:
+    The observation, put right, and what was found.
+
+  Raises:
+    InputError: no layer of the gradient can be used.
+  """
+  gradient, findings = _usable(observation)
+  kind, level = _precision(gradient)
+  if kind:
+    findings.append(kind)
+  rounding = max(rounding, level, _SINGLE)
+  for look in (_equal_sizes, _weight_decay, _sign, _rank):
+    here = dataclasses.replace(observation, gradient=gradient)
+    found = look(model, here, rounding)
+    if found is not None:
+      finding, gradient = found
+      findings.append(finding)
+  observation = dataclasses.replace(observation, gradient=gradient)
+  training, finding = _mode(model, observation)
+  return Diagnosis(observation, [*findings, *finding], rounding, training)
+
+
+def _name(path: Path) -> str:
+  return "/".join(path)
+
+
+def _usable(observation: Observation) -> tuple[Gradient, list[Finding]]:
+  """Leaves out what holds no information, as if it were frozen."""
+  leaves = leaves_by_path(observation.gradient)
+  paths = list(leaves_by_path(observation.params))
+  broken = [p for p, leaf in leaves.items() if not np.isfinite(np.asarray(leaf)).all()]
+  zero = [p for p, leaf in leaves.items() if not np.any(np.asarray(leaf))]
+  left_out = {
+    "frozen layer": (
+      [path for path in paths if path not in leaves],
+      "no gradient was sent of {}; audited is what was sent.",
+    ),
+    "not finite": (broken, "{} has NaN or infinite entries, and is left out."),
+    "zero layer": (
+      zero,
+      "the gradient of {} is zero throughout: frozen, or no image of the batch reached it. It is"
+      " left out.",
+    ),
+  }
+  findings = []
+  for name, (which, text) in left_out.items():
+    if which:
+      shown = ", ".join(map(_name, which[:4]))
+      shown += f" and {len(which) - 4} more" * (len(which) > 4)
+      effect = "noted" if name == "frozen layer" else "mended"
+      findings.append(Finding(name=name, effect=effect, text=text.format(shown)))
+  kept = {path: None if path in (*broken, *zero) else leaves.get(path) for path in paths}
+  if all(leaf is None for leaf in kept.values()):
+    raise InputError(
+      "the update is zero or not finite in every layer, so there is nothing to audit. If it was"
+      " made of weights, those before and after may be the same file."
+    )
+  return with_leaves(observation.params, kept), findings
+
+
+def _precision(gradient: Gradient) -> tuple[Finding | None, float]:
+  """Finds values that all have fewer bits than float32."""
+  leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(gradient)]
+  for kind in _HALVES:
+    with np.errstate(over="ignore"):
+      exact = all(np.array_equal(leaf, leaf.astype(kind).astype(np.float32)) for leaf in leaves)
+    if exact:
+      level = float(jnp.finfo(kind).eps) / 2
+      name = np.dtype(kind).name
+      text = (
+        f"all values fit into {name}: each is rounded by up to {level:.1e} of itself, which is"
+        " taken as the tolerance. What linear algebra finds is no more exact than that."
+      )
+      return Finding(name="half precision", effect="noted", text=text, value=level), level
+  return None, 0.0
+
+
+def _equal_sizes(model, observation, rounding):
+  """Finds updates of which Adam, or a sign, left only the signs."""
+  del model, rounding
+  largest = max(jax.tree.leaves(observation.gradient), key=lambda leaf: leaf.size)
+  sizes = np.abs(np.asarray(largest, np.float64))
+  sizes = sizes[sizes > 0]
+  if sizes.size < 20:
+    return None
+  low, middle, high = np.quantile(sizes, (0.1, 0.5, 0.9))
+  if high - low > _EQUAL * middle:
+    return None
+  text = (
+    f"nearly all entries that changed did so by the same amount ({middle:.2e}): this is the first"
+    " step of Adam, or the sign of a gradient, and not the gradient. It tells the signs alone."
+    " Send what came before the optimiser, or audit with the optimiser's state."
+  )
+  return Finding(name="adam", effect="stops", text=text, value=middle), observation.gradient
+
+
+def _weight_decay(model, observation, rounding):
+  """Finds params in the gradient by the classifier, whose own entries cancel over the classes."""
+  if model.classifier is None or observation.loss.kind != "cross_entropy":
+    return None
+  g, w = (
+    layer_gradient(tree, model.classifier) for tree in (observation.gradient, observation.params)
+  )
+  if "kernel" not in g:
+    return None
+  kernel, weight = (np.asarray(layer["kernel"], np.float64) for layer in (g, w))
+  left, weights = kernel.sum(axis=1), weight.sum(axis=1)
+  decay = float(left @ weights / (weights @ weights))
+  size = np.linalg.norm(np.abs(kernel).sum(axis=1))
+  if np.linalg.norm(left) < max(_CANCELS, 3 * rounding) * size:
+    return None
+  if np.linalg.norm(left - decay * weights) > 0.05 * np.linalg.norm(left):
+    return None
+  # Of units that were dropped nothing else is there, and they tell it to the last bit.
+  every = [
+    (np.asarray(g, np.float64).ravel(), np.asarray(w, np.float64).ravel())
+    for g, w in _with_params(observation)
+  ]
+  ratios = np.concatenate([g[w != 0] / w[w != 0] for g, w in every])
+  near = ratios[np.abs(ratios - decay) < 1e-3 * abs(decay)]
+  decay = float(np.median(near)) if near.size else decay
+  text = (
+    f"the update holds {decay:.3g} times the weights, as weight decay of that size leaves there; it"
+    " is taken out."
+  )
+  gradient = jax.tree.map(
+    lambda leaf, weight: None if leaf is None else _without(leaf, decay, weight, rounding),
+    observation.gradient,
+    observation.params,
+    is_leaf=lambda leaf: leaf is None,
+  )
+  return Finding(name="weight decay", effect="mended", text=text, value=decay), gradient
+
+
+def _with_params(observation: Observation) -> list[tuple[Any, Any]]:
+  """Returns the leaves of a gradient that were sent, each with that of the params."""
+  params = leaves_by_path(observation.params)
+  return [(leaf, params[path]) for path, leaf in leaves_by_path(observation.gradient).items()]
+
+
+def _without(leaf, decay: float, weight, rounding: float) -> np.ndarray:
+  """Returns a gradient without decayed weights; what is left of them by rounding is 0."""
+  decayed = decay * np.asarray(weight, np.float64)
+  rest = np.asarray(leaf, np.float64) - decayed
+  rest[np.abs(rest) <= rounding * np.abs(decayed)] = 0
+  return rest.astype(leaf.dtype)
+
+
+def _sign(model, observation, rounding):
+  del rounding
+  if not is_turned(model, observation):
+    return None
+  return TURNED, negative(observation).gradient
+
+
+def negative(observation: Observation) -> Observation:
+  """Returns an observation with its gradient turned.
+
+  Args:
+    observation: of an update.
+  """
+  gradient = jax.tree.map(lambda leaf: -leaf, observation.gradient)
+  return dataclasses.replace(observation, gradient=gradient)
+
+
+def tells_sign(model: DropoutModel, observation: Observation) -> bool:
+  """Returns whether a wrong sign would have been seen, which the bias of the classifier tells.
+
+  Args:
+    model: the network.
+    observation: of an update.
+  """
+  path = model.classifier
+  layer = {} if path is None else layer_gradient(observation.gradient, path)
+  return "bias" in layer and 2 * observation.batch_size < model.num_classes
+
+
+def _rank(model, observation, rounding):
+  """Finds what is of more images than were named, by the rank of a dense layer's gradient."""
+  for layer in model.dense(observation.batch_size):
+    kernel = layer_gradient(observation.gradient, layer.path).get("kernel")
+    most = sum(layer.rows)
+    if kernel is None or min(kernel.shape) <= most:
+      continue
+    values = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
+    rank = int(np.sum(values > max(_RANK, 3 * rounding) * values[0]))
+    if rank <= most:
+      continue
+    name, beyond = _name(layer.path), float(np.linalg.norm(values[most:]) / np.linalg.norm(values))
+    text = (
+      f"the gradient of {name} has rank {rank}; one step on {observation.batch_size} image(s) gives"
+      f" at most {most}, and {beyond:.1e} of it lies outside. "
+    )
+    if rank < min(kernel.shape):
+      text += (
+        f"It is a sum over more images, of at least {-(-rank // most)} steps of that batch: several"
+        " local steps, a larger batch, or momentum from rounds before. Linear algebra does not"
+        " apply to it as it stands."
+      )
+      return Finding(name="several steps", effect="noted", text=text, value=rank), (
+        observation.gradient
+      )
+    text += "No sum over images is so: it holds noise, or was pruned or quantised."
+    return Finding(name="noise", effect="noted", text=text, value=beyond), observation.gradient
+  return None
+
+
+def _mode(model: DropoutModel, observation: Observation) -> tuple[bool | None, list[Finding]]:
+  """Tells from the zeros of dense layers whether dropout was on."""
+  try:
+    chain = find_chain(model.network) if model.rates else None
+  except TypeError:  # of a network that cannot be computed in float64
+    chain = None
+  zeros, expected = 0, 0.0
+  for layer, source in zip(chain.layers, chain.inputs, strict=True) if chain else ():
+    kernel = layer_gradient(observation.gradient, layer.path).get("kernel")
+    if source.site is None or kernel is None:
+      continue
+    zeros += int(np.sum(~np.any(np.asarray(kernel), axis=1)))
+    expected += layer.inputs * float(model.rates[source.site]) ** observation.batch_size
+  if expected < _EXPECTED_ZEROS:
+    return (True if zeros else None), []
+  if zeros:
+    return True, []
+  text = (
+    f"no unit is zero, where dropout would have dropped about {expected:.0f} in all images: the"
+    " gradient was computed in evaluation mode. The audit goes on without dropout."
+  )
+  return False, [Finding(name="evaluation mode", effect="mended", text=text)]

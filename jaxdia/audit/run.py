@@ -1,0 +1,262 @@
+"""Audits updates: what a server could see in them, with a proof of what it saw."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import msgspec
+import numpy as np
+
+from jaxdia import data, evaluation, updates
+from jaxdia.attacks import Candidate
+from jaxdia.audit.pipeline import Outcome, audit
+from jaxdia.audit.schema import Audit, Finding, Image, Update
+from jaxdia.audit.settings import AuditSettings, validate
+from jaxdia.client import Observation, Secret
+from jaxdia.core.errors import InputError
+from jaxdia.core.files import write_json, write_npz
+from jaxdia.core.trees import leaves_by_path
+from jaxdia.core.types import Params
+from jaxdia.data import denormalize
+from jaxdia.experiment.lock import Lock
+from jaxdia.experiment.manifest import manifest
+from jaxdia.experiment.network import create_model
+from jaxdia.models import DropoutModel
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  *,
+  say: Callable[[str], None] = print,
+) -> Audit:
+  """Audits the updates that a config names, and writes what came of it.
+
+  In the work directory are afterwards `audit.json` and, for each update, `update_000.npz` with
+  the images that were found as pixels. The same call goes on where it was interrupted, with the
+  update that it was at.
+
+  Args:
+    config: of `jaxdia.audit.default_config`.
+    workdir: made if needed.
+    say: called with what a person should read.
+
+  Returns:
+    What audit.json holds.
+
+  Raises:
+    InputError: something about the input; nothing has been written then.
+  """
+  settings, workdir = validate(config), pathlib.Path(workdir)
+  model = create_model(settings.model, settings.image_shape, settings.num_classes)
+  before = updates.fit(model, updates.read(settings.before), by_order=settings.by_order)
+  seen = [_read(settings, model, before, path) for path in settings.updates]
+  truth = [_truth(settings, model, number) for number in range(len(seen))]
+  lock = Lock(workdir)
+  lock.acquire()
+  try:
+    before_now = {update.digest: update for update in _finished(workdir)}
+    done: list[Update] = []
+    for number, one in enumerate(seen):
+      pending = [other.name for other in seen[number + 1 :]]
+      if one.digest in before_now and images_path(workdir, number).exists():
+        say(f"{one.name}: audited before")
+        done.append(before_now[one.digest])
+      else:
+        say(f"{one.name}: update {number + 1} of {len(seen)}")
+        outcome = audit(
+          jax.random.fold_in(jax.random.key(settings.seed), number),
+          model,
+          one.observation,
+          seconds=settings.seconds,
+          training=settings.mode == "training",
+          rounding=one.rounding,
+          say=lambda text: say(f"  {text}"),
+        )
+        update, arrays = _result(settings, model, one, outcome, truth[number])
+        write_npz(images_path(workdir, number), arrays)
+        done.append(update)
+      result = _write(workdir, settings, model, done, pending)
+  finally:
+    lock.release()
+  return result
+
+
+class _Seen(NamedTuple):
+  """One update as it was read."""
+
+  name: str
+  observation: Observation
+  rounding: float
+  findings: list[Finding]
+  digest: str
+
+
+def _read(settings: AuditSettings, model: DropoutModel, before: updates.Fit, path: str) -> _Seen:
+  """Reads an update as a gradient."""
+  decay, by_order = settings.weight_decay, settings.by_order
+  if settings.after:
+    sent = updates.fit(model, updates.read(path), by_order=by_order)
+    rate, steps = settings.learning_rate, settings.local_steps
+    assert rate is not None  # checked with the settings
+    update = updates.from_weights(
+      before.tree, sent.tree, rate, local_steps=steps, weight_decay=decay
+    )
+  else:
+    sent = updates.fit(model, updates.read(path), "gradient", by_order=by_order)
+    update = updates.from_gradient(before.tree, sent.tree, weight_decay=decay)
+  mean, std = settings.statistics
+  observation = Observation(
+    params=as_floats(before.tree),
+    gradient=update.gradient,
+    labels=settings.labels,
+    mean=mean,
+    std=std,
+    batch_size=settings.batch_size,
+    loss=settings.loss,
+  )
+  notes = dict.fromkeys((*before.notes, *sent.notes, *update.notes))
+  findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
+  digest = _digest(settings, observation)
+  return _Seen(pathlib.Path(path).name, observation, update.rounding, findings, digest)
+
+
+def as_floats(params: Params) -> Params:
+  """Returns params as float32, or float64 if all are that: what networks are computed in.
+
+  Args:
+    params: of any floating-point types.
+  """
+  types = {np.asarray(leaf).dtype for leaf in jax.tree.leaves(params)}
+  dtype = np.float64 if types == {np.dtype(np.float64)} else np.float32
+  return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), params)
+
+
+def _digest(settings: AuditSettings, observation: Observation) -> str:
+  """Returns the SHA-256 of an update and of all settings that its audit depends on."""
+  known = settings.to_json()
+  for name in ("before", "after", "gradient"):
+    del known[name]
+  sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+  for tree in (observation.params, observation.gradient):
+    for path, leaf in leaves_by_path(tree).items():
+      sha.update("/".join(path).encode())
+      sha.update(np.ascontiguousarray(leaf).tobytes())
+  return sha.hexdigest()
+
+
+def _truth(settings: AuditSettings, model: DropoutModel, number: int) -> Secret | None:
+  """Returns the images of an update's batch, to score against; they go nowhere else."""
+  if settings.truth is None:
+    return None
+  source = settings.truth if ":" in settings.truth else f"npz:{settings.truth}"
+  size = settings.batch_size
+  victims = data.load(source, size, number * size, num_classes=settings.num_classes)
+  if victims.images.shape[1:] != tuple(model.image_shape):
+    raise InputError(
+      f"the images of config.truth={settings.truth} have shape {victims.images.shape[1:]}; expected"
+      f" {tuple(model.image_shape)} as config.image_shape."
+    )
+  images = data.normalize(victims.images, settings.statistics)
+  return Secret(images, victims.labels, None)
+
+
+def _result(
+  settings: AuditSettings,
+  model: DropoutModel,
+  one: _Seen,
+  outcome: Outcome,
+  truth: Secret | None,
+) -> tuple[Update, dict[str, np.ndarray]]:
+  """Returns the audit of an update, and its images as pixels, with the truth in their order."""
+  found, size = outcome.found, settings.batch_size
+  arrays = {"images": np.full((size, *model.image_shape), np.nan, np.float32)}
+  if found is None:
+    reason = next(f.text for f in outcome.findings if f.effect == "stops")
+    images = [Image(verdict="none", by=None, residual=None, reason=reason)] * size
+  else:
+    shown = np.array([verdict != "none" for verdict in found.verdicts])
+    pixels = np.clip(denormalize(found.images, settings.statistics), 0, 1)
+    arrays["images"][shown] = pixels[shown]
+    scores: list[dict[str, float | None]] = [{}] * size
+    if truth is not None:
+      candidate = Candidate(found.images, None, None)
+      scored = evaluation.evaluate(
+        model, truth, candidate, settings.statistics, found.labels, found=shown
+      )
+      place = np.argsort(scored.order)  # of each image that was found, among the originals
+      arrays["truth"] = scored.originals[place]
+      scores = [_numbers(scored.scores[i]) for i in place]
+    images = [
+      Image(
+        verdict=found.verdicts[i],
+        by=found.by[i] if shown[i] else None,
+        residual=float(found.residuals[i]) if np.isfinite(found.residuals[i]) else None,
+        reason=found.reasons[i],
+        label=int(found.labels[i]),
+        label_is_certain=bool(found.known_labels[i]),
+        scores=scores[i],
+      )
+      for i in range(size)
+    ]
+  update = Update(
+    name=one.name,
+    digest=one.digest,
+    findings=[*one.findings, *outcome.findings],
+    attempts=outcome.attempts,
+    images=images,
+    factor=found.factor if found else None,
+    masks=found.masks if found else {},
+  )
+  return update, arrays
+
+
+def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:
+  """Returns the scores of an image that are single numbers."""
+  kept = {name: value for name, value in scores.items() if not isinstance(value, dict)}
+  return {name: None if value is None else float(value) for name, value in kept.items()}
+
+
+def _finished(workdir: pathlib.Path) -> list[Update]:
+  """Returns the updates that were audited before."""
+  path = workdir / "audit.json"
+  if not path.exists():
+    return []
+  try:
+    return msgspec.json.decode(path.read_bytes(), type=Audit).updates
+  except (OSError, msgspec.DecodeError) as error:
+    raise InputError(f"{path} is damaged ({error}). Delete it, or choose another workdir.") from (
+      error
+    )
+
+
+def _write(
+  workdir: pathlib.Path,
+  settings: AuditSettings,
+  model: DropoutModel,
+  done: list[Update],
+  pending: list[str],
+) -> Audit:
+  sites = {site.name: float(site.rate) for site in model.sites}
+  size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+  about = {"name": settings.model.name, "parameters": size, "sites": sites}
+  audit = Audit(
+    settings=settings.to_json(), model=about, updates=done, pending=pending, manifest=manifest()
+  )
+  write_json(workdir / "audit.json", msgspec.to_builtins(audit))
+  return audit
+
+
+def images_path(workdir: pathlib.Path, number: int) -> pathlib.Path:
+  """Returns the file with the images of an update.
+
+  Args:
+    workdir: of the audit.
+    number: of the update, from 0.
+  """
+  return workdir / f"update_{number:03d}.npz"

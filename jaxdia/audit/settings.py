@@ -1,0 +1,186 @@
+"""Settings of an audit: the config that users see, and the values that it becomes."""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from jaxdia.client.losses import CROSS_ENTROPY, Loss
+from jaxdia.core.errors import InputError, check_count, check_number, unknown
+from jaxdia.core.types import Statistics
+from jaxdia.data import statistics_of
+from jaxdia.experiment.config import ModelSettings, plain
+from jaxdia.models.base import check_image_shape
+
+MODES = ("training", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditSettings:
+  """What is audited, and what is known of it.
+
+  Attributes:
+    model: the network; a built-in one, or the import path of the user's own.
+    image_shape: (height, width, channels) of the images.
+    num_classes: number of logits.
+    before: file of the weights that the server sent.
+    after: files of the weights that came back, one an update.
+    gradient: files of gradients instead, one an update.
+    by_order: match arrays by their order where names do not tell.
+    batch_size: images of one step.
+    learning_rate: of the client, for weights that came back.
+    local_steps: of the client between the weights.
+    weight_decay: of the client.
+    loss: that the client descends.
+    mode: "training", in which dropout is on, or "evaluation".
+    statistics: that normalise the images.
+    labels: classes of the batch, if they are known.
+    seconds: that a search may take for each update; 0 tries linear algebra alone.
+    truth: npz file with images and labels to score against, or None.
+    seed: of everything that is drawn.
+  """
+
+  model: ModelSettings
+  image_shape: tuple[int, int, int]
+  num_classes: int
+  before: str
+  after: tuple[str, ...] = ()
+  gradient: tuple[str, ...] = ()
+  by_order: bool = False
+  batch_size: int = 1
+  learning_rate: float | None = None
+  local_steps: int = 1
+  weight_decay: float = 0.0
+  loss: Loss = CROSS_ENTROPY
+  mode: str = "training"
+  statistics: Statistics
+  labels: tuple[int, ...] | None = None
+  seconds: float = 60.0
+  truth: str | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    check_image_shape(self.image_shape)
+    check_count("config.num_classes", self.num_classes, 2)
+    check_count("config.batch_size", self.batch_size, 1)
+    check_count("config.local_steps", self.local_steps, 1)
+    check_count("config.seed", self.seed, 0, 2**32 - 1)
+    if self.mode not in MODES:
+      raise unknown("value of config.mode:", self.mode, MODES)
+    for name in ("seconds", "weight_decay"):
+      least_0 = "a number of at least 0"
+      check_number(f"config.{name}", getattr(self, name), lambda value: value >= 0, least_0)
+    if not self.before:
+      raise InputError(
+        "config.before is not set; expected the file of the weights that the server sent, such as"
+        " --config.before=before.safetensors."
+      )
+    if bool(self.after) == bool(self.gradient):
+      raise InputError(
+        f"config.after is {','.join(self.after)!r} and config.gradient {','.join(self.gradient)!r};"
+        " expected one of them: the weights that the client sent back, or its gradient."
+      )
+    if self.after:
+      check_number(
+        "config.learning_rate",
+        self.learning_rate,
+        lambda value: value > 0,
+        "the learning rate of the client, above 0; with weights before and after it is needed",
+      )
+
+  @property
+  def updates(self) -> tuple[str, ...]:
+    """Files of the updates."""
+    return self.after or self.gradient
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what audit.json says of them."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    mean, std = self.statistics
+    return fields | {
+      "model": self.model.to_json(),
+      "statistics": {"mean": mean, "std": std},
+      "loss": dataclasses.asdict(self.loss),
+    }
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns the config of an audit, in which what has no default is to be set."""
+  return ml_collections.ConfigDict(
+    {
+      "model": ModelSettings().to_json(),
+      "image_shape": (28, 28, 1),
+      "num_classes": 10,
+      "before": config_dict.placeholder(str),
+      "after": config_dict.placeholder(str),
+      "gradient": config_dict.placeholder(str),
+      "by_order": False,
+      "batch_size": 1,
+      "learning_rate": config_dict.placeholder(float),
+      "local_steps": 1,
+      "weight_decay": 0.0,
+      "loss": dataclasses.asdict(CROSS_ENTROPY),
+      "mode": "training",
+      "statistics": config_dict.placeholder(str),
+      "mean": (0.0,),
+      "std": (1.0,),
+      "labels": config_dict.placeholder(str),
+      "seconds": 60.0,
+      "truth": config_dict.placeholder(str),
+      "seed": 0,
+    }
+  )
+
+
+def validate(config: ml_collections.ConfigDict) -> AuditSettings:
+  """Returns a config as settings, or says what is wrong with it.
+
+  Args:
+    config: with the fields of `default_config`, and in `model` the options of the network.
+
+  Raises:
+    InputError: a field that does not exist, or a value that it cannot take.
+  """
+  fields = plain(ml_collections.ConfigDict(config).to_dict())
+  known = list(default_config())
+  for name in fields:
+    if name not in known:
+      raise unknown("config field", name, known)
+  model = dict(fields.pop("model"))
+  name, rate = model.pop("name"), model.pop("dropout_rate")
+  files = {kind: _split(fields.pop(kind)) for kind in ("after", "gradient")}
+  named, mean, std = (fields.pop(name) for name in ("statistics", "mean", "std"))
+  statistics = Statistics(mean, std) if named is None else statistics_of(named)
+  labels, loss = fields.pop("labels"), fields.pop("loss")
+  return AuditSettings(
+    model=ModelSettings(name, rate, tuple(model.items())),
+    statistics=statistics,
+    loss=_loss(loss),
+    labels=None if labels is None else _labels(labels),
+    **files,
+    **fields,
+  )
+
+
+def _loss(fields: Any) -> Loss:
+  known = [f.name for f in dataclasses.fields(Loss)]
+  if not isinstance(fields, dict):
+    raise InputError(f"config.loss is {fields!r}; expected a group of the fields {known}.")
+  for name in fields:
+    if name not in known:
+      raise unknown("field of config.loss:", name, known)
+  return Loss(**fields)
+
+
+def _split(names: str | None) -> tuple[str, ...]:
+  return tuple(name.strip() for name in (names or "").split(",") if name.strip())
+
+
+def _labels(text: str) -> tuple[int, ...]:
+  try:
+    return tuple(int(label) for label in _split(str(text)))
+  except ValueError:
+    raise InputError(
+      f"config.labels is {text!r}; expected classes separated by commas, such as 3,1,4,1."
+    ) from None

@@ -1,0 +1,163 @@
+"""The image of a single-image batch, from a first dense layer with a bias and nothing else.
+
+With one row of inputs `x` the gradient of the kernel is `dW = x ⊗ db`, whatever comes after the
+layer. So each output j whose bias has a gradient tells the whole image, `x = dW[:, j] / db[j]`, and
+all together tell how well it is known (Phong et al. 2018; Geiping et al. 2020).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia.closed_form.structure import (
+  Input,
+  close,
+  find_input,
+  full_masks,
+  model_to_try,
+  probing_params,
+)
+from jaxdia.core.trees import Path, leaves_by_path
+from jaxdia.gradients import layer_gradient
+from jaxdia.models import Network
+
+# So many entries of the same largest size were clipped to it.
+_CLIPPED = 4
+
+
+class FirstLayer(NamedTuple):
+  """A dense layer that is fed with one row of pixels an image, `factors * pixel + shifts`.
+
+  Attributes:
+    path: where its kernel and its bias are.
+    pixels: i[inputs], index into the flattened image of each input; 0 for constants.
+    factors: f64[inputs], in evaluation mode; 0 for constants.
+    shifts: f64[inputs].
+    source: the dropout that multiplies its inputs, if any.
+  """
+
+  path: Path
+  pixels: np.ndarray
+  factors: np.ndarray
+  shifts: np.ndarray
+  source: Input
+
+
+class Inputs(NamedTuple):
+  """What the gradient says of the inputs of a dense layer.
+
+  Attributes:
+    values: f64[inputs].
+    errors: f64[inputs], standard errors, from how much the outputs disagree.
+    residual: f[], the share of the kernel's gradient that they leave unexplained.
+  """
+
+  values: np.ndarray
+  errors: np.ndarray
+  residual: float
+
+
+@functools.lru_cache
+def find_first_layer(network: Network) -> FirstLayer | None:
+  """Finds a dense layer with a bias that is fed with the pixels of an image.
+
+  That it is so is tried, by gradients of the network alone: so the layer may be inside a
+  transformation such as remat, and what comes after it does not matter.
+
+  Args:
+    network: of a model.
+
+  Returns:
+    The layer; None if there is none.
+  """
+  model = model_to_try(network)
+  size = int(np.prod(model.image_shape))
+  drawn = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = {path: leaf.shape for path, leaf in leaves_by_path(drawn).items()}
+  paths = [
+    path[:-1]
+    for path, shape in shapes.items()
+    if path[-1] == "kernel"
+    and len(shape) == 2
+    and shape[0] >= size
+    and shapes.get((*path[:-1], "bias")) == shape[1:]
+  ]
+  if not paths:
+    return None
+  with jax.enable_x64(True):
+    params = probing_params(model)
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal((1, model.num_classes)))
+
+    @jax.jit
+    def gradients(params, masks, images):
+      gradient = jax.grad(lambda p: jnp.sum(weights * model.apply(p, masks, images)))(params)
+      return {path: layer_gradient(gradient, path) for path in paths}
+
+    for path in paths:
+      found = _try(model, params, path, gradients)
+      if found is not None:
+        return found
+  return None
+
+
+def _try(model, params, path, gradients) -> FirstLayer | None:
+  def inputs_of(masks, image):
+    leaves = gradients(params, masks, jnp.asarray(image).reshape(1, *model.image_shape))[path]
+    read = read_inputs(*(np.asarray(leaves[name]) for name in ("kernel", "bias")))
+    return read.values if read.residual < 1e-9 else np.full(len(leaves["kernel"]), np.nan)
+
+  size = int(np.prod(model.image_shape))
+  expected = {s.name: (1 - s.rate) * full_masks(model)[s.name] for s in model.sites}
+  none, one = (inputs_of(expected, np.full(size, value)) for value in (0.0, 1.0))
+  # A pixel of each value tells which one each input is.
+  each = inputs_of(expected, np.arange(size) / size)
+  if not all(np.isfinite(x).all() for x in (none, one, each)):
+    return None
+  factors = one - none
+  varies = np.abs(factors) > 1e-9
+  pixels = np.rint(np.divide(each - none, factors, out=np.zeros_like(each), where=varies) * size)
+  pixels = np.clip(pixels.astype(int), 0, size - 1)
+  factors = np.where(varies, factors, 0)
+  image = np.random.default_rng(1).standard_normal(size)
+  complete = len(np.unique(pixels[varies])) == size
+  if not complete or not close(inputs_of(expected, image), factors * image[pixels] + none):
+    return None
+  source = find_input(model, inputs_of)
+  return FirstLayer(path, pixels, factors, none, source)
+
+
+def read_inputs(kernel: np.ndarray, bias: np.ndarray) -> Inputs:
+  """Returns the inputs of a dense layer with one row, by weighted least squares over its outputs.
+
+  Entries that are zero are left out where others of the same input are not (the gradient was
+  pruned), and so are those that were clipped to one value.
+
+  Args:
+    kernel: f64[inputs, outputs], its gradient.
+    bias: f64[outputs], its gradient.
+
+  Returns:
+    The inputs; an input all of whose entries were pruned is 0, with the error that this allows.
+  """
+  sizes = np.abs(kernel)
+  limit = max(np.max(sizes), np.max(np.abs(bias)))
+  clipped = np.sum(sizes == limit) + np.sum(np.abs(bias) == limit) >= _CLIPPED
+  told = (bias != 0) & ~(clipped & (np.abs(bias) == limit))
+  used = told[None] & (sizes != 0) & ~(clipped & (sizes == limit))
+  seen = used.any(axis=1)
+  pruned = bool(np.any(seen[:, None] & told[None] & (sizes == 0)))
+  support = used * np.square(bias)[None]
+  total = np.maximum(support.sum(axis=1), np.finfo(float).tiny)
+  values = (used * kernel) @ bias / total
+  left = used * (kernel - np.outer(values, bias))
+  counts = np.maximum(used.sum(axis=1) - 1, 1)
+  errors = np.sqrt(np.sum(np.square(left), axis=1) / counts / total)
+  if pruned and not seen.all():
+    errors[~seen] = np.min(sizes[used]) / np.max(np.abs(bias[told]))
+  whole = np.linalg.norm(used * kernel)
+  nothing = 0.0 if told.any() else np.inf
+  residual = float(np.linalg.norm(left) / whole) if whole > 0 else nothing
+  return Inputs(np.where(seen, values, 0.0), np.where(np.isfinite(errors), errors, 0), residual)

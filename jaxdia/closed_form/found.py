@@ -1,0 +1,107 @@
+"""The parts of a batch, while they are put together."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdia.client import Observation
+from jaxdia.closed_form.labels import recover_labels
+from jaxdia.closed_form.parts import Parts, Recovery, Verdict
+from jaxdia.core.errors import InputError
+from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
+
+# A sample that leaves no more than this of the gradient unexplained, relative, is exact.
+EXACT = 1e-3
+
+
+class Found:
+  """The parts, while they are put together.
+
+  Attributes:
+    parts: so far.
+    residual: f64[B], as in `Recovery`.
+    error: f64[B], likewise.
+    scale: likewise.
+    note: what is to be said even if all images are exact.
+  """
+
+  def __init__(self, model: DropoutModel, observation: Observation):
+    """Begins with nothing found but labels."""
+    size = observation.batch_size
+    self.dtype = observation.dtype
+    self.axes = batch_axes(model)
+    self.residual = np.full(size, np.nan)
+    self.error = np.full(size, np.nan)
+    self.scale = math.nan
+    self.note = ""
+    masks = expected_masks(model, size, jnp.float64)
+    readable = model.classifier is not None
+    if observation.labels is not None:
+      labels = np.asarray(observation.labels)
+    else:
+      try:
+        labels = np.asarray(recover_labels(model, observation))
+      except InputError:
+        if observation.loss.kind == "cross_entropy":
+          raise
+        labels, readable = np.zeros(size, np.int32), False  # images are read without them
+    self.parts = Parts(
+      images=np.zeros((size, *model.image_shape)),
+      verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),
+      masks=jax.tree.map(np.array, masks),
+      known_masks={site: np.zeros(mask.shape, bool) for site, mask in masks.items()},
+      labels=labels,
+      known_labels=np.full(size, size == 1 and readable),
+      features={},
+      known_features={},
+    )
+
+  def set_label(self, number: int, label: int) -> None:
+    """Gives an image its label, and the others those that are left."""
+    labels, known = self.parts.labels.copy(), self.parts.known_labels
+    others = [i for i in range(len(labels)) if i != number and not known[i]]
+    if not known[number] and labels[number] != label:
+      for i in others:
+        if labels[i] == label:
+          labels[i] = labels[number]
+          break
+    labels[number] = label
+    known[number] = True
+    self.parts = self.parts._replace(labels=labels)
+
+  def set_mask(self, site: str | None, number: int, entries: np.ndarray, kept: np.ndarray) -> None:
+    """Notes the entries of an image's part of a mask."""
+    if site is None or self.axes[site] != 0 or len(self.parts.masks[site]) != len(self.residual):
+      return
+    entries, kept = entries[entries >= 0], kept[entries >= 0]
+    self.parts.masks[site][number].reshape(-1)[entries] = kept
+    self.parts.known_masks[site][number].reshape(-1)[entries] = True
+
+  def declare_features(self, layer: DenseLayer | Convolution) -> None:
+    """Makes room for the inputs of a layer."""
+    size = len(self.residual)
+    self.parts.features[layer.path] = np.zeros((size, layer.inputs))
+    self.parts.known_features[layer.path] = np.zeros(size, bool)
+
+  def set_features(self, path: tuple[str, ...], number: int, features: np.ndarray) -> None:
+    """Notes the inputs of a layer."""
+    self.parts.features[path][number] = features
+    self.parts.known_features[path][number] = True
+
+  def set_image(
+    self, number: int, image: np.ndarray, residual: float, determined: bool = True
+  ) -> None:
+    """Notes an image, and how far it can be believed."""
+    self.parts.images[number] = image
+    exact = residual <= EXACT and determined
+    self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
+
+  def recovery(self, reason: str) -> Recovery:
+    """Returns the result, with the reason why there is not more."""
+    parts = jax.tree.map(lambda x: x.astype(self.dtype) if x.dtype == np.float64 else x, self.parts)
+    exact = bool((parts.verdict == Verdict.EXACT).all())
+    return Recovery(
+      parts, self.residual, self.note or ("" if exact else reason), self.scale, self.error
+    )

@@ -1,0 +1,164 @@
+"""One page about the audit of updates, which first answers what a server could see."""
+
+import pathlib
+import shlex
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from jaxdia.audit import images_path
+from jaxdia.audit.schema import VERDICTS, Audit, Update
+from jaxdia.core.errors import InputError
+from jaxdia.core.files import UnreadableFile, read_npz
+from jaxdia.experiment.progress import duration
+from jaxdia.report import figures, words
+from jaxdia.report.page import write_page
+
+# What a search may find at every dropout rate, and what makes it harder, whatever the rate.
+_HARDER = (
+  "Larger batches: the images share one gradient, and the unknowns grow with them.",
+  "Secure aggregation, so that the server sees only a sum over many clients.",
+  "Clipping the gradient of each example and adding noise to it (DP-SGD): the only measure of these"
+  " with a proof. Dropout is none: it is found together with the images.",
+  "Several local steps on different images at a learning rate that is not small.",
+)
+_NEVER_TRIED = (
+  "Knowledge of what such images look like beyond smoothness, as a generative model has it.",
+  "The simulation of several local steps; their mean gradient was taken for one step.",
+  "Several updates of the same client together: each was audited by itself.",
+)
+
+
+def write_audit_report(workdir: pathlib.Path) -> pathlib.Path:
+  """Writes `report.html` about the audit in a folder.
+
+  Args:
+    workdir: of `jaxdia.audit.run`.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    InputError: there is no audit, or a file of it is damaged.
+  """
+  path = workdir / "audit.json"
+  try:
+    audit = msgspec.json.decode(path.read_bytes(), type=Audit)
+    arrays = [read_npz(images_path(workdir, number)) for number in range(len(audit.updates))]
+  except (OSError, msgspec.DecodeError, UnreadableFile) as error:
+    raise InputError(
+      f"{workdir} holds no whole audit ({error}). Give the folder that launch/audit.py wrote, or"
+      " run that again."
+    ) from error
+  return write_page(workdir, "audit.html.j2", _context(audit, arrays))
+
+
+def _context(audit: Audit, arrays: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+  command = audit.manifest.get("command")
+  return {
+    "headline": headline(audit),
+    "audit": audit,
+    "updates": [
+      (update, _pictures(update, found))
+      for update, found in zip(audit.updates, arrays, strict=True)
+    ],
+    "verdicts": VERDICTS,
+    "known": _known(audit),
+    "not_tried": _not_tried(audit),
+    "harder": _HARDER,
+    "command": shlex.join(map(str, command)) if isinstance(command, list) else command,
+    "manifest": {k: words.text(v) for k, v in audit.manifest.items() if k != "command"},
+    "duration": duration,
+  }
+
+
+def headline(audit: Audit) -> str:
+  """Returns the answer to what a server could see, in a sentence or two.
+
+  Args:
+    audit: of one update or several.
+  """
+  total = sum(len(update.images) for update in audit.updates)
+  counts = {v: sum(update.count(v) for update in audit.updates) for v in VERDICTS}
+  images = f"{total} image{'s' * (total != 1)}"
+  where = "this update" if len(audit.updates) == 1 else f"these {len(audit.updates)} updates"
+  if counts["certain"] == total:
+    return f"Yes: from {where} a server can compute all of the {images}, and prove that it did."
+  seen = counts["certain"] + counts["likely"]
+  parts = []
+  if counts["certain"]:
+    parts.append(f"{counts['certain']} for certain")
+  if counts["likely"]:
+    parts.append(f"{counts['likely']} very likely")
+  if counts["partial"]:
+    parts.append(f"{counts['partial']} in part")
+  if seen:
+    return f"Yes: from {where} a server can see {', '.join(parts)}, of {images}."
+  if counts["partial"]:
+    return (
+      f"Perhaps: of the {images} of {where}, what was found explains {counts['partial']} in part"
+      " only."
+    )
+  return (
+    f"Not by what was tried: none of the {images} of {where} was found. That is no proof that no"
+    " one can."
+  )
+
+
+def _pictures(update: Update, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+  truth = arrays.get("truth")
+  pictures = []
+  for number, image in enumerate(update.images):
+    ssim = image.scores.get("ssim")
+    pictures.append(
+      {
+        "image": image,
+        "uri": figures.image_uri(arrays["images"][number]),
+        "truth": None if truth is None else figures.image_uri(truth[number]),
+        "ssim": None if ssim is None else words.number("ssim", ssim),
+      }
+    )
+  return pictures
+
+
+def _known(audit: Audit) -> list[tuple[str, str]]:
+  """Returns what the auditor said of the updates, for people."""
+  settings = audit.settings
+  shape = "x".join(map(str, settings["image_shape"]))
+  rows = [
+    ("network", f"{audit.model['name']}, {audit.model['parameters']:,} weights"),
+    ("dropout", _sites(audit.model["sites"])),
+    ("images", f"{settings['batch_size']} of {shape}, {settings['num_classes']} classes"),
+    ("mode", settings["mode"]),
+    ("labels", "given" if settings["labels"] else "not given"),
+  ]
+  if settings["after"]:
+    steps = f"{settings['local_steps']} step{'s' * (settings['local_steps'] != 1)}"
+    text = f"weights before and after {steps} at learning rate {settings['learning_rate']:g}"
+    rows.append(("update", text))
+  else:
+    rows.append(("update", "a gradient"))
+  if settings["weight_decay"]:
+    rows.append(("weight decay", f"{settings['weight_decay']:g}"))
+  return rows
+
+
+def _sites(sites: dict[str, float]) -> str:
+  if not sites:
+    return "none"
+  rates = sorted(set(sites.values()))
+  shown = ", ".join(f"{rate:g}" for rate in rates)
+  return f"{len(sites)} site{'s' * (len(sites) != 1)}, rate {shown}"
+
+
+def _not_tried(audit: Audit) -> list[str]:
+  tried = {attempt.name for update in audit.updates for attempt in update.attempts}
+  seconds = audit.settings["seconds"]
+  texts = []
+  if not tried & {"dia", "hybrid", "ig"}:
+    reason = "config.seconds is 0" if not seconds else "linear algebra had found all"
+    texts.append(f"A search for images and masks: {reason}.")
+  else:
+    texts.append(f"A longer search than {seconds:g} seconds for each update (config.seconds).")
+  return [*texts, *_NEVER_TRIED]
