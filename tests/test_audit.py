@@ -159,7 +159,7 @@ def test_an_update_that_is_no_gradient_is_not_attacked_and_the_page_says_why(tmp
     ({"gradient": None}, "expected one of them"),
     ({"after": "after.npz"}, "expected one of them"),
     ({"batch_size": 0}, "config.batch_size is 0"),
-    ({"mode": "eval"}, "Did you mean 'evaluation'"),
+    ({"mode": "eval"}, "Choose one of: training, evaluation"),
     ({"seconds": -1.0}, "config.seconds is -1.0"),
     ({"statistics": "minst"}, "Did you mean 'mnist'"),
     ({"labels": "1,x"}, "config.labels is '1,x'"),
