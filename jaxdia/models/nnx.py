@@ -103,7 +103,7 @@ class _Interception:
       node.__class__ = _Conv
     else:
       return
-    node._interception, node._where = self, path
+    vars(node).update(_interception=self, _where=path)
 
   def drop(
     self,
@@ -127,6 +127,9 @@ class _Interception:
 
 class _Dropout(nnx.Dropout):
   """Dropout that leaves the mask to a hook."""
+
+  _interception: _Interception
+  _where: tuple[str, ...]
 
   def __call__(self, inputs, *, deterministic=None, rngs=None):
     where = "/".join(self._where) or "Dropout"
@@ -189,6 +192,8 @@ class _Attention:
 class _Linear(nnx.Linear):
   """A dense layer that tells a hook."""
 
+  _interception: _Interception
+
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Linear.__call__(self, inputs, *args, **kwargs)
     return self._interception.linear(self, None, inputs, outputs)
@@ -196,6 +201,8 @@ class _Linear(nnx.Linear):
 
 class _Conv(nnx.Conv):
   """A convolution that tells a hook."""
+
+  _interception: _Interception
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Conv.__call__(self, inputs, *args, **kwargs)
