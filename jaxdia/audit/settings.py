@@ -107,28 +107,27 @@ class AuditSettings:
 
 def default_config() -> ml_collections.ConfigDict:
   """Returns the config of an audit, in which what has no default is to be set."""
-  text, number = config_dict.placeholder(str), config_dict.placeholder(float)
   return ml_collections.ConfigDict(
     {
       "model": ModelSettings().to_json(),
       "image_shape": (28, 28, 1),
       "num_classes": 10,
-      "before": text,
-      "after": text,
-      "gradient": text,
+      "before": config_dict.placeholder(str),
+      "after": config_dict.placeholder(str),
+      "gradient": config_dict.placeholder(str),
       "by_order": False,
       "batch_size": 1,
-      "learning_rate": number,
+      "learning_rate": config_dict.placeholder(float),
       "local_steps": 1,
       "weight_decay": 0.0,
       "loss": dataclasses.asdict(CROSS_ENTROPY),
       "mode": "training",
-      "statistics": text,
+      "statistics": config_dict.placeholder(str),
       "mean": (0.0,),
       "std": (1.0,),
-      "labels": text,
+      "labels": config_dict.placeholder(str),
       "seconds": 60.0,
-      "truth": text,
+      "truth": config_dict.placeholder(str),
       "seed": 0,
     }
   )

@@ -6,7 +6,7 @@ never changed.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,9 +103,16 @@ class _Interception:
       node.__class__ = _Conv
     else:
       return
-    node._interception, node._where = self, path
+    vars(node).update(_interception=self, _where=path)
 
-  def drop(self, where: str, rate: float, shape, inputs: jax.Array, draw) -> jax.Array:
+  def drop(
+    self,
+    where: str,
+    rate: float,
+    shape: Sequence[int],
+    inputs: jax.Array,
+    draw: Callable[[], jax.Array],
+  ) -> jax.Array:
     """Calls the hook of a site."""
     rate = check_rate(rate, f"the rate of the dropout {where!r}")
     return self.hooks.on_site(SiteCall(self.names(where), rate, tuple(shape), inputs, draw))
@@ -120,6 +127,9 @@ class _Interception:
 
 class _Dropout(nnx.Dropout):
   """Dropout that leaves the mask to a hook."""
+
+  _interception: _Interception
+  _where: tuple[str, ...]
 
   def __call__(self, inputs, *, deterministic=None, rngs=None):
     where = "/".join(self._where) or "Dropout"
@@ -182,6 +192,8 @@ class _Attention:
 class _Linear(nnx.Linear):
   """A dense layer that tells a hook."""
 
+  _interception: _Interception
+
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Linear.__call__(self, inputs, *args, **kwargs)
     return self._interception.linear(self, None, inputs, outputs)
@@ -189,6 +201,8 @@ class _Linear(nnx.Linear):
 
 class _Conv(nnx.Conv):
   """A convolution that tells a hook."""
+
+  _interception: _Interception
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Conv.__call__(self, inputs, *args, **kwargs)

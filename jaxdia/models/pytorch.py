@@ -23,6 +23,7 @@ from jaxdia.models.entries import InstanceNetwork, arrays_of, digest, to_numpy
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
 from jaxdia.models.layers import Entry, PlainConvolution
 
+# pyright: reportMissingImports=false
 try:
   import torch
   from torch import nn
@@ -72,7 +73,7 @@ def _missing_overloads() -> Iterator[None]:
         raise
       return object()  # stands for an operator that is never called
 
-  OpOverloadPacket.__getattr__ = find
+  OpOverloadPacket.__getattr__ = find  # pyright: ignore[reportAttributeAccessIssue]
   try:
     yield
   finally:
@@ -160,24 +161,24 @@ class TorchNetwork(InstanceNetwork):
     def leave(*_):
       call.modules.pop()
 
-    def tell(layer):
+    def tell(layer, on_linear):
       def hook(module, inputs, outputs):
         del module
         given, found = environment.t2j_iso((inputs[0], outputs))
         if layer.convolution is not None and found.ndim != 4:
           return None
-        changed = call.hooks.on_linear(layer, given, found, False)
+        changed = on_linear(layer, given, found, False)
         return None if changed is found else environment.j2t_iso(changed)
 
       return hook
 
-    handles = []
+    handles, on_linear = [], call.hooks.on_linear
     for name, module in self._module.named_modules():
       handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
       convolution = _alone(module)
-      if call.hooks.on_linear is not None and (convolution or _is_plain(module, nn.Linear)):
+      if on_linear is not None and (convolution or _is_plain(module, nn.Linear)):
         layer = Linear(tuple(name.split(".")) if name else (), convolution)
-        handles.append(module.register_forward_hook(tell(layer)))
+        handles.append(module.register_forward_hook(tell(layer, on_linear)))
       handles.append(module.register_forward_hook(leave))
     try:
       yield
@@ -221,7 +222,7 @@ def _is_plain(module: nn.Module, kind: type) -> bool:
   return type(module) is kind and "weight" in module._parameters
 
 
-def _alone(module: nn.Module) -> PlainConvolution | None:
+def _alone(module: Any) -> PlainConvolution | None:
   """Returns a convolution of images by itself, or None if it is of another kind."""
   if not _is_plain(module, nn.Conv2d) or module.padding_mode != "zeros":
     return None
