@@ -13,8 +13,6 @@ The second needs PyTorch too (the extra torch). Flower's simulation runs the cli
 their own; FLWR_TELEMETRY_ENABLED=0 in the environment keeps it from reporting that it was used.
 """
 
-import collections
-import math
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from flax import linen as nn
+from digits_nets import IMAGE_SHAPE, NUM_CLASSES, Net, torch_net
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -40,40 +38,10 @@ from jaxdia.experiment.grid import write_grid
 _FRAMEWORK = flags.DEFINE_enum("framework", "flax", ["flax", "torch"], "What the clients train in.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/flower", "Folder for the files and the picture.")
 
-IMAGE_SHAPE, NUM_CLASSES, HIDDEN, DROPOUT = (8, 8, 1), 10, (256, 256), 0.5
 NUM_CLIENTS, BATCH_SIZE, LEARNING_RATE = 2, 4, 0.1
 PIXELS = Statistics(mean=(0.0,), std=(1.0,))  # images are not normalised
 
 Train = Callable[[ArrayRecord, int], ArrayRecord]
-
-
-class Net(nn.Module):
-  """The network, as the clients that train in Flax have it."""
-
-  @nn.compact
-  def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
-    """Returns f[B, 10] logits of f[B, 8, 8, 1] images; drops only if `train`."""
-    x = images.reshape(images.shape[0], -1)
-    for i, size in enumerate(HIDDEN):
-      x = nn.gelu(nn.Dense(size, name=f"hidden_{i}")(x), approximate=False)
-      x = nn.Dropout(DROPOUT)(x, deterministic=not train)
-    return nn.Dense(NUM_CLASSES, name="classifier")(x)
-
-
-def torch_net():
-  """Returns the same network, as the clients that train in PyTorch have it."""
-  import torch
-
-  torch.manual_seed(0)
-  layers = collections.OrderedDict(flatten=torch.nn.Flatten())
-  inputs = math.prod(IMAGE_SHAPE)
-  for i, size in enumerate(HIDDEN):
-    layers[f"hidden_{i}"] = torch.nn.Linear(inputs, size)
-    layers[f"gelu_{i}"] = torch.nn.GELU()
-    layers[f"dropout_{i}"] = torch.nn.Dropout(DROPOUT)
-    inputs = size
-  layers["classifier"] = torch.nn.Linear(inputs, NUM_CLASSES)
-  return torch.nn.Sequential(layers)
 
 
 def digits_of(client: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,6 +181,15 @@ def main(_: list[str]) -> None:
   rows = {"rebuilt": np.concatenate(found)}
   write_grid(folder / "rebuilt.png", np.concatenate(originals), rows, {})
   print(f"picture: {folder / 'rebuilt.png'}")
+  files = ",".join(str(folder / f"after_{client}.npz") for client in range(NUM_CLIENTS))
+  network = "Net" if _FRAMEWORK.value == "flax" else "torch_net"
+  print(
+    f"for a report: python launch/audit.py --config=configs/audit.py"
+    f" --config.model.name=examples.digits_nets:{network} '--config.image_shape={IMAGE_SHAPE}'"
+    f" --config.num_classes={NUM_CLASSES} --config.before={folder / 'before.npz'}"
+    f" --config.after={files} --config.learning_rate={LEARNING_RATE}"
+    f" --config.batch_size={BATCH_SIZE} --workdir={folder / 'audit'}"
+  )
 
 
 if __name__ == "__main__":

@@ -60,10 +60,13 @@ def test_nnx_running_averages_are_constants():
   module = Attention(nnx.Rngs(0))
   module.train()
   module(IMAGES)  # moves the averages
+  evaluation = models.evaluation_mode(models.from_nnx(module, SHAPE))
   module.norm.use_running_average = True
   model = models.from_nnx(module, SHAPE)
   module.eval()
   actual = model.apply(model.init(jax.random.key(0)), models.expected_masks(model, 3), IMAGES)
+  np.testing.assert_allclose(actual, module(IMAGES), 1e-5, 1e-6)
+  actual = evaluation.apply(model.init(jax.random.key(0)), {}, IMAGES)
   np.testing.assert_allclose(actual, module(IMAGES), 1e-5, 1e-6)
   with pytest.raises(InputError, match=r"all dropout of Attention \(attend, dropout\) is switched"):
     models.from_nnx(module, SHAPE)

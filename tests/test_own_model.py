@@ -38,6 +38,17 @@ class Narrow(nn.Module):
     return nn.Dense(10)(x)
 
 
+class Normed(nn.Module):
+  num_classes: int
+  dropout_rate: float = 0.5
+
+  @nn.compact
+  def __call__(self, images, train=True):
+    x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3), strides=3)(images))
+    x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.max_pool(x, (2, 2)))
+    return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
 def factory(num_classes, sizes):
   return models.create("mlp", (28, 28, 1), num_classes, 0.2, hidden_sizes=sizes)
 
@@ -101,6 +112,9 @@ def test_rates_of_the_modules_own_are_told_as_they_are(nets):
   assert [site.rate for site in narrow.sites] == [0.1, 0.3]
   np.testing.assert_allclose(common_rate(narrow), 0.2)
   assert common_rate(_create(f"{nets}:SmallCNN", 0.0)) == 0
+  normed = _create(f"{nets}:Normed", 0.3)
+  assert common_rate(normed) == 0.3 and normed == _create(f"{nets}:Normed", 0.3)
+  assert set(normed.network.collections.tree) == {"batch_stats"}
   assert common_rate(_create(f"{nets}:ready")) == 0.5
 
 

@@ -90,12 +90,15 @@ def test_the_evaluation_mode_has_running_averages():
   torch.manual_seed(0)
   module = normed()
   module(torch.rand(16, 1, 8, 8))  # moves the averages
+  evaluation = models.evaluation_mode(models.from_torch(module, (8, 8, 1)))
   module[1].eval()  # frozen, while dropout is on
   model = models.from_torch(module, (8, 8, 1))
   images = jax.random.uniform(jax.random.key(1), (3, 8, 8, 1))
   logits = model.apply(model.init(jax.random.key(0)), models.expected_masks(model, 3), images)
   with torch.no_grad():
     expected = module.eval()(to_torch(images)).numpy()
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+  logits = evaluation.apply(model.init(jax.random.key(0)), {}, images)
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
   # A state dict has buffers too.
   params = models.from_native(model, module.state_dict())

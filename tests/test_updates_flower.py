@@ -1,7 +1,10 @@
 """The example with Flower: its clients and server, with and without Flower's simulation."""
 
+import importlib
 import importlib.util
+import json
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -12,16 +15,13 @@ from jaxdia import updates
 pytest.importorskip("flwr")
 pytest.importorskip("sklearn")
 
-EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "flower_digits.py"
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def example():
-  spec = importlib.util.spec_from_file_location("flower_digits", EXAMPLE)
-  module = sys.modules["flower_digits"] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  yield module
-  del sys.modules["flower_digits"]
+@pytest.fixture
+def example(monkeypatch):
+  monkeypatch.syspath_prepend(EXAMPLES)
+  yield importlib.import_module("flower_digits")
 
 
 def beginning(example, framework):
@@ -68,7 +68,7 @@ def test_the_server_of_a_simulation_writes_what_it_sees(example, framework, tmp_
   monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
   train, initial = beginning(example, framework)
   # The clients' processes find the module by its name.
-  monkeypatch.setenv("PYTHONPATH", str(EXAMPLE.parent))
+  monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
   example.simulate(tmp_path, train, initial)
   sent = updates.from_flower(initial)
   for name, array in updates.read(tmp_path / "before.npz").items():
@@ -78,3 +78,24 @@ def test_the_server_of_a_simulation_writes_what_it_sees(example, framework, tmp_
     for name, array in updates.read(tmp_path / f"after_{client}.npz").items():
       np.testing.assert_allclose(array, back[name], atol=1e-6)
     assert any(np.any(back[name] != sent[name]) for name in sent)
+  if framework == "torch" and importlib.util.find_spec("torchax") is None:
+    return
+  network = {"flax": "Net", "torch": "torch_net"}[framework]
+  command = [sys.executable, "launch/audit.py", "--config=configs/audit.py"]
+  options = {
+    "model.name": f"examples.digits_nets:{network}",
+    "image_shape": "(8,8,1)",
+    "before": tmp_path / "before.npz",
+    "after": f"{tmp_path / 'after_0.npz'},{tmp_path / 'after_1.npz'}",
+    "learning_rate": example.LEARNING_RATE,
+    "batch_size": example.BATCH_SIZE,
+  }
+  command += [f"--config.{name}={value}" for name, value in options.items()]
+  command.append(f"--workdir={tmp_path / 'audit'}")
+  done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "audit" / "audit.json").read_text())
+  for client, update in enumerate(result["updates"]):
+    assert [image["verdict"] for image in update["images"]] == ["certain"] * 4
+    _, labels = example.digits_of(client)
+    assert sorted(image["label"] for image in update["images"]) == sorted(labels)

@@ -135,6 +135,8 @@ def by_algebra(
     residual=whole and whole.residual,
   )
   factor = whole.factor if whole and whole.residual < LIKELY else None
+  if factor is None and np.isfinite(recovery.scale):
+    factor = float(recovery.scale)
   return attempt, recovery, found._replace(factor=factor)
 
 

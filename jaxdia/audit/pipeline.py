@@ -110,10 +110,13 @@ def _sureness(found: Found) -> int:
 
 
 def _factor(factor: float, batch_size: int) -> list[Finding]:
-  if abs(factor - 1) <= _NEARLY_1:
-    return []
+  """Returns what a factor of the whole gradient tells."""
+  turned = [TURNED] if factor < 0 else []
+  size = abs(factor)
+  if abs(size - 1) <= _NEARLY_1:
+    return turned
   causes = "another learning rate, a loss of another scale, or clipping"
-  if batch_size > 1 and abs(factor - batch_size) <= _NEARLY_1 * batch_size:
+  if batch_size > 1 and abs(size - batch_size) <= _NEARLY_1 * batch_size:
     causes = "the loss was summed over the batch, not averaged"
-  text = f"the update is {factor:.4g} times the gradient of the stated loss: {causes}."
-  return [Finding(name="factor", effect="mended", text=text, value=factor)]
+  text = f"the update is {size:.4g} times the gradient of the stated loss: {causes}."
+  return [*turned, Finding(name="factor", effect="mended", text=text, value=size)]

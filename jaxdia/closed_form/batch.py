@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.client import CROSS_ENTROPY, Loss
 from jaxdia.closed_form import chain as chains
 from jaxdia.closed_form import spaces as planes
 from jaxdia.closed_form import sparse
@@ -57,6 +58,7 @@ def solve(
   gradient: Gradient,
   batch_size: int,
   most_noise: float,
+  loss: Loss = CROSS_ENTROPY,
   rounding: float = float(np.finfo(np.float32).eps),
 ) -> Batch:
   """Recovers the samples of a batch from the gradients of a chain of dense layers.
@@ -69,6 +71,7 @@ def solve(
     gradient: that the client sent.
     batch_size: of the client.
     most_noise: with more than this no sample is looked for.
+    loss: of the client.
     rounding: unit of the type that the client computed in.
 
   Returns:
@@ -98,7 +101,7 @@ def solve(
     rounds += 1
     samples = None
     if known is not None:
-      samples = chains.complete(model, links, params, spaces, known, batch_size, rounding)
+      samples = chains.complete(model, links, params, spaces, known, batch_size, loss, rounding)
       samples = jax.tree.map(np.asarray, samples)
       samples = _distinct(samples)
     if samples is None:

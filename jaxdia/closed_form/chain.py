@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdia.client import Loss
 from jaxdia.closed_form.spaces import (
   Space,
   first_inputs,
@@ -24,11 +25,14 @@ from jaxdia.closed_form.spaces import (
 )
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, normal, split_zeros
 from jaxdia.closed_form.structure import Chain, activate
+from jaxdia.core.precision import usual_promotion
 from jaxdia.core.types import Params
 from jaxdia.models import DenseLayer, DropoutModel
 
 # So many units of rounding may a derivative by the logits be off, since 1 is taken from a softmax.
 _UNITS = 4
+# A derivative by the logits from which that of every label differs by more, relative, has none.
+_NO_LABEL = 0.05
 # Behind a ReLU no more than this share of the outputs is zero.
 _MOST_SILENT = 0.95
 
@@ -134,7 +138,7 @@ def may_be_silent(silent: bool) -> float:
   return _MOST_SILENT if silent else 0.0
 
 
-@functools.partial(jax.jit, static_argnums=(1, 5))
+@functools.partial(jax.jit, static_argnums=(1, 5, 6))
 def complete(
   model: DropoutModel,
   links: Links,
@@ -142,6 +146,7 @@ def complete(
   spaces: tuple[Space, ...],
   known: tuple[jax.Array, jax.Array, jax.Array],
   batch_size: int,
+  loss: Loss,
   rounding: float,
 ) -> Sample:
   """Recovers samples from what they kept after the first layer.
@@ -153,25 +158,26 @@ def complete(
     spaces: of the gradient of each layer but the last, or of two layers.
     known: kept, delta and inputs as `refine` gives them, with leading axis k.
     batch_size: of the client.
+    loss: of the client.
     rounding: unit of the type that the client computed in.
 
   Returns:
     The samples, with leading axis k.
   """
   return jax.lax.map(
-    lambda one: _complete(model, links, params, spaces, *one, batch_size, rounding),
+    lambda one: _complete(model, links, params, spaces, batch_size, loss, rounding, *one),
     known,
     batch_size=64,
   )
 
 
-def _complete(model, links, params, spaces, kept, delta, h, batch_size, rounding) -> Sample:
+def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, delta, h) -> Sample:
   layers = layers_of(links.layers, params)
   last = len(layers) - 1
 
   def activation(k, outputs):  # the inputs of layer k + 1, and their slopes
     def function(z):
-      return activate(model, params, *links.layers[k : k + 2], z)
+      return activate(model, params, links.layers[k], links.layers[k + 1], z)
 
     return jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
 
@@ -208,11 +214,13 @@ def _complete(model, links, params, spaces, kept, delta, h, batch_size, rounding
     delta = next_delta
 
   logits, error = inputs[last] @ layers[last].weights, jnp.zeros(())
-  if links.homogeneous:
+  if links.homogeneous and loss.kind == "cross_entropy" and not loss.label_smoothing:
     size, error = fit_size(logits, delta)
     inputs, logits = [size * x for x in inputs], size * logits
-  label, delta = last_delta(logits, sign * delta, rounding)
-  deltas = [delta / batch_size]
+  elif links.homogeneous:
+    error = jnp.asarray(jnp.inf)  # of other losses the size of the image is not solved for
+  label, delta = last_delta(logits, sign * delta, loss, rounding)
+  deltas = [delta if loss.reduction == "sum" else delta / batch_size]
   for k in reversed(range(last)):
     inner = layers[k + 1].weights[: len(slopes[k])].T
     deltas.insert(0, (deltas[0] @ inner) * slopes[k])
@@ -223,9 +231,8 @@ def _complete(model, links, params, spaces, kept, delta, h, batch_size, rounding
   misfits = [*_outside(inputs, deltas, spaces), *jnp.abs(1 - shares / mean), error]
   residual = jnp.max(jnp.stack(misfits))
   residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
-  return Sample(
-    tuple(inputs), tuple(deltas), tuple(masks), tuple(active), label, 1 / mean, residual
-  )
+  scale = jnp.where(label < 0, jnp.nan, 1 / mean)
+  return Sample(tuple(inputs), tuple(deltas), tuple(masks), tuple(active), label, scale, residual)
 
 
 def _kept_after(spaces, delta, active, rate):
@@ -249,27 +256,38 @@ def _kept_after(spaces, delta, active, rate):
   return kept, direction * jnp.sum(direction * delta) / jnp.sum(direction**2)
 
 
-def last_delta(logits: jax.Array, delta: jax.Array, rounding: float) -> tuple[jax.Array, jax.Array]:
+def last_delta(
+  logits: jax.Array, delta: jax.Array, loss: Loss, rounding: float
+) -> tuple[jax.Array, jax.Array]:
   """Returns the label, and the derivative of the loss by the logits.
 
   Args:
     logits: f64[num_classes].
     delta: f64[num_classes], the derivative, up to scale.
+    loss: of the client.
     rounding: unit of the type that the client computed in.
+
+  Returns:
+    The label; or -1, and `delta` itself, if it is that of no label.
   """
-  # The last delta is softmax - one-hot; which class it is shows in its direction.
-  classes = jnp.eye(len(logits))
-  candidates = jax.nn.softmax(logits)[None] - classes
+  number = len(logits)
+  # Which class it is shows in its direction.
+  with usual_promotion():
+    slope = jax.grad(lambda z, label: loss(z[None], label[None]))
+    candidates = jax.vmap(slope, (None, 0))(logits, jnp.arange(number, dtype=jnp.int32))
   norms = jnp.linalg.norm(candidates, axis=1) + 1e-300
   fits = candidates @ delta / norms / (jnp.linalg.norm(delta) + 1e-300)
   # Of two classes that share the softmax the derivatives differ in sign alone. A gradient that
   # was turned has the other one, but that is rare.
   label = jnp.argmax(jnp.where(fits > 0, fits, -0.9 * fits))
-  candidate, others = candidates[label], 1 - classes[label]
+  candidate, own = candidates[label], jnp.eye(number)[label]
+  others = 1 - own
   found = delta * jnp.sum(others * candidate * delta) / (jnp.sum(others * delta**2) + 1e-300)
   # Of a class that is all but sure, 1 - softmax is rounded, and the gradient has what came of it.
-  room = _UNITS * rounding * jnp.maximum(jnp.abs(candidate), classes[label])
-  return label, jnp.clip(found, candidate - room, candidate + room)
+  room = _UNITS * rounding * jnp.maximum(jnp.abs(candidate), own)
+  exact = jnp.clip(found, candidate - room, candidate + room)
+  told = jnp.linalg.norm(found - exact) <= _NO_LABEL * jnp.linalg.norm(found)
+  return jnp.where(told, label, -1), jnp.where(told, exact, delta)
 
 
 def _outside(inputs, deltas, spaces):

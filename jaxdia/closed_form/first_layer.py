@@ -75,9 +75,8 @@ def find_first_layer(network: Network) -> FirstLayer | None:
   """
   model = model_to_try(network)
   size = int(np.prod(model.image_shape))
-  shapes = {
-    p: x.shape for p, x in leaves_by_path(jax.eval_shape(model.init, jax.random.key(0))).items()
-  }
+  drawn = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = {path: leaf.shape for path, leaf in leaves_by_path(drawn).items()}
   paths = [
     path[:-1]
     for path, shape in shapes.items()

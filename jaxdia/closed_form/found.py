@@ -9,6 +9,7 @@ import numpy as np
 from jaxdia.client import Observation
 from jaxdia.closed_form.labels import recover_labels
 from jaxdia.closed_form.parts import Parts, Recovery, Verdict
+from jaxdia.core.errors import InputError
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
 
 # A sample that leaves no more than this of the gradient unexplained, relative, is exact.
@@ -23,6 +24,7 @@ class Found:
     residual: f64[B], as in `Recovery`.
     error: f64[B], likewise.
     scale: likewise.
+    note: what is to be said even if all images are exact.
   """
 
   def __init__(self, model: DropoutModel, observation: Observation):
@@ -33,18 +35,25 @@ class Found:
     self.residual = np.full(size, np.nan)
     self.error = np.full(size, np.nan)
     self.scale = math.nan
+    self.note = ""
     masks = expected_masks(model, size, jnp.float64)
+    readable = model.classifier is not None
     if observation.labels is not None:
       labels = np.asarray(observation.labels)
     else:
-      labels = np.asarray(recover_labels(model, observation))
+      try:
+        labels = np.asarray(recover_labels(model, observation))
+      except InputError:
+        if observation.loss.kind == "cross_entropy":
+          raise
+        labels, readable = np.zeros(size, np.int32), False  # images are read without them
     self.parts = Parts(
       images=np.zeros((size, *model.image_shape)),
       verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),
       masks=jax.tree.map(np.array, masks),
       known_masks={site: np.zeros(mask.shape, bool) for site, mask in masks.items()},
       labels=labels,
-      known_labels=np.full(size, size == 1 and model.classifier is not None),
+      known_labels=np.full(size, size == 1 and readable),
       features={},
       known_features={},
     )
@@ -93,4 +102,6 @@ class Found:
     """Returns the result, with the reason why there is not more."""
     parts = jax.tree.map(lambda x: x.astype(self.dtype) if x.dtype == np.float64 else x, self.parts)
     exact = bool((parts.verdict == Verdict.EXACT).all())
-    return Recovery(parts, self.residual, "" if exact else reason, self.scale, self.error)
+    return Recovery(
+      parts, self.residual, self.note or ("" if exact else reason), self.scale, self.error
+    )

@@ -23,7 +23,7 @@ from jaxdia.closed_form.labels import check_sign
 from jaxdia.closed_form.parts import Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
-from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
+from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import first_line
 from jaxdia.core.types import Key
 from jaxdia.gradients import layer_gradient
@@ -99,6 +99,8 @@ def _recover(key, model, observation) -> Recovery:
     reason = _use_first_layer(model, gradient, found) or reason
   if size == 1 and np.isnan(found.scale):
     found.scale = _scale_by_classifier(model, observation, gradient)
+  if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
+    reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
 
 
@@ -128,7 +130,7 @@ def _use_first_layer(model, gradient, found) -> str:
   """Notes the image that a first dense layer with a bias tells; returns why there is not more."""
   layer = find_first_layer(model.network)
   leaves = {} if layer is None else layer_gradient(gradient, layer.path)
-  if set(leaves) != {"kernel", "bias"}:
+  if layer is None or set(leaves) != {"kernel", "bias"}:
     return ""
   read = read_inputs(leaves["kernel"], leaves["bias"])
   name = "/".join(layer.path)
@@ -176,10 +178,13 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
     return f"a layer of width {narrowest} cannot hold {size} samples apart"
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
   rounding = float(np.finfo(observation.dtype).eps)
-  result = batches.solve(key, model, chain, params, gradient, size, _MOST_NOISE, rounding)
+  result = batches.solve(
+    key, model, chain, params, gradient, size, _MOST_NOISE, observation.loss, rounding
+  )
   samples = result.samples
   count = 0 if samples is None else len(samples.label)
   if count and np.min(samples.residual) <= EXACT:
+    assert samples is not None  # they are counted
     found.scale = float(np.median(samples.scale[samples.residual <= EXACT]))
   for i in range(count):
     assert samples is not None  # they are counted
@@ -195,7 +200,13 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
       found.set_features(chain.layers[0].path, i, features)
     if not exact:
       continue
-    found.set_label(i, int(samples.label[i]))
+    if samples.label[i] >= 0:
+      found.set_label(i, int(samples.label[i]))
+    else:
+      found.note = (
+        "the labels are not told: the derivative by the logits is not that of the loss"
+        f" {observation.loss.name} for any of them"
+      )
     for k, kept in enumerate(samples.kept):
       source = chain.inputs[k + 1]
       if source.site is not None:
@@ -251,11 +262,15 @@ def _scale_by_classifier(model, observation, gradient) -> float:
   leaves = {} if model.classifier is None else layer_gradient(gradient, model.classifier)
   if set(leaves) != {"kernel", "bias"}:
     return math.nan
-  read = read_inputs(leaves["kernel"], leaves["bias"])
+  read = read_inputs(leaves["kernel"].reshape(-1, leaves["bias"].size), leaves["bias"])
   params = layer_gradient(observation.params, model.classifier)
   kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
+  logits = read.values @ kernel.reshape(-1, bias.size) + bias
   rounding = float(np.finfo(observation.dtype).eps)
-  delta = np.asarray(last_delta(read.values @ kernel + bias, leaves["bias"], rounding)[1])
+  label, delta = last_delta(logits, jnp.asarray(leaves["bias"]), observation.loss, rounding)
+  if label < 0:
+    return math.nan
+  delta = np.asarray(delta)
   scale = delta @ leaves["bias"] / (delta @ delta)
   misfit = np.linalg.norm(scale * delta - leaves["bias"]) / np.linalg.norm(leaves["bias"])
   return float(scale) if max(read.residual, misfit) <= EXACT else math.nan

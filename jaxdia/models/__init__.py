@@ -21,6 +21,7 @@ from jaxdia.models.create import create
 from jaxdia.models.entries import from_native
 from jaxdia.models.evaluation import evaluation_mode
 from jaxdia.models.flax import from_flax
+from jaxdia.models.flax_variables import batch_moments
 from jaxdia.models.functions import from_functions
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
 from jaxdia.models.modules import from_module, library_of
@@ -42,6 +43,7 @@ __all__ = [
   "Site",
   "Taps",
   "batch_axes",
+  "batch_moments",
   "check_rate",
   "create",
   "drop",

@@ -18,7 +18,7 @@ import numpy as np
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Images, Logits, Params
 from jaxdia.models import discovery
-from jaxdia.models.base import DropoutModel, check_image_shape, model_of
+from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of, digest, to_numpy
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
 from jaxdia.models.layers import Entry, PlainConvolution
@@ -147,6 +147,10 @@ class TorchNetwork(InstanceNetwork):
   def constants(self) -> tuple[str, ...]:
     """Returns the names of the module's buffers, such as running averages."""
     return tuple(self._buffers)
+
+  def evaluation(self) -> Network:
+    """Returns the network in evaluation mode, in which BatchNorm takes its averages."""
+    return self.in_mode("evaluation", _module=copy.deepcopy(self._module).eval())
 
   def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
     """Computes logits, with dropout and linear layers intercepted."""
