@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxdia.core.types import Images, Key, Logits, Params
+from jaxdia.core.types import Images, Key, Params
 from jaxdia.models.base import DropoutModel, Network, model_of
 from jaxdia.models.hooks import Hooks, ignore_sites
 from jaxdia.models.layers import Entry
@@ -29,7 +29,7 @@ class EvaluationNetwork(Network):
     """Draws parameters."""
     return self.network.init(key)
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits without dropout, and calls the other hooks."""
     return self.network.call(params, images, hooks._replace(on_site=ignore_sites), rngs)
 

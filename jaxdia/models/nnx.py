@@ -17,7 +17,7 @@ from flax.core import tracers
 from flax.nnx.nn.attention import dot_product_attention_weights
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Images, Logits, Params
+from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of, digest
@@ -57,7 +57,7 @@ class NNXNetwork(InstanceNetwork):
     graph = nnx.split(module, nnx.Param, ...)[0]
     return self.in_mode("evaluation", _graph=graph, _kwargs={**self._kwargs, **kwargs})
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
     arrays = arrays_of(self.entries(), params)
     structure = jax.tree.structure(self._params)

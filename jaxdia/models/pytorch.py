@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Images, Logits, Params
+from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of, digest, to_numpy
@@ -152,7 +152,7 @@ class TorchNetwork(InstanceNetwork):
     """Returns the network in evaluation mode, in which BatchNorm takes its averages."""
     return self.in_mode("evaluation", _module=copy.deepcopy(self._module).eval())
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
     environment = _environment()
     arrays = arrays_of(self.entries(), params)
