@@ -142,15 +142,14 @@ def test_the_librarys_own_gradient_gives_a_batch_away(mlp):
   np.testing.assert_array_equal(np.asarray(recovery.parts.masks[site])[order] > 0.5, masks[site])
 
 
-def test_dia_lowers_its_objective(case):
-  observation, _ = _observe(case, LABELS)
-  objectives = [
-    attacks.solve(
-      jax.random.key(0), attacks.dia(case.model, max_iterations=n), observation
-    ).best.objective
-    for n in (1, 60)
-  ]
-  assert objectives[1] < 0.7 * objectives[0]
+def test_dia_lowers_its_objective(mlp):
+  observation, _ = _observe(mlp, LABELS)
+  attack = attacks.dia(mlp.model, max_iterations=100)
+  state, step, objectives = attack.init(jax.random.key(0), observation), jax.jit(attack.step), []
+  for _ in range(60):
+    state, info = step(observation, state)
+    objectives.append(float(info.objective))
+  assert min(objectives[-10:]) < 0.7 * objectives[0]
 
 
 def test_entries_name_every_array(case):

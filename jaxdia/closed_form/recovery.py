@@ -305,7 +305,8 @@ def _use_convolutions(
     last = layer is convolutions.layers[0]
     pixels = last and convolutions.pixels is not None and earlier.site is None
     tried = [After(kept * values, kept, cotangent) for kept in choices]
-    found_with = [solve(model, layer, after, params, gradient, known, pixels) for known in tried]
+    of_image = convolutions.pixels[0] if pixels else None
+    found_with = [solve(model, layer, after, params, gradient, known, of_image) for known in tried]
     residuals = np.sort([before.residual for before in found_with])
     before, known = min(zip(found_with, tried, strict=True), key=lambda pair: pair[0].residual)
     if len(tried) > 1 and residuals[0] < residuals[1] / 3:

@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, path_of
-from jaxdia.core.types import Images, Logits, Params
+from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of, digest
@@ -49,7 +49,7 @@ class EquinoxNetwork(InstanceNetwork):
     name = type(module).__name__
     super().__init__(name, image_shape, arrays, _entries(module, arrays), identity)
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
     leaves = self._leaves | arrays_of(self.entries(), params)
     module = jax.tree.unflatten(self._treedef, [leaves[name] for name in self._leaves])

@@ -9,7 +9,7 @@ would draw one. So a user's module needs no rewriting.
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Constants, leaves_by_path
-from jaxdia.core.types import Images, Key, Logits, Params
+from jaxdia.core.types import Images, Key, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.flax_interception import interceptor
@@ -87,7 +87,7 @@ class FlaxNetwork(Network):
     off = {name: not on for name, on in _TRAINING_FLAGS.items() if name in self.kwargs}
     return dataclasses.replace(self, kwargs={**self.kwargs, **off})
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
     # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
     rngs = rngs or dict.fromkeys(("params", "dropout"), jax.random.key(0))
@@ -95,8 +95,7 @@ class FlaxNetwork(Network):
       options = {"rngs": rngs, **self.kwargs}
       others = self.collections.tree
       if not others:
-        logits = self.module.apply({"params": params}, images, **options)
-        return cast(Logits, logits)  # without `mutable` nothing else is returned
+        return self.module.apply({"params": params}, images, **options)
       # In training a module writes what follows from the step, such as new averages.
       variables = {"params": params, **others}
       return self.module.apply(variables, images, mutable=list(others), **options)[0]
