@@ -13,6 +13,7 @@ from adapter_cases import IMAGE_SHAPE, LIBRARIES, NUM_CLASSES, make_case
 from experiment_cases import ROOT, silent
 
 from jaxdia import audit, models
+from jaxdia.client import Observation
 from jaxdia.core.errors import InputError
 from jaxdia.models.entries import arrays_of
 from jaxdia.report import write_audit_report
@@ -49,7 +50,11 @@ def write(folder, library, kind="mlp"):
   images, labels = batch()
   gradient = models.from_native(case.model, case.gradient(images, labels)[0], "gradient")
   after = jax.tree.map(lambda w, g: w - RATE * g, case.params, gradient)
-  for name, tree in (("before", case.params), ("gradient", gradient), ("after", after)):
+  difference = jax.tree.map(jnp.subtract, after, case.params)
+  for name, tree in (
+    *(("before", case.params), ("gradient", gradient)),
+    *(("after", after), ("difference", difference)),
+  ):
     arrays = arrays_of(case.model.network.entries(), tree)
     np.savez(folder / f"{name}.npz", **{key: np.asarray(value) for key, value in arrays.items()})
   np.savez(folder / "truth.npz", images=np.asarray(images), labels=np.asarray(labels))
@@ -61,14 +66,14 @@ def config_of(folder, library, kind="gradient", **fields):
   config.image_shape, config.num_classes, config.batch_size = IMAGE_SHAPE, NUM_CLASSES, SIZE
   config.before, config.seconds = str(folder / "before.npz"), 0.0
   config[kind] = str(folder / f"{kind}.npz")
-  if kind == "after":
+  if kind != "gradient":
     config.learning_rate = RATE
   config.update(fields)
   return config
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("kind", ["gradient", "after"])
+@pytest.mark.parametrize("kind", ["gradient", "after", "difference"])
 def test_the_update_of_each_library_is_answered(tmp_path, library, kind):
   write(tmp_path, library)
   config = config_of(tmp_path, library, kind, truth=str(tmp_path / "truth.npz"))
@@ -93,22 +98,17 @@ def test_the_truth_changes_nothing_but_the_scores(tmp_path):
     assert (one.verdict, one.residual, one.label) == (other.verdict, other.residual, other.label)
 
 
-def test_what_linear_algebra_leaves_is_searched(tmp_path):
-  """Behind a convolution, with the images of a batch."""
+def test_what_linear_algebra_leaves_is_searched():
+  """Behind a convolution, where the images of a batch cannot be told apart by linear algebra."""
   case = make_case("linen", "cnn")
-  images, labels = batch(1)
-  native, _ = case.gradient(images, labels)
-  from jaxdia.client import Observation
-
-  observation = Observation(case.params, native, None, (0.0,), (1.0,), 1)
+  native, _ = case.gradient(*batch(2))
+  observation = Observation(case.params, native, None, (0.0,), (1.0,), 2)
   outcome = audit.audit(jax.random.key(0), case.model, observation, seconds=3, say=silent)
   algebra, search = outcome.attempts
   assert algebra.name == "closed form" and search.name in ("dia", "hybrid")
   assert search.iterations > 10 and 0 < search.residual < 1
   # A search proves nothing, however well it explains the update.
-  assert set(outcome.found.verdicts) <= {"likely", "partial", "none"} or (
-    outcome.found.by == ["closed form"]
-  )
+  assert set(outcome.found.verdicts) <= {"likely", "partial", "none"}
 
 
 def test_several_updates_are_told_apart_and_an_interrupted_audit_goes_on(tmp_path):
@@ -156,10 +156,10 @@ def test_an_update_that_is_no_gradient_is_not_attacked_and_the_page_says_why(tmp
   ("fields", "message"),
   [
     ({"before": None}, "config.before is not set"),
-    ({"gradient": None}, "expected one of them"),
-    ({"after": "after.npz"}, "expected one of them"),
+    ({"gradient": None}, "config.gradient 0 are set"),
+    ({"after": "after.npz"}, "2 are set; expected one of them"),
     ({"batch_size": 0}, "config.batch_size is 0"),
-    ({"mode": "eval"}, "Did you mean 'evaluation'"),
+    ({"mode": "eval"}, "Choose one of: training, evaluation"),
     ({"seconds": -1.0}, "config.seconds is -1.0"),
     ({"statistics": "minst"}, "Did you mean 'mnist'"),
     ({"labels": "1,x"}, "config.labels is '1,x'"),

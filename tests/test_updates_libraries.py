@@ -69,6 +69,7 @@ def test_pytorch_from_its_files(tmp_path):
     fitted = updates.fit(model, updates.read(path))
     assert_same(fitted.tree, expected)
     assert {name.split(".")[-2] for name in fitted.extra} == {"1"}  # BatchNorm's averages
+    assert "its own values" in fitted.notes[-1] and "1.running_mean" in fitted.notes[-1]
 
 
 def test_pytorch_by_order_as_older_clients_of_flower_send_it():

@@ -163,7 +163,7 @@ def _equal_sizes(model, observation, rounding):
     " step of Adam, or the sign of a gradient, and not the gradient. It tells the signs alone."
     " Send what came before the optimiser, or audit with the optimiser's state."
   )
-  return Finding(name="adam", effect="stops", text=text, value=middle), observation.gradient
+  return Finding(name="adam", effect="stops", text=text, value=float(middle)), observation.gradient
 
 
 def _weight_decay(model, observation, rounding):

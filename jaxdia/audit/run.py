@@ -16,7 +16,7 @@ from jaxdia import data, evaluation, updates
 from jaxdia.attacks import Candidate
 from jaxdia.audit.pipeline import Outcome, audit
 from jaxdia.audit.schema import Audit, Finding, Image, Update
-from jaxdia.audit.settings import AuditSettings, validate
+from jaxdia.audit.settings import KINDS, AuditSettings, validate
 from jaxdia.client import Observation, Secret
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json, write_npz
@@ -99,17 +99,16 @@ class _Seen(NamedTuple):
 
 def _read(settings: AuditSettings, model: DropoutModel, before: updates.Fit, path: str) -> _Seen:
   """Reads an update as a gradient."""
-  decay, by_order = settings.weight_decay, settings.by_order
-  if settings.after:
-    sent = updates.fit(model, updates.read(path), by_order=by_order)
+  what = "params" if settings.after else "gradient"
+  sent = updates.fit(model, updates.read(path), what, by_order=settings.by_order)
+  decay = settings.weight_decay
+  if settings.gradient:
+    update = updates.from_gradient(before.tree, sent.tree, weight_decay=decay)
+  else:
+    make = updates.from_weights if settings.after else updates.from_difference
     rate, steps = settings.learning_rate, settings.local_steps
     assert rate is not None  # checked with the settings
-    update = updates.from_weights(
-      before.tree, sent.tree, rate, local_steps=steps, weight_decay=decay
-    )
-  else:
-    sent = updates.fit(model, updates.read(path), "gradient", by_order=by_order)
-    update = updates.from_gradient(before.tree, sent.tree, weight_decay=decay)
+    update = make(before.tree, sent.tree, rate, local_steps=steps, weight_decay=decay)
   mean, std = settings.statistics
   observation = Observation(
     params=as_floats(before.tree),
@@ -140,7 +139,7 @@ def as_floats(params: Params) -> Params:
 def _digest(settings: AuditSettings, observation: Observation) -> str:
   """Returns the SHA-256 of an update and of all settings that its audit depends on."""
   known = settings.to_json()
-  for name in ("before", "after", "gradient"):
+  for name in ("before", *KINDS):
     del known[name]
   sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
   for tree in (observation.params, observation.gradient):

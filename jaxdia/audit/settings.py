@@ -14,6 +14,8 @@ from jaxdia.experiment.config import ModelSettings, plain
 from jaxdia.models.base import check_image_shape
 
 MODES = ("training", "evaluation")
+# What an update may be given as.
+KINDS = ("after", "difference", "gradient")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,8 @@ class AuditSettings:
     num_classes: number of logits.
     before: file of the weights that the server sent.
     after: files of the weights that came back, one an update.
-    gradient: files of gradients instead, one an update.
+    difference: files of weights that came back minus those before, instead.
+    gradient: files of gradients instead.
     by_order: match arrays by their order where names do not tell.
     batch_size: images of one step.
     learning_rate: of the client, for weights that came back.
@@ -46,6 +49,7 @@ class AuditSettings:
   num_classes: int
   before: str
   after: tuple[str, ...] = ()
+  difference: tuple[str, ...] = ()
   gradient: tuple[str, ...] = ()
   by_order: bool = False
   batch_size: int = 1
@@ -76,23 +80,25 @@ class AuditSettings:
         "config.before is not set; expected the file of the weights that the server sent, such as"
         " --config.before=before.safetensors."
       )
-    if bool(self.after) == bool(self.gradient):
+    given = [kind for kind in KINDS if getattr(self, kind)]
+    if len(given) != 1:
+      names = [f"config.{kind}" for kind in KINDS]
       raise InputError(
-        f"config.after is {','.join(self.after)!r} and config.gradient {','.join(self.gradient)!r};"
-        " expected one of them: the weights that the client sent back, or its gradient."
+        f"of {', '.join(names)} {len(given)} are set; expected one of them: the weights that the"
+        " client sent back, their difference from those before, or its gradient."
       )
-    if self.after:
+    if not self.gradient:
       check_number(
         "config.learning_rate",
         self.learning_rate,
         lambda value: value > 0,
-        "the learning rate of the client, above 0; with weights before and after it is needed",
+        "the learning rate of the client, above 0, which weights that came back need",
       )
 
   @property
   def updates(self) -> tuple[str, ...]:
     """Files of the updates."""
-    return self.after or self.gradient
+    return self.after or self.difference or self.gradient
 
   def to_json(self) -> dict[str, Any]:
     """Returns what audit.json says of them."""
@@ -114,6 +120,7 @@ def default_config() -> ml_collections.ConfigDict:
       "num_classes": 10,
       "before": config_dict.placeholder(str),
       "after": config_dict.placeholder(str),
+      "difference": config_dict.placeholder(str),
       "gradient": config_dict.placeholder(str),
       "by_order": False,
       "batch_size": 1,
@@ -149,7 +156,7 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
       raise unknown("config field", name, known)
   model = dict(fields.pop("model"))
   name, rate = model.pop("name"), model.pop("dropout_rate")
-  files = {kind: _split(fields.pop(kind)) for kind in ("after", "gradient")}
+  files = {kind: _split(fields.pop(kind)) for kind in KINDS}
   named, mean, std = (fields.pop(name) for name in ("statistics", "mean", "std"))
   statistics = Statistics(mean, std) if named is None else statistics_of(named)
   labels, loss = fields.pop("labels"), fields.pop("loss")

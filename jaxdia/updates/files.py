@@ -150,16 +150,18 @@ def _orbax(path: pathlib.Path) -> Any:
     mend = f" Choose a step: {folder / steps[-1]}." if steps else ""
     raise InputError(f"{path} is no Orbax checkpoint: it has no file _METADATA.{mend}")
   checkpointer = ocp.PyTreeCheckpointer()
-  tree = checkpointer.metadata(folder).item_metadata.tree
+  metadata = checkpointer.metadata(folder).item_metadata
+  if metadata is None:
+    raise InputError(f"{path} is a damaged Orbax checkpoint: what it holds is not written there.")
   # As NumPy arrays, since the devices of the checkpoint may not be there.
-  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
   return checkpointer.restore(folder, restore_args=as_numpy)
 
 
 def _torch(path: pathlib.Path) -> Any:
   import pickle
 
-  import torch  # optional, and slow to import
+  import torch  # pyright: ignore[reportMissingImports]  # optional, and slow to import
 
   try:
     with warnings.catch_warnings():

@@ -41,7 +41,7 @@ def from_flower(update: Any) -> NamedArrays:
 
 
 def _arrays(update: Any) -> Any:
-  if isinstance(update, (list, tuple)) and all(isinstance(a, np.ndarray) for a in update):
+  if _is_list(update):
     return update
   for name in _HOLDERS:
     if hasattr(update, name):
@@ -55,7 +55,8 @@ def _arrays(update: Any) -> Any:
       )
     return _arrays(records[0])
   if hasattr(update, "tensors"):
-    from flwr.common import parameters_to_ndarrays  # installed, as the object comes from there
+    # It is installed, as the object comes from there.
+    from flwr.common import parameters_to_ndarrays  # pyright: ignore[reportMissingImports]
 
     return [with_known_type(array) for array in parameters_to_ndarrays(update)]
   if hasattr(update, "to_numpy_ndarrays"):
@@ -65,3 +66,7 @@ def _arrays(update: Any) -> Any:
     f"from_flower got {type(update).__name__}; expected an ArrayRecord, Parameters, an object that"
     " holds one of them, or a list of NumPy arrays."
   )
+
+
+def _is_list(update: Any) -> bool:
+  return isinstance(update, (list, tuple)) and all(isinstance(a, np.ndarray) for a in update)

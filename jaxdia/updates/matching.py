@@ -103,8 +103,12 @@ def fit(
   if frozen:
     problems.check_missing(what, leaves, found, extra)
     notes.append(f"no gradient was sent of {problems.listed(frozen)}: taken as frozen layers.")
-  if extra:
-    notes.append(f"no params of {model.network.name} are called {problems.listed(extra)}.")
+  constants = [parts_of(name) for name in model.network.constants()]
+  fixed = [name for name in extra if any(parts_of(name)[-len(c) :] == c for c in constants)]
+  if fixed:
+    notes.append(f"of {problems.listed(fixed)} the model has its own values, which are used.")
+  if unknown := [name for name in extra if name not in fixed]:
+    notes.append(f"no params of {model.network.name} are called {problems.listed(unknown)}.")
   tree = with_leaves(shape, {path: found.get(path) for path in leaves})
   return Fit(tree, frozen, extra, tuple(notes))
 
