@@ -9,19 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia import attacks
-from jaxdia.attacks import Attack, Status, complete
+from jaxdia import attacks, evaluation
+from jaxdia.attacks import Attack, Candidate, State, Status, complete
 from jaxdia.audit.schema import VERDICTS, Attempt
-from jaxdia.client import Observation, client_gradient
+from jaxdia.client import Observation, Secret, client_gradient
 from jaxdia.closed_form import Recovery, Verdict, recover
 from jaxdia.core.errors import InputError, first_line
-from jaxdia.core.types import Images, Key, Labels, Masks
+from jaxdia.core.types import Images, Key, Labels, Masks, Statistics
 from jaxdia.models import DropoutModel
 
-# A search that leaves no more than this share of the update unexplained has probably found it.
+# What a search found is likely if it leaves no more than this share of the update unexplained; and
+# nothing if it leaves more than the second.
 LIKELY = 0.03
-# One that leaves more than this has found nothing worth showing.
 PARTIAL = 0.5
+# Besides, another search must have found it: likely and partial from this SSIM on.
+_AGREE = (0.8, 0.4)
+# A trial takes at least so long, whatever is left.
+_LEAST_SECONDS = 1.0
 # Folded into the key of an update, for searches; closed forms use the key itself.
 _SEARCH = 1
 
@@ -177,71 +181,94 @@ def by_search(
   observation: Observation,
   recovery: Recovery | None,
   seconds: float,
-  on_trial: Callable[[str], None],
+  say: Callable[[str], None],
 ) -> tuple[Attempt, Found]:
-  """Searches images, masks and labels until one explains the update or the time is up.
+  """Searches images, masks and labels, at least twice from other starts.
+
+  Masks and images together can explain an update in more than one way. So that a result explains
+  it says little; that two searches end at the same image says more.
 
   Args:
     key: random key.
     model: the network.
     observation: the update.
     recovery: what linear algebra gave; where it gave anything, the search starts from there.
-    seconds: for the search, compilation apart.
-    on_trial: called with a line after each trial.
+    seconds: for all trials, compilation apart; the first may take half of it.
+    say: called with a line after each trial.
 
   Returns:
     What came of it, and what was found.
   """
-  start = time.monotonic()
+  start, left = time.monotonic(), seconds
   attack = choose_attack(model, observation, recovery)
   name = attack_name(attack)
-  best, left, iterations, trials = None, seconds, 0, 0
-  while left > 0 or best is None:
+  trials: list[State] = []
+  while len(trials) < 2 or (left > 0 and not all(map(_is_done, trials[:2]))):
     begun = time.monotonic()
     state = attacks.solve(
-      jax.random.fold_in(jax.random.fold_in(key, _SEARCH), trials),
+      jax.random.fold_in(jax.random.fold_in(key, _SEARCH), len(trials)),
       attack,
       observation,
       recovery=recovery,
-      seconds=left,
+      seconds=max(left if trials else seconds / 2, _LEAST_SECONDS),
     )
-    trials += 1
-    iterations += int(state.iteration)
-    if best is None or float(state.best.objective) < float(best.best.objective):
-      best = state
-    on_trial(f"{name}: trial {trials} ended at objective {float(state.best.objective):.2e}")
+    trials = sorted([*trials, state], key=lambda trial: float(trial.best.objective))
+    say(f"{name}: trial {len(trials)} ended at objective {float(state.best.objective):.2e}")
     left -= time.monotonic() - begun
-    if int(best.status) == Status.CONVERGED:
-      break
+  found = _found_by_search(name, model, observation, *trials[:2])
+  residual, agreement = float(found.residuals[0]), _agreement(model, observation, *trials[:2])
+  attempt = Attempt(
+    name=name,
+    outcome=(
+      f"{len(trials)} trials, of which the best leaves {residual:.1%} of the update unexplained, and"
+      f" the best two agree to a mean SSIM of {np.mean(agreement):.2f}"
+    ),
+    seconds=time.monotonic() - start,
+    residual=residual if math.isfinite(residual) else None,
+    iterations=sum(int(trial.iteration) for trial in trials),
+  )
+  return attempt, found
+
+
+def _is_done(trial: State) -> bool:
+  return int(trial.status) == Status.CONVERGED
+
+
+def _agreement(model, observation, best: State, second: State) -> np.ndarray:
+  """Returns f[B], the SSIM of each image of a trial with the one of another that is nearest."""
+  images = best.best.candidate.images
+  labels = np.zeros(observation.batch_size, np.int32)
+  statistics = Statistics(np.asarray(observation.mean), np.asarray(observation.std))
+  other = Candidate(second.best.candidate.images, None, None)
+  scored = evaluation.evaluate(model, Secret(images, labels, None), other, statistics)
+  return np.array([scores["ssim"] or 0.0 for scores in scored.scores])
+
+
+def _found_by_search(name, model, observation, best: State, second: State) -> Found:
   candidate = best.best.candidate
   masks, labels = complete(candidate, best.known)
   proof = prove(model, observation, masks, candidate.images, labels)
-  verdict = "likely" if proof.residual <= LIKELY else "partial"
-  verdict = "none" if proof.residual > PARTIAL else verdict
+  agreement = _agreement(model, observation, best, second)
+  verdicts = np.full(observation.batch_size, "none", object)
+  verdicts[(agreement >= _AGREE[1]) & (proof.residual <= PARTIAL)] = "partial"
+  verdicts[(agreement >= _AGREE[0]) & (proof.residual <= LIKELY)] = "likely"
   size = observation.batch_size
-  reason = f"the batch leaves {proof.residual:.1%} of the update unexplained"
   labels = np.asarray(labels)
-  found = Found(
+  return Found(
     by=[name] * size,
     images=np.asarray(candidate.images),
-    verdicts=[verdict] * size,
+    verdicts=list(verdicts),
     residuals=np.full(size, proof.residual),
-    reasons=[reason] * size,
+    reasons=[
+      f"the batch leaves {proof.residual:.1%} of the update unexplained, and a search from another"
+      f" start found this image to an SSIM of {ssim:.2f}"
+      for ssim in agreement
+    ],
     labels=labels if labels.ndim == 1 else labels.argmax(axis=1),
     known_labels=np.zeros(size, bool),
     masks={},
-    factor=proof.factor if verdict == "likely" else None,
+    factor=proof.factor if "likely" in verdicts else None,
   )
-  status = Status(int(best.status))
-  ended = "the time was up" if status == Status.RUNNING else status.name.lower().replace("_", " ")
-  attempt = Attempt(
-    name=name,
-    outcome=f"{trials} trial(s), {ended}; {reason}",
-    seconds=time.monotonic() - start,
-    residual=proof.residual if math.isfinite(proof.residual) else None,
-    iterations=iterations,
-  )
-  return attempt, found
 
 
 def choose_attack(

@@ -7,9 +7,9 @@ import msgspec
 # How sure it is that an image is the client's, the surest first; in words for people.
 VERDICTS = {
   "certain": "the update determines this image, and the image explains the update",
-  "likely": "a search found it, and it explains the update, but others might too",
-  "partial": "it explains a part of the update",
-  "none": "nothing was found that explains the update",
+  "likely": "searches from two starts found it, and it explains nearly all of the update",
+  "partial": "it explains a part of the update, or two searches found it in part",
+  "none": "nothing was found that explains the update, or each search found something else",
 }
 
 
