@@ -252,7 +252,7 @@ def _kept_after(spaces, delta, active, rate):
   zero = zeros.zero & (zeros.gap > LEAST_GAP)
   if len(spaces) == 1:
     return kept * (1 - zero.astype(delta.dtype)), delta
-  kept, direction, _ = refine(*spaces, zero | ~active, ~active, rate, 0.0)
+  kept, direction, _ = refine(spaces[0], spaces[1], zero | ~active, ~active, rate, 0.0)
   return kept, direction * jnp.sum(direction * delta) / jnp.sum(direction**2)
 
 
