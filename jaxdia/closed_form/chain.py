@@ -86,9 +86,10 @@ def refine(
   """
   count = len(zero)
   points = jnp.stack([delta_space.right.T, input_space.left[:count]])
+  padding = jnp.stack([delta_space.padding, input_space.padding])
 
   def vectors(weights):
-    normals = jax.vmap(normal, (0, None, None))(points, weights, delta_space.padding)
+    normals = jax.vmap(normal, (0, None, 0))(points, weights, padding)
     return jnp.einsum("inr,ir->in", points, normals)
 
   def joint_sizes(weights):

@@ -21,6 +21,8 @@ from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, model_
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
 _TOLERANCE = 1e-9
+# So many images are looked at to see where inputs come from.
+_FEWEST_PROBES, _MOST_PROBES = 4, 40
 # A function that is zero for more than this share of random outputs is called silent.
 _SILENT = 0.1
 
@@ -278,8 +280,12 @@ def find_input(model: DropoutModel, inputs_of: Callable[[Masks, jax.Array], Any]
     The site, if there is one.
   """
   ones = full_masks(model)
-  # Several images, since an input that is 0 tells nothing.
-  images = [_random(i, (1, *model.image_shape)) for i in range(4)]
+  # Several images, since an input that is 0 tells nothing, as half of them are behind a ReLU.
+  images: list[jax.Array] = []
+  untold = np.ones(1, bool)
+  while len(images) < _FEWEST_PROBES or (untold.any() and len(images) < _MOST_PROBES):
+    images.append(_random(len(images), (1, *model.image_shape)))
+    untold = untold & (np.asarray(inputs_of(ones, images[-1])) == 0)
   value = inputs_of(ones, images[0])
   for site, mask in ones.items():
     # Twice the mask of the wanted site is twice the inputs.
