@@ -57,7 +57,7 @@ def test_a_leaky_relu_tells_as_much_as_a_smooth_function():
   recovery = recover(jax.random.key(0), model, observation)
   assert (recovery.parts.verdict == Verdict.EXACT).all(), recovery.summary()
   for score in compute_scores(model, secret, recovery):
-    assert score["mse_normalized"] < 1e-8 and score["mask_accuracy"] == 1
+    assert score["mse_normalized"] < 1e-7 and score["mask_accuracy"] == 1
   assert not find_chain(make_model(hidden_sizes=(128, 96)).network).links[0].homogeneous
 
 

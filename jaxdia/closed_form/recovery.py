@@ -276,10 +276,7 @@ def _scale_by_classifier(model, observation, gradient) -> float:
   kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
   logits = read.values @ kernel.reshape(-1, bias.size) + bias
   rounding = float(np.finfo(observation.dtype).eps)
-  label, delta = last_delta(logits, jnp.asarray(leaves["bias"]), observation.loss, rounding)
-  if label < 0:
-    return math.nan
-  delta = np.asarray(delta)
+  delta = np.asarray(last_delta(logits, jnp.asarray(leaves["bias"]), observation.loss, rounding)[1])
   scale = delta @ leaves["bias"] / (delta @ delta)
   misfit = np.linalg.norm(scale * delta - leaves["bias"]) / np.linalg.norm(leaves["bias"])
   return float(scale) if max(read.residual, misfit) <= EXACT else math.nan

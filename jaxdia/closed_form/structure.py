@@ -21,8 +21,6 @@ from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, model_
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
 _TOLERANCE = 1e-9
-# So many images are looked at to see where inputs come from.
-_FEWEST_PROBES, _MOST_PROBES = 4, 40
 # A function that is zero for more than this share of random outputs is called silent.
 _SILENT = 0.1
 
@@ -150,11 +148,23 @@ def find_convolutions(network: Network, after: DenseLayer) -> Chain | None:
 
 
 def _chain(model, params, layers, links) -> Chain:
-  inputs = tuple(_find_input(model, params, layer) for layer in layers)
+  inputs = [_find_input(model, params, layer) for layer in layers]
+  for k in range(1, len(layers)):
+    if links[k - 1].silent:
+      inputs[k] = _without_gaps(inputs[k])
   leaves = leaves_by_path(params)
   biased = any((*layer.path, "bias") in leaves for layer in layers)
   pixels = find_pixels(model, params, layers[0])
-  return Chain(tuple(layers), inputs, pixels, tuple(links), biased)
+  return Chain(tuple(layers), tuple(inputs), pixels, tuple(links), biased)
+
+
+def _without_gaps(source: Input) -> Input:
+  """Returns an input of which units that were off in all trials meet their own entries."""
+  if source.entries is None:
+    return source
+  own = np.arange(source.entries.size)
+  in_order = np.all((source.entries == -1) | (source.entries == own))
+  return dataclasses.replace(source, entries=own) if in_order else source
 
 
 def full_masks(model: DropoutModel, batch_size: int = 1) -> Masks:
@@ -280,12 +290,8 @@ def find_input(model: DropoutModel, inputs_of: Callable[[Masks, jax.Array], Any]
     The site, if there is one.
   """
   ones = full_masks(model)
-  # Several images, since an input that is 0 tells nothing, as half of them are behind a ReLU.
-  images: list[jax.Array] = []
-  untold = np.ones(1, bool)
-  while len(images) < _FEWEST_PROBES or (untold.any() and len(images) < _MOST_PROBES):
-    images.append(_random(len(images), (1, *model.image_shape)))
-    untold = untold & (np.asarray(inputs_of(ones, images[-1])) == 0)
+  # Several images, since an input that is 0 tells nothing.
+  images = [_random(i, (1, *model.image_shape)) for i in range(4)]
   value = inputs_of(ones, images[0])
   for site, mask in ones.items():
     # Twice the mask of the wanted site is twice the inputs.
