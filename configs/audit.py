@@ -19,11 +19,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.image_shape = (28, 28, 1)
   config.num_classes = 10
   # config.before: weights that the server sent. config.after: weights that came back, or
-  # config.gradient: gradients; several files are separated by commas, each is an update.
-  # config.learning_rate, config.local_steps, config.weight_decay: of the client; with config.after.
+  # config.difference: these minus those before, or config.gradient: gradients. Several files are
+  # separated by commas, each is an update.
+  # config.learning_rate, config.local_steps, config.weight_decay: of the client.
   config.batch_size = 1
   # What normalised the images: a data set's name in config.statistics, or config.mean and
   # config.std. By default the network was fed with pixels from 0 to 1.
+  # config.loss.kind, config.loss.reduction, config.loss.label_smoothing: what the client descended.
   # config.mode: "training", in which dropout is on, or "evaluation".
   config.seconds = 60.0
   # config.truth: an npz file with images and labels, for scores; no attempt is shown it.

@@ -1,8 +1,8 @@
 """A network of your own, by its import path; until one is named, the MLP.
 
-It is a Flax Linen module class, or a function that returns a module or a
-`jaxdia.models.DropoutModel`. Options are its arguments; `num_classes` and `dropout_rate` are
-passed if it takes them. The current folder and installed packages are searched.
+It is a class of modules of Flax Linen, Flax NNX, Equinox or PyTorch, or a function that returns a
+module or a `jaxdia.models.DropoutModel`. Options are its arguments; `num_classes` and
+`dropout_rate` are passed if it takes them. The current folder and installed packages are searched.
 
 python launch/attack.py --config=configs/own_model.py:mnist \\
     --config.model.name=nets:SmallCNN --config.model.num_filters=8

@@ -21,6 +21,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
+
+# What the public functions of these rooms are given and return is checked against its annotation.
+_CHECKED = ("attacks", "client", "closed_form", "engine", "evaluation", "gradients", "models")
+install_import_hook([f"jaxdia.{room}" for room in _CHECKED], "array_types.check_arrays")
 
 from jaxdia import models
 from jaxdia.client import observe

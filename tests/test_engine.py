@@ -71,7 +71,7 @@ def test_recorded_iterations_lie_closer_at_the_start():
   iterations = engine.recorded_iterations(20_000)
   assert iterations[0] == 1 and iterations[-1] == 20_000 and 24 <= len(iterations) <= 36
   assert list(iterations) == sorted(set(iterations))
-  assert engine.recorded_iterations(2) == (1, 2)
+  assert engine.recorded_iterations(2) == (1, 2) and engine.recorded_iterations(0) == ()
 
 
 def test_one_device_and_eight_give_the_same(model):

@@ -72,10 +72,10 @@ class Tempered(nn.Module):
     return nn.Dense(3)(x.reshape(len(x), -1)) / temperature
 
 
-class Normed(nn.Module):
+class SpectrallyNormed(nn.Module):
   @nn.compact
   def __call__(self, x, train=True):
-    return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x.reshape(len(x), -1)))
+    return nn.SpectralNorm(nn.Dense(3))(x.reshape(len(x), -1), update_stats=train)
 
 
 class OwnDropout(nn.Dropout):
@@ -135,7 +135,7 @@ class Undecided(nn.Module):
     (NoParameters(), "has no parameters"),
     (Tempered(), "'temperature'. Pass call_kwargs"),
     (OffByDefault(), r"all dropout of OffByDefault \(off\) is switched off"),
-    (Normed(), "batch_stats"),
+    (SpectrallyNormed(), r"drawn at random, batch_stats/.*nn.SpectralNorm does"),
     (UsesOwnDropout(), "'mine' is a OwnDropout"),
     (CustomAttention(), "'attend' has a custom attention_fn"),
     (Rate(1.0), "'all' is 1.0; expected a number in"),

@@ -1,5 +1,6 @@
 """Networks of the user's own, named by an import path."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxdia.experiment.network import common_rate, create_model
 
 NETS = """
 import flax.linen as nn
+from flax import nnx
 from jaxdia import models
 
 
@@ -36,6 +38,17 @@ class Narrow(nn.Module):
     return nn.Dense(10)(x)
 
 
+class Normed(nn.Module):
+  num_classes: int
+  dropout_rate: float = 0.5
+
+  @nn.compact
+  def __call__(self, images, train=True):
+    x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3), strides=3)(images))
+    x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.max_pool(x, (2, 2)))
+    return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
 def factory(num_classes, sizes):
   return models.create("mlp", (28, 28, 1), num_classes, 0.2, hidden_sizes=sizes)
 
@@ -46,6 +59,15 @@ def of_no_kind():
 
 def failing():
   raise ValueError("no such weights")
+
+
+class Tiny(nnx.Module):
+  def __init__(self, num_classes, dropout_rate, rngs):
+    self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+    self.out = nnx.Linear(784, num_classes, rngs=rngs)
+
+  def __call__(self, images):
+    return self.out(self.dropout(images.reshape(len(images), -1)))
 
 
 ready = SmallCNN(10)
@@ -90,7 +112,49 @@ def test_rates_of_the_modules_own_are_told_as_they_are(nets):
   assert [site.rate for site in narrow.sites] == [0.1, 0.3]
   np.testing.assert_allclose(common_rate(narrow), 0.2)
   assert common_rate(_create(f"{nets}:SmallCNN", 0.0)) == 0
+  normed = _create(f"{nets}:Normed", 0.3)
+  assert common_rate(normed) == 0.3 and normed == _create(f"{nets}:Normed", 0.3)
+  assert set(normed.network.collections.tree) == {"batch_stats"}
   assert common_rate(_create(f"{nets}:ready")) == 0.5
+
+
+EQUINOX = """
+import equinox as eqx
+import jax
+
+
+class Tiny(eqx.Module):
+  layers: list
+
+  def __init__(self, num_classes, dropout_rate, key):
+    self.layers = [eqx.nn.Dropout(dropout_rate), eqx.nn.Linear(784, num_classes, key=key)]
+
+  def __call__(self, image, key):
+    return self.layers[1](self.layers[0](image.ravel(), key=key))
+"""
+TORCH = """
+from torch import nn
+
+
+class Tiny(nn.Sequential):
+  def __init__(self, num_classes, dropout_rate):
+    super().__init__(nn.Flatten(), nn.Dropout(dropout_rate), nn.Linear(784, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+  ("library", "source"), [("flax", NETS), ("equinox", EQUINOX), ("torchax", TORCH)]
+)
+def test_a_class_of_any_library_is_made_with_what_it_takes(library, source, tmp_path, monkeypatch):
+  if importlib.util.find_spec(library) is None:
+    pytest.skip(f"{library} is not installed")
+  (tmp_path / f"tiny_{library}.py").write_text(source)
+  monkeypatch.syspath_prepend(tmp_path)
+  model = _create(f"tiny_{library}:Tiny", 0.3)
+  assert [site.rate for site in model.sites] == [0.3] and model.num_classes == 10
+  # In another process it is the same network, with the same weights.
+  create_model.cache_clear()
+  assert _create(f"tiny_{library}:Tiny", 0.3) == model
 
 
 def test_a_factory_may_return_a_dropout_model(nets):

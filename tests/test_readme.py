@@ -61,16 +61,22 @@ def _studies(found, printed):
   assert names == ["000_hidden_sizes=64", "001_hidden_sizes=512"]
 
 
+def _updates(found, printed):
+  assert printed.split() == ["4", "exact"]
+
+
 CHECKS = {
   "README.md": _readme,
   "docs/library.md": _library,
   "docs/models.md": _models,
   "docs/studies.md": _studies,
+  "docs/updates.md": _updates,
 }
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name)
-def test_python_runs(page, capsys):
+def test_python_runs(page, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # where it may write files
   found = run(page)
   CHECKS[name(page)](found, capsys.readouterr().out)
 

@@ -235,3 +235,13 @@ def test_integers_are_refused():
   message = refusal(MODEL, arrays)
   assert "int8" in message and "'conv/kernel'" in message
   assert "expected 'params' or 'gradient'" in refusal(MODEL, arrays, "weights")
+
+
+def test_arrays_that_are_no_params_are_left_out_of_an_order():
+  leaves = jax.tree.leaves(PARAMS)
+  # Only one way to take them: the rate of dropout, as Equinox serialises it, is no param.
+  fitted = updates.fit(MODEL, [leaves[0], np.array(0.5), *leaves[1:]], by_order=True)
+  assert_same(fitted.tree, PARAMS)
+  assert list(fitted.extra) == ["1"]
+  # Two ways, and nothing that tells which is meant.
+  assert "9 arrays; expected 8" in refusal(MODEL, [leaves[0], *leaves], by_order=True)

@@ -130,6 +130,16 @@ def test_arrays_without_names_are_taken_by_order(tmp_path):
   assert_same(updates.fit(MODEL, arrays, by_order=True).tree, PARAMS)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_leaves_that_equinox_serialised_are_taken_by_order(dtype, tmp_path):
+  tree = random_like(PARAMS, dtype=jnp.dtype(dtype))
+  equinox = pytest.importorskip("equinox")
+  equinox.tree_serialise_leaves(tmp_path / "x.eqx", [0.5, jax.tree.map(jnp.asarray, tree)])
+  fitted = updates.fit(MODEL, updates.read(tmp_path / "x.eqx"), by_order=True)
+  assert_same(fitted.tree, tree)
+  assert list(fitted.extra) == ["0"]
+
+
 class Harmful:
   """Leaves a trace when it is read."""
 
@@ -146,8 +156,8 @@ def test_pickles_are_refused_and_not_run(tmp_path):
   assert "no format" in refusal(plain)
   np.savez(harmful, kernel=np.array([Harmful()], object))
   assert "pickled" in refusal(harmful)
-  np.save(tmp_path / "z.npy", np.ones(3))
-  assert "numpy.savez" in refusal(tmp_path / "z.npy")
+  np.save(tmp_path / "z.npy", np.array([Harmful()], object))
+  refusal(tmp_path / "z.npy")
   import builtins
 
   assert not hasattr(builtins, "harmed")

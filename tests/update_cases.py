@@ -1,5 +1,7 @@
 """Networks and arrays that the tests of updates share."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from flax import linen as nn
@@ -50,7 +52,9 @@ def small():
 
 def named():
   """Returns the model with the names and layouts of PyTorch."""
-  return models.model_of(NamedNetwork(Small(), IMAGE_SHAPE, {"train": True}))
+  network = small()[0].network
+  fields = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
+  return models.model_of(NamedNetwork(**fields))
 
 
 def random_like(tree, seed=0, dtype=np.float32):

@@ -7,12 +7,12 @@ from jaxdia.attacks.protocol import Candidate, Known, Terms
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
-from jaxdia.core.types import Images, Labels, Masks
+from jaxdia.core.types import Images, Labels, Masks, Scalar
 from jaxdia.gradients import DISTANCES, Prepared, compare, prepare, suits
 from jaxdia.models import DropoutModel
 
 
-def total_variation(images: Images) -> jax.Array:
+def total_variation(images: Images) -> Scalar:
   """Returns the anisotropic total variation: mean |dx| + mean |dy|.
 
   Args:
@@ -26,7 +26,7 @@ def total_variation(images: Images) -> jax.Array:
   return sum((jnp.mean(term) if term.size else zero for term in terms), zero)
 
 
-def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
+def mask_prior(model: DropoutModel, masks: Masks) -> Scalar:
   """Returns how far the share of dropped entries is from the rate, summed over sites.
 
   It is Σ |(1 - mean(m)) - rate|, the regulariser of DIA (Scheliga et al. 2023,
@@ -55,7 +55,7 @@ def mask_prior(model: DropoutModel, masks: Masks) -> jax.Array:
 
 def feature_distance(
   model: DropoutModel, observation: Observation | Prepared, candidate: Candidate, parts: Parts
-) -> jax.Array:
+) -> Scalar:
   """Returns how far the inputs of layers are from those that were recovered.
 
   Args:
@@ -106,7 +106,7 @@ def objective(
   observation: Observation | Prepared,
   candidate: Candidate,
   known: Known,
-) -> tuple[jax.Array, Terms]:
+) -> tuple[Scalar, Terms]:
   """Returns the objective of a candidate: distance and weighted priors.
 
   Args:

@@ -9,11 +9,12 @@ import enum
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Integer
 
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Recovery
-from jaxdia.core.types import Images, Key, Labels, Masks
+from jaxdia.core.types import Array, Images, Key, Labels, Logits, Masks, Scalar
 from jaxdia.gradients import Prepared
 from jaxdia.models import DropoutModel
 
@@ -40,7 +41,7 @@ class Candidate(NamedTuple):
 
   images: Images
   masks: Masks | None
-  labels: jax.Array | None
+  labels: Logits | None
 
 
 class Known(NamedTuple):
@@ -83,9 +84,9 @@ class Best(NamedTuple):
   """
 
   candidate: Candidate
-  objective: jax.Array
-  distance: jax.Array
-  iteration: jax.Array
+  objective: Scalar
+  distance: Scalar
+  iteration: Integer[Array, ""]
 
 
 class State(NamedTuple):
@@ -106,17 +107,17 @@ class State(NamedTuple):
   optimizer: Any
   plateau: Any
   best: Best
-  iteration: jax.Array
-  status: jax.Array
+  iteration: Integer[Array, ""]
+  status: Integer[Array, ""]
 
 
 class Terms(NamedTuple):
   """The unweighted terms of the objective, each f[]."""
 
-  distance: jax.Array
-  total_variation: jax.Array
-  mask_prior: jax.Array
-  feature_distance: jax.Array
+  distance: Scalar
+  total_variation: Scalar
+  mask_prior: Scalar
+  feature_distance: Scalar
 
 
 class Info(NamedTuple):
@@ -128,9 +129,9 @@ class Info(NamedTuple):
     learning_rate: f[], of the step.
   """
 
-  objective: jax.Array
+  objective: Scalar
   terms: Terms
-  learning_rate: jax.Array
+  learning_rate: Scalar
 
 
 class Attack(abc.ABC):

@@ -102,7 +102,7 @@ def _is_none(leaf: Any) -> bool:
 
 @jax.jit
 def _simulate(model, observation, masks, images, labels):
-  return client_gradient(model, observation.params, masks, images, labels)
+  return client_gradient(model, observation.params, masks, images, labels, loss=observation.loss)
 
 
 def by_algebra(
@@ -135,6 +135,8 @@ def by_algebra(
     residual=whole and whole.residual,
   )
   factor = whole.factor if whole and whole.residual < LIKELY else None
+  if factor is None and np.isfinite(recovery.scale):
+    factor = float(recovery.scale)
   return attempt, recovery, found._replace(factor=factor)
 
 

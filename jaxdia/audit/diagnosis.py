@@ -6,7 +6,7 @@ was said to be, and mostly the marks tell what it is.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxdia.client import Observation
 from jaxdia.closed_form import find_chain, is_turned
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
-from jaxdia.core.types import Gradient, Params
+from jaxdia.core.types import Gradient
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import DropoutModel
 
@@ -33,6 +33,12 @@ _EXPECTED_ZEROS = 20
 _EQUAL = 0.02
 # What should cancel does to this share of its terms.
 _CANCELS = 1e-4
+TURNED = Finding(
+  name="sign",
+  effect="mended",
+  text="the update has the opposite sign of a gradient, as new weights minus old ones have; it is"
+  " turned.",
+)
 
 
 class Diagnosis(NamedTuple):
@@ -84,28 +90,6 @@ def diagnose(model: DropoutModel, observation: Observation, rounding: float = 0.
   observation = dataclasses.replace(observation, gradient=gradient)
   training, finding = _mode(model, observation)
   return Diagnosis(observation, [*findings, *finding], rounding, training)
-
-
-def rounding_of_weights(before: Params, after: Params, learning_rate: float) -> float:
-  """Returns the share of a difference of weights that comes of their rounding.
-
-  Args:
-    before: weights that the server sent.
-    after: weights that came back, of whatever type.
-    learning_rate: between them.
-  """
-  noise, size = 0.0, 0.0
-  others = leaves_by_path(after)
-  for path, leaf in leaves_by_path(before).items():
-    if path not in others:
-      continue
-    old, new = np.asarray(leaf), np.asarray(others[path])
-    step = float(max(jnp.finfo(x.dtype).eps for x in (old, new))) / 2
-    old, new = old.astype(np.float64), new.astype(np.float64)
-    # Rounding is uniform to half a unit of the last place, which is about so much on average.
-    noise += np.sum((step * new / learning_rate) ** 2) / 6
-    size += np.sum(((old - new) / learning_rate) ** 2)
-  return float(np.sqrt(noise / size)) if size else 0.0
 
 
 def _name(path: Path) -> str:
@@ -179,33 +163,40 @@ def _equal_sizes(model, observation, rounding):
     " step of Adam, or the sign of a gradient, and not the gradient. It tells the signs alone."
     " Send what came before the optimiser, or audit with the optimiser's state."
   )
-  return Finding(name="adam", effect="stops", text=text, value=middle), observation.gradient
+  return Finding(name="adam", effect="stops", text=text, value=float(middle)), observation.gradient
 
 
 def _weight_decay(model, observation, rounding):
   """Finds params in the gradient by the classifier, whose own entries cancel over the classes."""
-  if model.classifier is None:
+  if model.classifier is None or observation.loss.kind != "cross_entropy":
     return None
   g, w = (
     layer_gradient(tree, model.classifier) for tree in (observation.gradient, observation.params)
   )
   if "kernel" not in g:
     return None
-  kernel = np.asarray(g["kernel"], np.float64)
-  left = kernel.sum(axis=1)
-  weights = np.asarray(w["kernel"], np.float64).sum(axis=1)
-  size = np.linalg.norm(np.abs(kernel).sum(axis=1))
+  kernel, weight = (np.asarray(layer["kernel"], np.float64) for layer in (g, w))
+  left, weights = kernel.sum(axis=1), weight.sum(axis=1)
   decay = float(left @ weights / (weights @ weights))
+  size = np.linalg.norm(np.abs(kernel).sum(axis=1))
   if np.linalg.norm(left) < max(_CANCELS, 3 * rounding) * size:
     return None
   if np.linalg.norm(left - decay * weights) > 0.05 * np.linalg.norm(left):
     return None
+  # Of units that were dropped nothing else is there, and they tell it to the last bit.
+  every = [
+    (np.asarray(g, np.float64).ravel(), np.asarray(w, np.float64).ravel())
+    for g, w in _with_params(observation)
+  ]
+  ratios = np.concatenate([g[w != 0] / w[w != 0] for g, w in every])
+  near = ratios[np.abs(ratios - decay) < 1e-3 * abs(decay)]
+  decay = float(np.median(near)) if near.size else decay
   text = (
     f"the update holds {decay:.3g} times the weights, as weight decay of that size leaves there; it"
     " is taken out."
   )
   gradient = jax.tree.map(
-    lambda leaf, weight: None if leaf is None else leaf - decay * weight,
+    lambda leaf, weight: None if leaf is None else _without(leaf, decay, weight, rounding),
     observation.gradient,
     observation.params,
     is_leaf=lambda leaf: leaf is None,
@@ -213,16 +204,47 @@ def _weight_decay(model, observation, rounding):
   return Finding(name="weight decay", effect="mended", text=text, value=decay), gradient
 
 
+def _with_params(observation: Observation) -> list[tuple[Any, Any]]:
+  """Returns the leaves of a gradient that were sent, each with that of the params."""
+  params = leaves_by_path(observation.params)
+  return [(leaf, params[path]) for path, leaf in leaves_by_path(observation.gradient).items()]
+
+
+def _without(leaf, decay: float, weight, rounding: float) -> np.ndarray:
+  """Returns a gradient without decayed weights; what is left of them by rounding is 0."""
+  decayed = decay * np.asarray(weight, np.float64)
+  rest = np.asarray(leaf, np.float64) - decayed
+  rest[np.abs(rest) <= rounding * np.abs(decayed)] = 0
+  return rest.astype(leaf.dtype)
+
+
 def _sign(model, observation, rounding):
   del rounding
   if not is_turned(model, observation):
     return None
-  text = (
-    "the update has the opposite sign of a gradient, as new weights minus old ones have; it is"
-    " turned."
-  )
-  turned = jax.tree.map(lambda leaf: -leaf, observation.gradient)
-  return Finding(name="sign", effect="mended", text=text), turned
+  return TURNED, negative(observation).gradient
+
+
+def negative(observation: Observation) -> Observation:
+  """Returns an observation with its gradient turned.
+
+  Args:
+    observation: of an update.
+  """
+  gradient = jax.tree.map(lambda leaf: -leaf, observation.gradient)
+  return dataclasses.replace(observation, gradient=gradient)
+
+
+def tells_sign(model: DropoutModel, observation: Observation) -> bool:
+  """Returns whether a wrong sign would have been seen, which the bias of the classifier tells.
+
+  Args:
+    model: the network.
+    observation: of an update.
+  """
+  path = model.classifier
+  layer = {} if path is None else layer_gradient(observation.gradient, path)
+  return "bias" in layer and 2 * observation.batch_size < model.num_classes
 
 
 def _rank(model, observation, rounding):

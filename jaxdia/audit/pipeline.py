@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxdia.audit.attempts import Found, better, by_algebra, by_search
-from jaxdia.audit.diagnosis import diagnose
-from jaxdia.audit.schema import Attempt, Finding
+from jaxdia.audit.diagnosis import TURNED, diagnose, negative, tells_sign
+from jaxdia.audit.schema import VERDICTS, Attempt, Finding
 from jaxdia.client import Observation
 from jaxdia.core.types import Key
 from jaxdia.models import DropoutModel, evaluation_mode
@@ -66,25 +66,57 @@ def audit(
     text = "units are zero as dropout leaves them: the gradient was computed in training mode."
     findings.append(Finding(name="training mode", effect="mended", text=text))
   model = model if on else evaluation_mode(model)
-  attempt, recovery, found = by_algebra(key, model, diagnosis.observation)
-  attempts = [attempt]
+  seen = diagnosis.observation
+  # Each of these may be what the client computed; the stated one is tried first.
+  guesses = [([], seen)] if tells_sign(model, seen) else [([], seen), ([TURNED], negative(seen))]
+  attempts, best, mended = [], None, []
+  for changes, one in guesses:
+    found = _try(key, model, one, seconds / len(guesses), attempts, say)
+    if found is not None and (best is None or _sureness(found) > _sureness(best)):
+      best, mended = found, changes
+    if best is not None and {"certain", "likely"} & set(best.verdicts):
+      break
+  findings += mended
+  if best is not None and best.factor is not None:
+    findings += _factor(best.factor, observation.batch_size)
+  return Outcome(findings, attempts, best)
+
+
+def _try(
+  key: Key,
+  model: DropoutModel,
+  observation: Observation,
+  seconds: float,
+  attempts: list[Attempt],
+  say: Callable[[str], None],
+) -> Found | None:
+  """Tries linear algebra, then a search for what that leaves; notes each attempt."""
+  attempt, recovery, found = by_algebra(key, model, observation)
+  attempts.append(attempt)
   say(f"closed form: {attempt.outcome}")
-  if seconds > 0 and not (found and all(v == "certain" for v in found.verdicts)):
+  if seconds > 0 and not (found and set(found.verdicts) == {"certain"}):
     say(f"searching for about {seconds:g} s")
-    attempt, searched = by_search(key, model, diagnosis.observation, recovery, seconds, say)
+    attempt, searched = by_search(key, model, observation, recovery, seconds, say)
     attempts.append(attempt)
     say(f"{attempt.name}: {attempt.outcome}")
     found = searched if found is None else better(found, searched)
-  if found is not None and found.factor is not None:
-    findings += _factor(found.factor, observation.batch_size)
-  return Outcome(findings, attempts, found)
+  return found
+
+
+def _sureness(found: Found) -> int:
+  """Returns a number that is larger for results with surer images."""
+  order = list(VERDICTS)
+  return -sum(order.index(verdict) for verdict in found.verdicts)
 
 
 def _factor(factor: float, batch_size: int) -> list[Finding]:
-  if abs(factor - 1) <= _NEARLY_1:
-    return []
+  """Returns what a factor of the whole gradient tells."""
+  turned = [TURNED] if factor < 0 else []
+  size = abs(factor)
+  if abs(size - 1) <= _NEARLY_1:
+    return turned
   causes = "another learning rate, a loss of another scale, or clipping"
-  if batch_size > 1 and abs(factor - batch_size) <= _NEARLY_1 * batch_size:
+  if batch_size > 1 and abs(size - batch_size) <= _NEARLY_1 * batch_size:
     causes = "the loss was summed over the batch, not averaged"
-  text = f"the update is {factor:.4g} times the gradient of the stated loss: {causes}."
-  return [Finding(name="factor", effect="mended", text=text, value=factor)]
+  text = f"the update is {size:.4g} times the gradient of the stated loss: {causes}."
+  return [*turned, Finding(name="factor", effect="mended", text=text, value=size)]

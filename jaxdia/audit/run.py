@@ -14,15 +14,14 @@ import numpy as np
 
 from jaxdia import data, evaluation, updates
 from jaxdia.attacks import Candidate
-from jaxdia.audit.diagnosis import rounding_of_weights
 from jaxdia.audit.pipeline import Outcome, audit
 from jaxdia.audit.schema import Audit, Finding, Image, Update
-from jaxdia.audit.settings import AuditSettings, validate
+from jaxdia.audit.settings import KINDS, AuditSettings, validate
 from jaxdia.client import Observation, Secret
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json, write_npz
 from jaxdia.core.trees import leaves_by_path
-from jaxdia.core.types import Gradient, Params
+from jaxdia.core.types import Params
 from jaxdia.data import denormalize
 from jaxdia.experiment.lock import Lock
 from jaxdia.experiment.manifest import manifest
@@ -55,7 +54,7 @@ def run(
   """
   settings, workdir = validate(config), pathlib.Path(workdir)
   model = create_model(settings.model, settings.image_shape, settings.num_classes)
-  before = updates.read_params(model, settings.before, by_order=settings.by_order)
+  before = updates.fit(model, updates.read(settings.before), by_order=settings.by_order)
   seen = [_read(settings, model, before, path) for path in settings.updates]
   truth = [_truth(settings, model, number) for number in range(len(seen))]
   lock = Lock(workdir)
@@ -98,56 +97,52 @@ class _Seen(NamedTuple):
   digest: str
 
 
-def _read(settings: AuditSettings, model: DropoutModel, before: updates.Read, path: str) -> _Seen:
+def _read(settings: AuditSettings, model: DropoutModel, before: updates.Fit, path: str) -> _Seen:
   """Reads an update as a gradient."""
-  notes = list(before.notes)
-  rounding = 0.0
-  if settings.after:
-    after = updates.read_params(model, path, by_order=settings.by_order)
-    notes += after.notes
+  what = "params" if settings.after else "gradient"
+  sent = updates.fit(model, updates.read(path), what, by_order=settings.by_order)
+  decay = settings.weight_decay
+  if settings.gradient:
+    update = updates.from_gradient(before.tree, sent.tree, weight_decay=decay)
+  else:
+    make = updates.from_weights if settings.after else updates.from_difference
     rate, steps = settings.learning_rate, settings.local_steps
     assert rate is not None  # checked with the settings
-    gradient = updates.from_weights(
-      before.tree, after.tree, rate, local_steps=steps, weight_decay=settings.weight_decay
-    )
-    rounding = rounding_of_weights(before.tree, after.tree, rate * steps)
-  else:
-    read = updates.read_gradient(model, path, by_order=settings.by_order)
-    notes += read.notes
-    gradient = read.tree
-    if settings.weight_decay:
-      gradient = updates.without_decay(gradient, before.tree, settings.weight_decay)
+    update = make(before.tree, sent.tree, rate, local_steps=steps, weight_decay=decay)
   mean, std = settings.statistics
   observation = Observation(
-    params=before.tree,
-    gradient=gradient,
+    params=as_floats(before.tree),
+    gradient=update.gradient,
     labels=settings.labels,
     mean=mean,
     std=std,
     batch_size=settings.batch_size,
+    loss=settings.loss,
   )
-  findings = [
-    Finding(name="names", effect="noted", text=f"{note}.") for note in dict.fromkeys(notes)
-  ]
-  if settings.local_steps > 1:
-    text = (
-      f"the update is of {settings.local_steps} local steps, whose mean gradient is audited as if"
-      " it were of one step. This is close where the learning rate is small."
-    )
-    findings.append(Finding(name="local steps", effect="noted", text=text))
-  digest = _digest(settings, before.tree, gradient)
-  return _Seen(pathlib.Path(path).name, observation, rounding, findings, digest)
+  notes = dict.fromkeys((*before.notes, *sent.notes, *update.notes))
+  findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
+  digest = _digest(settings, observation)
+  return _Seen(pathlib.Path(path).name, observation, update.rounding, findings, digest)
 
 
-def _digest(settings: AuditSettings, params: Params, gradient: Gradient) -> str:
+def as_floats(params: Params) -> Params:
+  """Returns params as float32, or float64 if all are that: what networks are computed in.
+
+  Args:
+    params: of any floating-point types.
+  """
+  types = {np.asarray(leaf).dtype for leaf in jax.tree.leaves(params)}
+  dtype = np.float64 if types == {np.dtype(np.float64)} else np.float32
+  return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), params)
+
+
+def _digest(settings: AuditSettings, observation: Observation) -> str:
   """Returns the SHA-256 of an update and of all settings that its audit depends on."""
-  known = {
-    name: value
-    for name, value in settings.to_json().items()
-    if name not in ("before", "after", "gradient")
-  }
+  known = settings.to_json()
+  for name in ("before", *KINDS):
+    del known[name]
   sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-  for tree in (params, gradient):
+  for tree in (observation.params, observation.gradient):
     for path, leaf in leaves_by_path(tree).items():
       sha.update("/".join(path).encode())
       sha.update(np.ascontiguousarray(leaf).tobytes())

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.types import Statistics
 from jaxdia.data import statistics_of
@@ -13,6 +14,8 @@ from jaxdia.experiment.config import ModelSettings, plain
 from jaxdia.models.base import check_image_shape
 
 MODES = ("training", "evaluation")
+# What an update may be given as.
+KINDS = ("after", "difference", "gradient")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,12 +28,14 @@ class AuditSettings:
     num_classes: number of logits.
     before: file of the weights that the server sent.
     after: files of the weights that came back, one an update.
-    gradient: files of gradients instead, one an update.
+    difference: files of weights that came back minus those before, instead.
+    gradient: files of gradients instead.
     by_order: match arrays by their order where names do not tell.
     batch_size: images of one step.
     learning_rate: of the client, for weights that came back.
     local_steps: of the client between the weights.
     weight_decay: of the client.
+    loss: that the client descends.
     mode: "training", in which dropout is on, or "evaluation".
     statistics: that normalise the images.
     labels: classes of the batch, if they are known.
@@ -44,12 +49,14 @@ class AuditSettings:
   num_classes: int
   before: str
   after: tuple[str, ...] = ()
+  difference: tuple[str, ...] = ()
   gradient: tuple[str, ...] = ()
   by_order: bool = False
   batch_size: int = 1
   learning_rate: float | None = None
   local_steps: int = 1
   weight_decay: float = 0.0
+  loss: Loss = CROSS_ENTROPY
   mode: str = "training"
   statistics: Statistics
   labels: tuple[int, ...] | None = None
@@ -73,54 +80,61 @@ class AuditSettings:
         "config.before is not set; expected the file of the weights that the server sent, such as"
         " --config.before=before.safetensors."
       )
-    if bool(self.after) == bool(self.gradient):
+    given = [kind for kind in KINDS if getattr(self, kind)]
+    if len(given) != 1:
+      names = [f"config.{kind}" for kind in KINDS]
       raise InputError(
-        f"config.after is {','.join(self.after)!r} and config.gradient {','.join(self.gradient)!r};"
-        " expected one of them: the weights that the client sent back, or its gradient."
+        f"of {', '.join(names)} {len(given)} are set; expected one of them: the weights that the"
+        " client sent back, their difference from those before, or its gradient."
       )
-    if self.after:
+    if not self.gradient:
       check_number(
         "config.learning_rate",
         self.learning_rate,
         lambda value: value > 0,
-        "the learning rate of the client, above 0; with weights before and after it is needed",
+        "the learning rate of the client, above 0, which weights that came back need",
       )
 
   @property
   def updates(self) -> tuple[str, ...]:
     """Files of the updates."""
-    return self.after or self.gradient
+    return self.after or self.difference or self.gradient
 
   def to_json(self) -> dict[str, Any]:
     """Returns what audit.json says of them."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     mean, std = self.statistics
-    return fields | {"model": self.model.to_json(), "statistics": {"mean": mean, "std": std}}
+    return fields | {
+      "model": self.model.to_json(),
+      "statistics": {"mean": mean, "std": std},
+      "loss": dataclasses.asdict(self.loss),
+    }
 
 
 def default_config() -> ml_collections.ConfigDict:
   """Returns the config of an audit, in which what has no default is to be set."""
-  text, number = config_dict.placeholder(str), config_dict.placeholder(float)
   return ml_collections.ConfigDict(
     {
       "model": ModelSettings().to_json(),
       "image_shape": (28, 28, 1),
       "num_classes": 10,
-      "before": text,
-      "after": text,
-      "gradient": text,
+      "before": config_dict.placeholder(str),
+      "after": config_dict.placeholder(str),
+      "difference": config_dict.placeholder(str),
+      "gradient": config_dict.placeholder(str),
       "by_order": False,
       "batch_size": 1,
-      "learning_rate": number,
+      "learning_rate": config_dict.placeholder(float),
       "local_steps": 1,
       "weight_decay": 0.0,
+      "loss": dataclasses.asdict(CROSS_ENTROPY),
       "mode": "training",
-      "statistics": text,
+      "statistics": config_dict.placeholder(str),
       "mean": (0.0,),
       "std": (1.0,),
-      "labels": text,
+      "labels": config_dict.placeholder(str),
       "seconds": 60.0,
-      "truth": text,
+      "truth": config_dict.placeholder(str),
       "seed": 0,
     }
   )
@@ -142,17 +156,28 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
       raise unknown("config field", name, known)
   model = dict(fields.pop("model"))
   name, rate = model.pop("name"), model.pop("dropout_rate")
-  files = {kind: _split(fields.pop(kind)) for kind in ("after", "gradient")}
+  files = {kind: _split(fields.pop(kind)) for kind in KINDS}
   named, mean, std = (fields.pop(name) for name in ("statistics", "mean", "std"))
   statistics = Statistics(mean, std) if named is None else statistics_of(named)
-  labels = fields.pop("labels")
+  labels, loss = fields.pop("labels"), fields.pop("loss")
   return AuditSettings(
     model=ModelSettings(name, rate, tuple(model.items())),
     statistics=statistics,
+    loss=_loss(loss),
     labels=None if labels is None else _labels(labels),
     **files,
     **fields,
   )
+
+
+def _loss(fields: Any) -> Loss:
+  known = [f.name for f in dataclasses.fields(Loss)]
+  if not isinstance(fields, dict):
+    raise InputError(f"config.loss is {fields!r}; expected a group of the fields {known}.")
+  for name in fields:
+    if name not in known:
+      raise unknown("field of config.loss:", name, known)
+  return Loss(**fields)
 
 
 def _split(names: str | None) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ class Loss:
 CROSS_ENTROPY = Loss()
 
 
-def as_loss(value: Loss | Kind | Function) -> Loss:
+def as_loss(value: Any) -> Loss:
   """Returns a loss that is given in short, by its kind or as a function.
 
   Args:

@@ -11,7 +11,7 @@ from jaxdia.client.defences import Defence, identity
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Gradient, Images, Key, Labels, Masks, Params, Statistics
+from jaxdia.core.types import Gradient, Images, Key, Labels, Masks, Params, Scalar, Statistics
 from jaxdia.models import DropoutModel, sample_masks
 
 # Images whose normalised values are the pixels themselves.
@@ -29,7 +29,7 @@ def client_loss(
   images: Images,
   labels: Labels,
   loss: Loss = CROSS_ENTROPY,
-) -> jax.Array:
+) -> Scalar:
   """Returns the loss that the client descends.
 
   Args:
@@ -74,8 +74,8 @@ def observe(
   key: Key,
   model: DropoutModel,
   params: Params,
-  images: Images,
-  labels: Labels,
+  images: Any,
+  labels: Any,
   *,
   statistics: Statistics = _PIXELS,
   reveal_labels: bool = True,

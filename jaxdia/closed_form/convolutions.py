@@ -73,7 +73,7 @@ def solve(
   params: Params,
   gradient: Gradient,
   known: After,
-  pixels: bool,
+  pixels: np.ndarray | None,
 ) -> Before:
   """Finds the inputs of a convolution, by Gauss-Newton steps.
 
@@ -87,15 +87,17 @@ def solve(
     params: of the network, f64.
     gradient: of the client, f64.
     known: behind the convolution.
-    pixels: whether the inputs are an image.
+    pixels: i[inputs], which pixel each input is; None if the inputs are no image.
 
   Returns:
     The inputs.
   """
   problem = (model, layer, after)
   given = (params, layer_gradient(gradient, layer.path), known)
-  prior = _smoothness(layer.input_shape) if pixels else np.eye(layer.inputs)
-  weights = _PIXEL_WEIGHTS if pixels else _FEATURE_WEIGHTS
+  prior, weights = np.eye(layer.inputs), _FEATURE_WEIGHTS
+  if pixels is not None:  # of which some libraries have the channels first
+    prior = _smoothness(model.image_shape)[np.ix_(pixels, pixels)]
+    weights = _PIXEL_WEIGHTS
   inputs = _start(*problem, *given, prior, weights[0])
   for weight in weights:
     loss = np.inf

@@ -4,10 +4,10 @@ import enum
 import math
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from jaxtyping import Bool, Float, Integer
 
-from jaxdia.core.types import Images, Labels, Masks
+from jaxdia.core.types import Array, Images, Labels, Masks
 
 
 class Verdict(enum.IntEnum):
@@ -33,13 +33,13 @@ class Parts(NamedTuple):
   """
 
   images: Images
-  verdict: jax.Array
+  verdict: Integer[Array, " batch"]
   masks: Masks
   known_masks: Masks
   labels: Labels
-  known_labels: jax.Array
-  features: dict[tuple[str, ...], jax.Array]
-  known_features: dict[tuple[str, ...], jax.Array]
+  known_labels: Bool[Array, " batch"]
+  features: dict[tuple[str, ...], Float[Array, "batch _"]]
+  known_features: dict[tuple[str, ...], Bool[Array, " batch"]]
 
 
 class Recovery(NamedTuple):
@@ -56,7 +56,7 @@ class Recovery(NamedTuple):
   """
 
   parts: Parts
-  residual: np.ndarray
+  residual: Float[Array, " batch"]
   reason: str
   scale: float = math.nan
   error: np.ndarray | float = math.nan

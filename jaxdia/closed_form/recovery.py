@@ -23,7 +23,7 @@ from jaxdia.closed_form.labels import check_sign
 from jaxdia.closed_form.parts import Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
-from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions
+from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import first_line
 from jaxdia.core.types import Key
 from jaxdia.gradients import layer_gradient
@@ -99,6 +99,8 @@ def _recover(key, model, observation) -> Recovery:
     reason = _use_first_layer(model, gradient, found) or reason
   if size == 1 and np.isnan(found.scale):
     found.scale = _scale_by_classifier(model, observation, gradient)
+  if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
+    reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
 
 
@@ -311,7 +313,8 @@ def _use_convolutions(
     last = layer is convolutions.layers[0]
     pixels = last and convolutions.pixels is not None and earlier.site is None
     tried = [After(kept * values, kept, cotangent) for kept in choices]
-    found_with = [solve(model, layer, after, params, gradient, known, pixels) for known in tried]
+    of_image = convolutions.pixels[0] if pixels else None
+    found_with = [solve(model, layer, after, params, gradient, known, of_image) for known in tried]
     residuals = np.sort([before.residual for before in found_with])
     before, known = min(zip(found_with, tried, strict=True), key=lambda pair: pair[0].residual)
     if len(tried) > 1 and residuals[0] < residuals[1] / 3:

@@ -110,16 +110,34 @@ def find_chain(network: Network) -> Chain | None:
   if model.classifier not in paths:
     return None
   last = first = paths.index(model.classifier)
+  alone = last == 0 or not mixes_images(network)
   with jax.enable_x64(True):
     params = probing_params(model)
     links: list[Link] = []
-    while first > 0:
+    while alone and first > 0:
       link = _find_link(model, params, layers[first - 1], layers[first])
       if link is None:
         break
       links.insert(0, link)
       first -= 1
     return _chain(model, params, layers[first : last + 1], links)
+
+
+@functools.lru_cache
+def mixes_images(network: Network) -> bool:
+  """Returns whether the logits of an image depend on the others of its batch, as in BatchNorm.
+
+  Args:
+    network: of a model.
+  """
+  model = model_to_try(network)
+  with jax.enable_x64(True):
+    images = _random(0, (2, *model.image_shape))
+    apply = jax.jit(model.apply)
+    masks = full_masks(model, 2)
+    params = probing_params(model)
+    logits = [apply(params, masks, x)[0] for x in (images, images.at[1].multiply(0.5))]
+    return not close(*logits)
 
 
 @functools.lru_cache

@@ -1,10 +1,12 @@
 """Trees of arrays: leaves by their paths, and dataclasses that are trees and equal by value."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 
 Path = tuple[str, ...]
 _Class = TypeVar("_Class", bound=type)
@@ -51,6 +53,38 @@ def value_tree(cls: _Class) -> _Class:
 
   jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
   return cls
+
+
+class Constants:
+  """A tree of small arrays that are part of what a program is compiled for.
+
+  It is hashable, and equal to one of the same names, types and numbers.
+
+  Attributes:
+    tree: the arrays, of NumPy; not to be changed.
+  """
+
+  def __init__(self, tree: Any):
+    """Copies the arrays.
+
+    Args:
+      tree: of arrays with concrete values.
+    """
+    self.tree = jax.tree.map(np.array, tree)
+    found = hashlib.sha256()
+    for path, leaf in leaves_by_path(self.tree).items():
+      found.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
+      found.update(leaf.tobytes())
+    self._digest = found.hexdigest()
+
+  def __hash__(self) -> int:
+    return hash(self._digest)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Constants) and self._digest == other._digest
+
+  def __repr__(self) -> str:
+    return f"Constants({self._digest[:12]})"
 
 
 def path_of(keys: tuple[Any, ...]) -> Path:

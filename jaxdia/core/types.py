@@ -2,20 +2,30 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Integer, Shaped
 
 from jaxdia.core.errors import InputError
 
+# JAX's arrays and NumPy's take each other's place; only their stubs do not say so.
+if TYPE_CHECKING:
+  Array = jax.Array
+else:
+  Array = jax.Array | np.ndarray
+
+# Axes of one name are of one length in a call; the tests check it.
 Key = jax.Array  # a typed key, from `jax.random.key`
-Images = jax.Array  # f[B, H, W, C], normalised
-Labels = jax.Array  # i[B] classes, or f[B, num_classes] probabilities
-Logits = jax.Array  # f[B, num_classes]
+Scalar = Float[Array, ""]
+Number = float | Scalar  # of Python, or of a program
+Images = Float[Array, "batch height width channels"]  # normalised
+Labels = Integer[Array, " batch"] | Float[Array, "batch classes"]  # classes, or probabilities
+Logits = Float[Array, "batch classes"]
 Params = Any  # a pytree of arrays
 Gradient = Any  # a pytree like Params
-Masks = dict[str, jax.Array]  # one array for each dropout site, 1 = kept
+Masks = dict[str, Shaped[Array, "..."]]  # one array for each dropout site, 1 = kept
 NamedArrays = dict[str, np.ndarray]  # by the names that a file or a framework gives them
 
 

@@ -109,9 +109,11 @@ def recorded_iterations(max_iterations: int, count: int = RECORDED) -> tuple[int
   """Returns numbers of iterations that show how a reconstruction forms, each a little larger.
 
   Args:
-    max_iterations: the last one.
+    max_iterations: the last one; of none nothing is recorded.
     count: how many, at most.
   """
+  if not max_iterations:
+    return ()
   return tuple(np.unique(np.geomspace(1, max_iterations, count).round().astype(int)).tolist())
 
 

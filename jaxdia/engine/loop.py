@@ -233,7 +233,7 @@ class Loop:
       for device in range(num_devices):
         if (device, lane) not in self.jobs and (job := self._next(device, waiting)) is not None:
           round_of[device, lane] = job
-          self._hold(device, job)
+          self._hold(device, job)  # now, as the next device chooses by what this one holds
       if round_of:
         self._put(round_of)
     left = {job for jobs in waiting.values() for job in jobs}

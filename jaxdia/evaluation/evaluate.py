@@ -2,12 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jaxtyping import Bool, Float, Integer
 
 from jaxdia.attacks import Candidate
 from jaxdia.client import Secret
-from jaxdia.core.types import Masks, Statistics
+from jaxdia.core.types import Array, Images, Masks, Statistics
 from jaxdia.data import denormalize, normalize
 from jaxdia.evaluation import metrics
 from jaxdia.evaluation.masks import mask_diagnostics
@@ -26,10 +26,10 @@ class Evaluation(NamedTuple):
     order: i[B], the place that each of them has in the candidate.
   """
 
-  originals: np.ndarray
-  reconstructions: np.ndarray
+  originals: Images
+  reconstructions: Images
   scores: list[dict[str, Any]]
-  order: np.ndarray
+  order: Integer[Array, " batch"]
 
 
 def evaluate(
@@ -37,11 +37,11 @@ def evaluate(
   secret: Secret,
   candidate: Candidate,
   statistics: Statistics,
-  labels: np.ndarray | None = None,
+  labels: Integer[Array, " batch"] | None = None,
   *,
-  found: np.ndarray | None = None,
+  found: Bool[Array, " batch"] | None = None,
   known_masks: Masks | None = None,
-  pool: np.ndarray | None = None,
+  pool: Float[Array, "pool height width channels"] | None = None,
 ) -> Evaluation:
   """Scores the result of an attack.
 
@@ -100,7 +100,10 @@ def as_float(array: Any) -> np.ndarray:
 
 
 def pair(
-  originals: np.ndarray, images: np.ndarray, statistics: Statistics, pool: np.ndarray | None = None
+  originals: Images,
+  images: Images,
+  statistics: Statistics,
+  pool: Float[Array, "pool height width channels"] | None = None,
 ) -> Pairs:
   """Returns what the metrics of images are given.
 
@@ -123,8 +126,11 @@ def image_scores(pairs: Pairs) -> dict[str, np.ndarray | None]:
 
 
 def ssim_of_recording(
-  secret: Secret, images: np.ndarray, order: np.ndarray, statistics: Statistics
-) -> np.ndarray:
+  secret: Secret,
+  images: Float[Array, "recorded batch height width channels"],
+  order: Integer[Array, " batch"],
+  statistics: Statistics,
+) -> Float[np.ndarray, "recorded batch"]:
   """Returns how a reconstruction approached its originals: f[K, B] of SSIM.
 
   Args:
@@ -140,7 +146,7 @@ def ssim_of_recording(
 
 
 def floors(
-  originals: np.ndarray, pool: np.ndarray, statistics: Statistics
+  originals: Images, pool: Float[Array, "pool height width channels"], statistics: Statistics
 ) -> dict[str, dict[str, float]]:
   """Returns the mean scores of guesses that know nothing of the client, for scale.
 
@@ -168,7 +174,9 @@ def floors(
   return result
 
 
-def found_labels(candidate: Candidate, recovered: jax.Array | None) -> np.ndarray | None:
+def found_labels(
+  candidate: Candidate, recovered: Integer[Array, " batch"] | None
+) -> Integer[np.ndarray, " batch"] | None:
   """Returns the labels that an attack found by itself: i[B], or None if they were given.
 
   Args:

@@ -7,14 +7,16 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from jaxdia.core.types import Images
 from jaxdia.evaluation.metric import compiled
 
 # AlexNet shrinks its input 16 times before its last layers.
 _SIDE = 64
 
 
-def lpips(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+def lpips(a: Images, b: Images) -> Float[np.ndarray, " batch"] | None:
   """Returns f[B], the learned perceptual distance by AlexNet, 0 for equal images.
 
   Args:

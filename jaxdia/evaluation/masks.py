@@ -1,9 +1,10 @@
 """What the masks of a reconstruction are worth, compared with the client's."""
 
 import numpy as np
+from jaxtyping import Integer, Shaped
 from scipy.stats import rankdata
 
-from jaxdia.core.types import Masks
+from jaxdia.core.types import Array, Masks
 from jaxdia.models import DropoutModel, batch_axes
 
 # Entries of a searched mask between these are undecided.
@@ -14,9 +15,9 @@ def mask_diagnostics(
   model: DropoutModel,
   masks: Masks,
   true: Masks,
-  order: np.ndarray,
+  order: Integer[Array, " batch"],
   known: Masks | None = None,
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, dict[str, Shaped[np.ndarray, " batch"]]]:
   """Compares masks with the client's, by site.
 
   Args:

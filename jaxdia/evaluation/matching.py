@@ -1,16 +1,19 @@
 """Which image is which: by squared error, without ever holding all differences at once."""
 
 import numpy as np
+from jaxtyping import Bool, Float, Integer
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
+
+from jaxdia.core.types import Array, Images
 
 # Costs more than any image that was found.
 _NEVER = 1e9
 
 
 def assign(
-  reconstructions: np.ndarray, originals: np.ndarray, found: np.ndarray | None = None
-) -> np.ndarray:
+  reconstructions: Images, originals: Images, found: Bool[Array, " batch"] | None = None
+) -> Integer[np.ndarray, " batch"]:
   """Finds which reconstruction stands for which original.
 
   A gradient does not tell the order of a batch. The assignment is the one of
@@ -32,7 +35,9 @@ def assign(
   return linear_sum_assignment(cost)[1]
 
 
-def identified(reconstructions: np.ndarray, originals: np.ndarray, pool: np.ndarray) -> np.ndarray:
+def identified(
+  reconstructions: Images, originals: Images, pool: Float[Array, "pool height width channels"]
+) -> Bool[np.ndarray, " batch"]:
   """Returns whether the nearest image of a pool, by squared error of pixels, is the original.
 
   The share of which it holds is the image identification precision (IIP) of Yin

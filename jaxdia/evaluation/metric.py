@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxdia.core.precision import full_precision
 
@@ -97,7 +98,9 @@ class Metric:
       object.__setattr__(self, "columns", (mean,))
 
 
-def rescale(images: np.ndarray) -> np.ndarray:
+def rescale(
+  images: Float[np.ndarray, "batch height width channels"],
+) -> Float[np.ndarray, "batch height width channels"]:
   """Returns images each scaled to [0, 1], so that contrast and brightness do not count.
 
   Args:

@@ -1,10 +1,13 @@
 """The registry of metrics: one entry brings a metric into all results, tables and pages."""
 
+import dataclasses
+
 import dm_pix
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from jaxdia.core.types import Array, Images
 from jaxdia.evaluation.lpips import lpips
 from jaxdia.evaluation.matching import identified
 from jaxdia.evaluation.metric import TABLES, Column, Metric, Pairs, compiled
@@ -17,13 +20,13 @@ _WIDE = ("study", *_PAGES)
 
 
 @compiled
-def mse(a: jax.Array, b: jax.Array) -> jax.Array:
+def mse(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B], the mean squared error of each image; f[B, H, W, C] both."""
   return jnp.asarray(dm_pix.mse(a, b))
 
 
 @compiled
-def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+def psnr(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B] in dB, the peak signal-to-noise ratio of pixels in [0, 1].
 
   Args:
@@ -37,7 +40,7 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @compiled
-def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+def ssim(a: Images, b: Images) -> Float[Array, " batch"]:
   """Returns f[B], the structural similarity of pixels in [0, 1].
 
   Args:
@@ -58,20 +61,35 @@ def _identified(pairs: Pairs) -> np.ndarray | None:
   return identified(pairs.reconstructions, pairs.originals, pairs.pool)
 
 
-def _until(what: str, level: float, **shown: str) -> Metric:
+# fmt: off
+_COSTS = (
+  Metric(
+    name="iterations", label="iterations", format="{:,.0f}", of="trial",
+    meaning="steps of the search until it ended",
+    columns=(Column("median", "iterations", "iterations", TABLES),),
+  ),
+  Metric(
+    name="seconds", label="seconds", unit="s", of="trial", larger_is_better=False,
+    meaning="that the result took, compiling apart; other trials ran at the same time",
+    columns=(Column("median", "seconds", "seconds", _PAGES),),
+  ),
+  Metric(
+    name="gradient_evaluations", label="gradient evaluations", format="{:,.0f}", of="trial",
+    meaning="that all restarts made; those of a line search are not told",
+    larger_is_better=False, columns=(),
+  ),
+)
+
+
+def _until(cost: Metric, level: float) -> Metric:
   """Returns the metric of what a search took until it first was so close."""
-  return Metric(
-    name=f"{what}_to_ssim_{level}",
-    label=f"{what.replace('_', ' ')} to SSIM {level}",
+  return dataclasses.replace(
+    cost, name=f"{cost.name}_to_ssim_{level}", label=f"{cost.label} to SSIM {level}",
     meaning=f"of the search until the SSIM first was {level}, of the images that got there",
-    larger_is_better=False,
-    of="trial",
-    columns=(),
-    **shown,
+    larger_is_better=False, columns=(),
   )
 
 
-# fmt: off
 _METRICS = (
   Metric(
     name="images", label="images", format="{:,.0f}", of="attack",
@@ -185,24 +203,8 @@ _METRICS = (
     meaning="between the client's gradient and that of the reconstruction; known to the attacker",
     larger_is_better=False, columns=(),
   ),
-  Metric(
-    name="iterations", label="iterations", format="{:,.0f}", of="trial",
-    meaning="steps of the search until it ended",
-    columns=(Column("median", "iterations", "iterations", TABLES),),
-  ),
-  Metric(
-    name="seconds", label="seconds", unit="s", of="trial", larger_is_better=False,
-    meaning="that the result took, compiling apart; other trials ran at the same time",
-    columns=(Column("median", "seconds", "seconds", _PAGES),),
-  ),
-  Metric(
-    name="gradient_evaluations", label="gradient evaluations", format="{:,.0f}", of="trial",
-    meaning="that all restarts made; those of a line search are not told",
-    larger_is_better=False, columns=(),
-  ),
-  *(_until("iterations", level, format="{:,.0f}") for level in SSIM_LEVELS),
-  *(_until("seconds", level, unit="s") for level in SSIM_LEVELS),
-  *(_until("gradient_evaluations", level, format="{:,.0f}") for level in SSIM_LEVELS),
+  *_COSTS,
+  *(_until(cost, level) for cost in _COSTS for level in SSIM_LEVELS),
   Metric(
     name="mask_accuracy_by_site", label="right, of a site", format="{:.1%}", of="site",
     meaning="share of the mask of one dropout site that the attack found",

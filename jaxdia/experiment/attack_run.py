@@ -153,7 +153,7 @@ class AttackRun:
     number = trial.job.observation
     outcome = outcomes.merge(self._unfinished.get(number), trial, self._store.session)
     if recovery := outcomes.load_recovery(self._recovery_path(number)):
-      outcome = outcome._replace(origin=outcomes.origin(*recovery))
+      outcome = outcome._replace(recovery=recovery[0], recovery_seconds=recovery[1])
     outcomes.save(self._outcome_path(number), outcome)
     if self._keep(number, outcome):
       self._store.append_results(row.to_json() for row in self._rows[number])
@@ -202,9 +202,11 @@ class AttackRun:
       return False
     clients, settings, recovered = self._clients, self._settings, None
     if self.attack.labels == "recovered":
-      origin = outcome.origin
-      seen = self.observations
-      recovered = recover_labels(clients.model, seen[number]) if origin is None else origin.labels
+      recovered = (
+        outcome.recovery.parts.labels
+        if outcome.recovery
+        else recover_labels(clients.model, self.observations[number])
+      )
     secret, size = clients.secrets[number], settings.data.batch_size
     facts = Facts(settings, clients.model, clients.data, clients.pool)
     scored = score(facts, self.name, secret, outcome, number=number, recovered=recovered)

@@ -131,6 +131,9 @@ def _call(path: str, function: Any, options: dict[str, Any], told: dict[str, Any
   """Calls a class or function with the options, and with those of `told` that it takes."""
   try:
     parameters = inspect.signature(function).parameters
+    if isinstance(function, type) and list(parameters) == ["args", "kwargs"]:
+      # NNX's classes are called through their class, which takes anything.
+      parameters = inspect.signature(function.__init__).parameters
   except (TypeError, ValueError):
     raise InputError(
       f"config.model.name={path} gives {_kind(function)}; expected a class or a function."

@@ -1,6 +1,7 @@
 """Finished trials on disk: the best candidate of each batch, and how each restart went."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,6 @@ from jaxdia.attacks import Candidate, Status
 from jaxdia.closed_form import Parts, Recovery
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz, write_npz
-from jaxdia.core.types import Masks
 from jaxdia.engine import Trial
 
 
@@ -26,30 +26,6 @@ class Record(NamedTuple):
   session: int = 0
 
 
-class Origin(NamedTuple):
-  """What of a result a closed form gave; images in the order of the candidate.
-
-  Attributes:
-    verdict: i[B], a `jaxdia.closed_form.Verdict` on each image.
-    residual: f[B], NaN where nothing was recovered.
-    labels: i[B].
-    known_labels: b[B], which of them belong to the image in their place.
-    known_masks: {site: b[shape]}.
-    features: dense layers, by path, whose inputs were recovered for some image.
-    reason: why there is not more; empty if all is exact.
-    seconds: that it took.
-  """
-
-  verdict: np.ndarray
-  residual: np.ndarray
-  labels: np.ndarray
-  known_labels: np.ndarray
-  known_masks: Masks
-  features: tuple[str, ...]
-  reason: str
-  seconds: float
-
-
 class Outcome(NamedTuple):
   """The finished trials of one observation.
 
@@ -59,14 +35,16 @@ class Outcome(NamedTuple):
     images: {restart: f[B, H, W, C]}, the best of each trial.
     recording: {iterations: f[B, H, W, C]}, the best ones after so many, of the
       trial with the best objective.
-    origin: for an attack with a closed form.
+    recovery: for an attack with a closed form; once on disk, without features.
+    recovery_seconds: that it took.
   """
 
   candidate: Candidate
   records: tuple[Record, ...]
   images: dict[int, np.ndarray]
   recording: dict[int, np.ndarray]
-  origin: Origin | None = None
+  recovery: Recovery | None = None
+  recovery_seconds: float = 0.0
 
   @property
   def best(self) -> Record:
@@ -79,26 +57,6 @@ class Outcome(NamedTuple):
     return not np.isfinite(self.best.objective)
 
 
-def origin(recovery: Recovery, seconds: float) -> Origin:
-  """Returns what is kept of a closed form besides images and masks.
-
-  Args:
-    recovery: its result.
-    seconds: that it took.
-  """
-  parts = recovery.parts
-  return Origin(
-    verdict=np.asarray(parts.verdict),
-    residual=np.asarray(recovery.residual),
-    labels=np.asarray(parts.labels),
-    known_labels=np.asarray(parts.known_labels),
-    known_masks={site: np.asarray(known) for site, known in parts.known_masks.items()},
-    features=tuple("/".join(path) for path, known in parts.known_features.items() if known.any()),
-    reason=recovery.reason,
-    seconds=seconds,
-  )
-
-
 def merge(outcome: Outcome | None, trial: Trial, session: int = 0) -> Outcome:
   """Returns an outcome with one more trial.
 
@@ -107,16 +65,8 @@ def merge(outcome: Outcome | None, trial: Trial, session: int = 0) -> Outcome:
     trial: of the same observation.
     session: that ran it.
   """
-  record = Record(
-    trial.job.restart,
-    trial.objective,
-    trial.distance,
-    trial.iterations,
-    trial.best_iteration,
-    trial.status,
-    trial.seconds,
-    session,
-  )
+  shared = {name: getattr(trial, name) for name in Record._fields if name in Trial._fields}
+  record = Record(restart=trial.job.restart, session=session, **shared)
   images = {record.restart: np.asarray(trial.candidate.images)}
   if outcome is None:
     return Outcome(trial.candidate, (record,), images, trial.recording)
@@ -138,12 +88,10 @@ def save(path: pathlib.Path, outcome: Outcome) -> None:
   if candidate.labels is not None:
     arrays["labels"] = candidate.labels
   arrays |= {f"masks/{site}": mask for site, mask in (candidate.masks or {}).items()}
-  if outcome.origin is not None:
-    for name, value in outcome.origin._asdict().items():
-      if name == "known_masks":
-        arrays |= {f"origin/masks/{site}": known for site, known in value.items()}
-      else:
-        arrays[f"origin/{name}"] = np.asarray(value, str) if name == "features" else value
+  if outcome.recovery is not None:
+    recovery = outcome.recovery._replace(parts=outcome.recovery.parts._replace(features={}))
+    kept = _to_arrays(recovery, outcome.recovery_seconds)
+    arrays |= {f"recovery/{name}": value for name, value in kept.items()}
   _write(path, arrays)
 
 
@@ -174,15 +122,7 @@ def save_recovery(path: pathlib.Path, recovery: Recovery, seconds: float) -> Non
     recovery: the closed form.
     seconds: that it took.
   """
-  arrays = {name: value for name, value in recovery._asdict().items() if name != "parts"}
-  arrays["seconds"] = seconds
-  for name, value in recovery.parts._asdict().items():
-    if isinstance(value, dict):
-      keys = {key: key if isinstance(key, str) else "/".join(key) for key in value}
-      arrays |= {f"{name}/{keys[key]}": array for key, array in value.items()}
-    else:
-      arrays[name] = value
-  _write(path, arrays)
+  _write(path, _to_arrays(recovery, seconds))
 
 
 def load_recovery(path: pathlib.Path) -> tuple[Recovery, float] | None:
@@ -200,22 +140,38 @@ def load_recovery(path: pathlib.Path) -> tuple[Recovery, float] | None:
   arrays = _read(path, "closed form")
   if arrays is None:
     return None
-  fields = {}
+  return _from_arrays(arrays)
+
+
+def _to_arrays(recovery: Recovery, seconds: float) -> dict[str, Any]:
+  """Returns a closed form as arrays by name; what is by site or layer has that after a slash."""
+  arrays: dict[str, Any] = {"seconds": seconds}
+  for name, value in (recovery._asdict() | recovery.parts._asdict()).items():
+    if isinstance(value, dict):
+      keys = {key: key if isinstance(key, str) else "/".join(key) for key in value}
+      arrays |= {f"{name}/{keys[key]}": array for key, array in value.items()}
+    elif name != "parts":
+      arrays[name] = value
+  return arrays
+
+
+def _from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Recovery, float]:
+  """Returns what `_to_arrays` was given."""
+  fields: dict[str, Any] = {}
   for name in Parts._fields:
-    if name in arrays:
-      fields[name] = arrays[name]
-      continue
-    inside = {k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")}
     by_path = name in ("features", "known_features")
-    fields[name] = {tuple(k.split("/")) if by_path else k: v for k, v in inside.items()}
-  recovery = Recovery(
-    Parts(**fields),
-    arrays["residual"],
-    str(arrays["reason"]),
-    float(arrays["scale"]),
-    arrays["error"],
-  )
-  return recovery, float(arrays["seconds"])
+    inside = _inside(arrays, name)
+    nested = {tuple(k.split("/")) if by_path else k: v for k, v in inside.items()}
+    fields[name] = arrays.get(name, nested)
+  rest = {name: arrays[name] for name in Recovery._fields if name != "parts"}
+  numbers = {name: value if value.ndim else value.item() for name, value in rest.items()}
+  return Recovery(parts=Parts(**fields), **numbers), arrays["seconds"].item()
+
+
+def _inside(arrays: Mapping[str, np.ndarray], group: str) -> dict[str, np.ndarray]:
+  """Returns the arrays whose names begin with a group and a slash, without these."""
+  prefix = f"{group}/"
+  return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def load(path: pathlib.Path) -> Outcome | None:
@@ -227,26 +183,14 @@ def load(path: pathlib.Path) -> Outcome | None:
   arrays = _read(path, "finished result")
   if arrays is None:
     return None
-  masks = {k.removeprefix("masks/"): v for k, v in arrays.items() if k.startswith("masks/")}
+  kinds = Record.__annotations__.values()
   records = tuple(
-    Record(int(r[0]), r[1], r[2], int(r[3]), int(r[4]), Status(int(r[5])), r[6], int(r[7]))
-    for r in arrays["records"].tolist()
+    Record(*(kind(x) for kind, x in zip(kinds, record, strict=True)))
+    for record in arrays["records"].tolist()
   )
-  candidate = Candidate(arrays["images"], masks or None, arrays.get("labels"))
+  candidate = Candidate(arrays["images"], _inside(arrays, "masks") or None, arrays.get("labels"))
   images = {r.restart: x for r, x in zip(records, arrays["restarts"], strict=True)}
   recording = dict(zip(arrays["iterations"].tolist(), arrays["recording"], strict=True))
-  return Outcome(candidate, records, images, recording, _load_origin(arrays))
-
-
-def _load_origin(arrays) -> Origin | None:
-  if "origin/verdict" not in arrays:
-    return None
-  prefix = "origin/masks/"
-  known = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-  fields = {n: arrays[f"origin/{n}"] for n in Origin._fields if n != "known_masks"}
-  fields |= {
-    "features": tuple(fields["features"].tolist()),
-    "reason": str(fields["reason"]),
-    "seconds": float(fields["seconds"]),
-  }
-  return Origin(known_masks=known, **fields)
+  recovered = _inside(arrays, "recovery")
+  recovery = _from_arrays(recovered) if recovered else (None, 0.0)
+  return Outcome(candidate, records, images, recording, *recovery)

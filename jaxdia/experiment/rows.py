@@ -69,21 +69,22 @@ def score(
     The rows. What says nothing, as the masks of an attack that did not search them, is None.
   """
   settings, statistics = facts.settings, facts.victims.statistics
-  record, origin, size = outcome.best, outcome.origin, settings.data.batch_size
-  alone = origin if record.status == Status.NO_SEARCH else None  # the closed form alone
+  record, size = outcome.best, settings.data.batch_size
+  parts = outcome.recovery and outcome.recovery.parts
+  alone = parts if record.status == Status.NO_SEARCH else None  # nothing was searched
   result = evaluation.evaluate(
     facts.model,
     secret,
     outcome.candidate,
     statistics,
     evaluation.found_labels(outcome.candidate, recovered),
-    found=alone.verdict > 0 if alone else None,
+    found=np.asarray(alone.verdict) > 0 if alone else None,
     known_masks=alone.known_masks if alone else None,
     pool=facts.pool,
   )
   mask_seed, client = divmod(number, settings.data.batches)
   names = facts.victims.class_names
-  before = origin.seconds if origin else 0.0  # the search
+  before = outcome.recovery_seconds
   costs = {
     "objective": None if alone else record.objective,
     "gradient_distance": None if alone or not np.isfinite(record.distance) else record.distance,
@@ -104,7 +105,7 @@ def score(
     if outcome.failed:  # all but what it took
       kept = ("iterations", "best_iteration", "restart", "seconds", "gradient_evaluations")
       scores = {k: v if k in kept else None for k, v in scores.items()}
-    closed = origin and describe_origin(origin, int(result.order[i]))
+    closed = parts and describe_recovery(outcome, int(result.order[i]))
     status = "failed" if outcome.failed else record.status.name.lower()
     if alone and closed:
       status = closed.verdict
@@ -135,26 +136,28 @@ def score(
   return Scored(rows, np.full_like(images, np.nan) if outcome.failed else images, recording)
 
 
-def describe_origin(origin: outcomes.Origin, number: int) -> ClosedForm:
+def describe_recovery(outcome: outcomes.Outcome, number: int) -> ClosedForm:
   """Returns what of one image's result came from the closed form.
 
   Args:
-    origin: of the client's images.
+    outcome: of an attack with a closed form.
     number: place of the image in the candidate.
   """
-  size, residual = len(origin.verdict), float(origin.residual[number])
+  recovery = outcome.recovery
+  assert recovery is not None
+  parts, residual = recovery.parts, float(recovery.residual[number])
   masks = {
-    site: float(np.mean(known[number] if len(known) == size else known))
-    for site, known in origin.known_masks.items()
+    site: float(np.mean(known[number] if len(known) == len(parts.verdict) else known))
+    for site, known in parts.known_masks.items()
   }
   return ClosedForm(
-    verdict=Verdict(int(origin.verdict[number])).name.lower(),
+    verdict=Verdict(int(parts.verdict[number])).name.lower(),
     residual=residual if np.isfinite(residual) else None,
-    reason=origin.reason or None,
-    label=bool(origin.known_labels[number]),
+    reason=recovery.reason or None,
+    label=bool(parts.known_labels[number]),
     masks={site: share for site, share in masks.items() if share},
-    features=list(origin.features),
-    seconds=round(origin.seconds, 3),
+    features=["/".join(path) for path, known in parts.known_features.items() if known.any()],
+    seconds=round(outcome.recovery_seconds, 3),
   )
 
 

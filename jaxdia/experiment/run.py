@@ -152,7 +152,7 @@ def run_attack(
       chunk=settings.engine.chunk,
       devices=store.devices,
       matching=settings.engine.matching,
-      record=engine.recorded_iterations(most) if most else (),
+      record=engine.recorded_iterations(most),
       checkpoint_path=checkpoint_path,
       checkpoint_seconds=settings.engine.checkpoint_seconds,
       on_progress=report,

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdia.core.types import Scalar
+
 
 class Comparison(NamedTuple):
   """What a dummy gradient g and a target T have to do with each other; each f[].
@@ -16,13 +18,13 @@ class Comparison(NamedTuple):
     squared_distance: |g - T|².
   """
 
-  inner: jax.Array
-  squared_norm: jax.Array
-  target_squared_norm: jax.Array
-  squared_distance: jax.Array
+  inner: Scalar
+  squared_norm: Scalar
+  target_squared_norm: Scalar
+  squared_distance: Scalar
 
 
-def cosine_distance(comparison: Comparison) -> jax.Array:
+def cosine_distance(comparison: Comparison) -> Scalar:
   """Returns 1 - cosine of the angle between two gradients (Geiping et al. 2020).
 
   Args:
@@ -39,7 +41,7 @@ def cosine_distance(comparison: Comparison) -> jax.Array:
   return distance + jax.lax.stop_gradient(jnp.maximum(distance, 0) - distance)
 
 
-def squared_l2_distance(comparison: Comparison) -> jax.Array:
+def squared_l2_distance(comparison: Comparison) -> Scalar:
   """Returns the squared Euclidean distance of two gradients (Zhu et al. 2019)."""
   return comparison.squared_distance
 

@@ -12,16 +12,17 @@ is kept as thin factors. What is not a dense layer is formed.
 """
 
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from jaxdia.client import CROSS_ENTROPY, Loss, Observation
 from jaxdia.core.precision import full_precision
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
-from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
+from jaxdia.core.types import Array, Gradient, Images, Labels, Masks, Params, Scalar
 from jaxdia.gradients.distances import Comparison
 from jaxdia.models import DenseLayer, DropoutModel
 
@@ -37,8 +38,8 @@ class Factors(NamedTuple):
     right: f[outputs, rank].
   """
 
-  left: jax.Array
-  right: jax.Array
+  left: Float[Array, "inputs rank"]
+  right: Float[Array, "outputs rank"]
 
 
 class Target(NamedTuple):
@@ -50,9 +51,9 @@ class Target(NamedTuple):
     squared_norm: f[], of the whole gradient.
   """
 
-  formed: dict[Path, jax.Array]
-  kernels: dict[Path, jax.Array | Factors]
-  squared_norm: jax.Array
+  formed: dict[Path, Float[Array, "..."]]
+  kernels: dict[Path, Float[Array, "_ _"] | Factors]
+  squared_norm: Scalar
 
 
 @value_tree
@@ -140,7 +141,7 @@ def prepare(
   return Prepared(target=target, **facts, **fields)
 
 
-def factorize(matrix: Any, rank: int) -> Factors | None:
+def factorize(matrix: Float[jax.Array | np.ndarray, "inputs outputs"], rank: int) -> Factors | None:
   """Returns thin factors of a matrix, if it has no more than the given rank.
 
   Args:
@@ -257,7 +258,7 @@ def _match_derivative(primals, tangents):
   return (_dot(a_left, delta_right), _dot(a_a, delta_delta)), (inner, norm)
 
 
-def layer_gradient(gradient: Gradient, path: Path) -> dict[str, jax.Array]:
+def layer_gradient(gradient: Gradient, path: Path) -> dict[str, Shaped[Array, "..."]]:
   """Returns the gradient of one layer, or its parameters if given those.
 
   Args:

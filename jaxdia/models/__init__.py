@@ -21,6 +21,7 @@ from jaxdia.models.create import create
 from jaxdia.models.entries import from_native
 from jaxdia.models.evaluation import evaluation_mode
 from jaxdia.models.flax import from_flax
+from jaxdia.models.flax_variables import batch_moments
 from jaxdia.models.functions import from_functions
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
 from jaxdia.models.modules import from_module, library_of
@@ -30,7 +31,7 @@ from jaxdia.models.zoo import MODELS
 
 if TYPE_CHECKING:
   from jaxdia.models.equinox import from_equinox as from_equinox
-  from jaxdia.models.torch import from_torch as from_torch
+  from jaxdia.models.pytorch import from_torch as from_torch
 
 __all__ = [
   "MODELS",
@@ -42,6 +43,7 @@ __all__ = [
   "Site",
   "Taps",
   "batch_axes",
+  "batch_moments",
   "check_rate",
   "create",
   "drop",
@@ -60,8 +62,11 @@ __all__ = [
 ]
 
 
+_OF_EXTRAS = {"from_equinox": "equinox", "from_torch": "pytorch"}
+
+
 def __getattr__(name: str) -> Any:
   """Returns an adapter of a library that may be absent."""
-  if name in ("from_equinox", "from_torch"):
-    return getattr(importlib.import_module(f"jaxdia.models.{name.removeprefix('from_')}"), name)
+  if name in _OF_EXTRAS:
+    return getattr(importlib.import_module(f"jaxdia.models.{_OF_EXTRAS[name]}"), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxdia.core.errors import InputError, check_number
 from jaxdia.core.precision import full_precision, usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree
-from jaxdia.core.types import Images, Key, Logits, Masks, Params
+from jaxdia.core.types import Array, Images, Key, Logits, Masks, Number, Params
 from jaxdia.models import discovery
 from jaxdia.models.hooks import Hooks, ignore_sites
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
@@ -59,6 +60,10 @@ class Network(abc.ABC):
     """Returns the library's names of arrays that no training changes, such as averages."""
     return ()
 
+  def evaluation(self) -> "Network":
+    """Returns the network in which BatchNorm takes its averages, if a call's argument says so."""
+    return self
+
 
 @value_tree
 class DropoutModel:
@@ -71,7 +76,7 @@ class DropoutModel:
   """
 
   network: Network = static()
-  rates: dict[str, float | jax.Array]
+  rates: dict[str, Number]
 
   def __post_init__(self):
     sites = discovery.discover(self.network, 2).sites
@@ -241,7 +246,9 @@ def model_of(network: Network, rates: Mapping[str, float] | None = None) -> Drop
   return DropoutModel(network, dict(rates))
 
 
-def drop(inputs: jax.Array, mask: jax.Array, rate: float | jax.Array) -> jax.Array:
+def drop(
+  inputs: Float[Array, "*shape"], mask: Float[Array, "..."], rate: Number
+) -> Float[Array, "*shape"]:
   """Applies one dropout mask: the only place that scales by 1 / (1 - rate).
 
   Args:

@@ -1,5 +1,6 @@
 """A library's own arrays, by the names that it has for them, and as params."""
 
+import copy
 import hashlib
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
@@ -52,6 +53,17 @@ class InstanceNetwork(Network):
     """Returns the weights that the module was given with, whatever the key."""
     del key
     return params_of(self._entries, self.arrays)
+
+  def in_mode(self, mode: Hashable, **fields: Any) -> "InstanceNetwork":
+    """Returns the network in another mode.
+
+    Args:
+      mode: what tells it from the network itself.
+      **fields: attributes to change.
+    """
+    other = copy.copy(self)
+    vars(other).update(fields, _identity=(*self._identity, mode))
+    return other
 
   def entries(self) -> dict[str, Entry]:
     """Returns where each of the module's arrays lies among the params."""

@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, path_of
-from jaxdia.core.types import Images, Logits, Params
+from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of, digest
@@ -49,7 +49,7 @@ class EquinoxNetwork(InstanceNetwork):
     name = type(module).__name__
     super().__init__(name, image_shape, arrays, _entries(module, arrays), identity)
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
     leaves = self._leaves | arrays_of(self.entries(), params)
     module = jax.tree.unflatten(self._treedef, [leaves[name] for name in self._leaves])
@@ -99,11 +99,10 @@ class _Interception:
     """Returns what takes the place of a layer; what is no layer, as it is."""
     if isinstance(layer, eqx.nn.Dropout):
       return self._dropout(path, layer)
-    if self.hooks.on_linear is not None and type(layer) is eqx.nn.Linear:
+    if type(layer) is eqx.nn.Linear:
       return self._linear(Linear(path, None), layer)
-    if self.hooks.on_linear is not None and type(layer) is eqx.nn.Conv2d:
-      if layer.padding_mode == "ZEROS":
-        return self._linear(Linear(path, _alone(layer)), layer)
+    if type(layer) is eqx.nn.Conv2d and layer.padding_mode == "ZEROS":
+      return self._linear(Linear(path, _alone(layer)), layer)
     return layer
 
   def _dropout(self, path: Path, layer: eqx.nn.Dropout) -> Any:
@@ -155,6 +154,10 @@ class _Interception:
     return _Layer(layer, call)
 
   def _linear(self, linear: Linear, layer: Any) -> Any:
+    on_linear = self.hooks.on_linear
+    if on_linear is None:
+      return layer
+
     def call(x, *, key=None):
       del key
       outputs = layer(x)
@@ -166,7 +169,7 @@ class _Interception:
         nested = tracers.current_trace() != self.outer
         if linear.convolution is not None and outputs.ndim != 4:
           return outputs
-        return self.hooks.on_linear(linear, inputs, outputs, nested)
+        return on_linear(linear, inputs, outputs, nested)
 
       return _with_batch(hook)(self.token, self.token, x, outputs)
 
@@ -221,14 +224,12 @@ def _entries(module: eqx.Module, arrays: dict[str, np.ndarray]) -> dict[str, Ent
   owners = {path_of(keys): node for keys, node in nodes if isinstance(node, kinds)}
   entries = {}
   for name, array in arrays.items():
-    path, axes = tuple(name.split(".")) if name else (), None
-    owner = owners.get(path[:-1])
-    if owner is not None:
-      # Biases of convolutions are [outputs, 1, 1].
-      axes = (*range(1, array.ndim), 0) if path[-1] == "bias" and array.ndim > 1 else None
-      if path[-1] == "weight":
-        path, axes = (*path[:-1], "kernel"), (*range(2, array.ndim), 1, 0)
-    entries[name] = Entry(path, axes)
+    (*path, last), axes = name.split("."), None
+    if tuple(path) in owners and last == "weight":
+      last, axes = "kernel", (*range(2, array.ndim), 1, 0)
+    elif tuple(path) in owners and array.ndim > 1:  # biases of convolutions are [outputs, 1, 1]
+      axes = (*range(1, array.ndim), 0)
+    entries[name] = Entry((*path, last), axes)
   return entries
 
 

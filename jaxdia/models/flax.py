@@ -9,17 +9,19 @@ would draw one. So a user's module needs no rewriting.
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Images, Key, Logits, Params
+from jaxdia.core.trees import Constants, leaves_by_path
+from jaxdia.core.types import Images, Key, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.flax_interception import interceptor
+from jaxdia.models.flax_variables import fit_collections
 from jaxdia.models.hooks import Hooks, ignore_sites
 
 # How modules name the argument of __call__ that turns dropout on.
@@ -34,11 +36,13 @@ class FlaxNetwork(Network):
     module: unbound.
     image_shape: (height, width, channels).
     kwargs: of its call.
+    collections: its variables besides "params", such as running averages.
   """
 
   module: nn.Module
   image_shape: tuple[int, int, int]
   kwargs: Mapping[str, Any]
+  collections: Constants
 
   @property
   def name(self) -> str:
@@ -46,10 +50,13 @@ class FlaxNetwork(Network):
     return type(self.module).__name__
 
   def __hash__(self) -> int:
-    return hash((type(self.module), self.image_shape))  # attributes may be unhashable
+    # Attributes of the module may be unhashable.
+    return hash((type(self.module), self.image_shape, self.collections))
 
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, FlaxNetwork) or self.image_shape != other.image_shape:
+      return False
+    if self.collections != other.collections:
       return False
     try:
       same_module = self.module is other.module or bool(self.module == other.module)
@@ -57,36 +64,48 @@ class FlaxNetwork(Network):
     except (TypeError, ValueError):  # an attribute, such as an array, that does not compare
       return False
 
-  def init(self, key: Key) -> Params:
-    """Draws parameters: the module's "params" collection."""
+  def init_variables(self, key: Key) -> dict[str, Any]:
+    """Draws all collections that the module reads in a step."""
     with nn.intercept_methods(interceptor(Hooks(ignore_sites))):
       variables = self.module.init(
         key, jnp.zeros((1, *self.image_shape), jnp.float32), **self.kwargs
       )
-    extra = sorted(set(variables) - {"params"})
-    if extra:
-      raise InputError(
-        f"{self.name} keeps state in the collections {extra} besides 'params' (BatchNorm does),"
-        " and from_flax passes 'params' alone, so the module cannot be called. Use a"
-        " normalisation without state, such as nn.GroupNorm or nn.LayerNorm."
-      )
     if "params" not in variables:
       raise InputError(f"{self.name} has no parameters, so a client has no gradient to send.")
-    return nn.unbox(variables["params"])
+    return {name: nn.unbox(tree) for name, tree in variables.items() if name != "intermediates"}
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def init(self, key: Key) -> Params:
+    """Draws parameters: the module's "params" collection."""
+    return self.init_variables(key)["params"]
+
+  def constants(self) -> tuple[str, ...]:
+    """Returns the names of the variables that no gradient changes."""
+    return tuple(".".join(path) for path in leaves_by_path(self.collections.tree))
+
+  def evaluation(self) -> Network:
+    """Returns the network with the argument that turns training on turned off."""
+    off = {name: not on for name, on in _TRAINING_FLAGS.items() if name in self.kwargs}
+    return dataclasses.replace(self, kwargs={**self.kwargs, **off})
+
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
     # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
     rngs = rngs or dict.fromkeys(("params", "dropout"), jax.random.key(0))
     with nn.intercept_methods(interceptor(hooks)):
-      logits = self.module.apply({"params": params}, images, rngs=rngs, **self.kwargs)
-    return cast(Logits, logits)  # without `mutable` nothing else is returned
+      options = {"rngs": rngs, **self.kwargs}
+      others = self.collections.tree
+      if not others:
+        return self.module.apply({"params": params}, images, **options)
+      # In training a module writes what follows from the step, such as new averages.
+      variables = {"params": params, **others}
+      return self.module.apply(variables, images, mutable=list(others), **options)[0]
 
 
 def from_flax(
   module: nn.Module,
   image_shape: tuple[int, int, int],
   *,
+  variables: Mapping[str, Any] | None = None,
   call_kwargs: Mapping[str, Any] | None = None,
 ) -> DropoutModel:
   """Turns a Flax Linen classifier into a `DropoutModel`.
@@ -94,15 +113,23 @@ def from_flax(
   Sites are named by the path of the module, such as "block_0/Dropout_0"; a
   module that is called more than once gets "#2", "#3", ... for the later calls.
   Dropout of rate 0, and dropout that the module itself makes deterministic, is
-  no site.
+  no site. A layer that has a type of its own computes in float64 where it is given that.
+
+  What the call in training does with batch statistics is the client's mode, with and without
+  dropout: with `nn.BatchNorm(use_running_average=not train)` the images of a batch are normalised
+  by their own mean and variance, with `use_running_average=True` by the averages in `variables`.
 
   Args:
     module: unbound; called as `module(images, **call_kwargs)`, it returns logits
       f[B, num_classes].
     image_shape: (height, width, channels) of the images.
+    variables: the module's collections besides "params", such as {"batch_stats": ...}, as the
+      client has them before the step; by default as `module.init` makes them. They are constants
+      of the model, so they should be small.
     call_kwargs: arguments of the call in training. By default the argument
       `train`, `training`, `is_training` or `deterministic` is set if
-      `__call__` has one.
+      `__call__` has one. `{"train": False}` is a client in evaluation mode: dropout is off, and
+      BatchNorm takes its averages.
 
   Returns:
     The model; its params are the module's "params" collection.
@@ -110,9 +137,10 @@ def from_flax(
   Raises:
     InputError: the module draws random numbers elsewhere than in dropout sites
       that can be made explicit (stochastic depth, noise, dropout under
-      `nn.scan` or `nn.vmap`, a custom attention function), keeps state (batch
-      statistics), has all its dropout switched off or a rate outside [0, 1), or
-      does not return two logits or more an image. The message names the module.
+      `nn.scan` or `nn.vmap`, a custom attention function), has all its dropout switched off or a
+      rate outside [0, 1), or does not return two logits or more an image; or variables are of
+      other collections or shapes than its own, or are missing where they are drawn at random. The
+      message names the module.
   """
   if not isinstance(module, nn.Module):
     raise InputError(
@@ -121,7 +149,7 @@ def from_flax(
     )
   image_shape = check_image_shape(image_shape)
   kwargs = training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
-  network = FlaxNetwork(module, image_shape, kwargs)
+  network = FlaxNetwork(module, image_shape, kwargs, Constants({}))
   try:
     inspect.signature(type(module).__call__).bind(module, None, **kwargs)
   except TypeError as error:
@@ -129,9 +157,11 @@ def from_flax(
       f"{network.name} cannot be called as module(images, **{kwargs}): {error}. Pass call_kwargs"
       " to from_flax with the other arguments of its __call__."
     ) from error
+  network = dataclasses.replace(network, collections=fit_collections(network, variables))
   model = model_of(network)
   inactive = discovery.discover(network, 2).inactive
-  if inactive and not model.rates:
+  meant = any(kwargs.get(name, on) != on for name, on in _TRAINING_FLAGS.items())
+  if inactive and not model.rates and not meant:
     raise InputError(
       f"all dropout of {network.name} ({', '.join(inactive)}) is switched off. Pass call_kwargs to"
       " from_flax with the argument that turns training on, or give it rate 0."

@@ -34,7 +34,7 @@ class FunctionNetwork(Network):
     """Draws parameters."""
     return self.initialize(key)
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout as the hooks make it."""
     del rngs  # nothing is drawn
     met = set()

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxdia.core.trees import Path
-from jaxdia.core.types import Params
+from jaxdia.core.types import Array, Number, Params
 
 
 class Site(NamedTuple):
@@ -22,7 +23,7 @@ class Site(NamedTuple):
   """
 
   name: str
-  rate: float | jax.Array
+  rate: Number
 
 
 class DenseLayer(NamedTuple):
@@ -125,4 +126,4 @@ class Entry(NamedTuple):
 
 
 # {path of a layer: one array for each of its calls}
-Taps = dict[Path, tuple[jax.Array, ...]]
+Taps = dict[Path, tuple[Float[Array, "_ _"], ...]]

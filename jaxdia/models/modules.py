@@ -12,7 +12,7 @@ _LIBRARIES = {
   "flax.linen": ("flax", "from_flax"),
   "flax.nnx": ("nnx", "from_nnx"),
   "equinox": ("equinox", "from_equinox"),
-  "torch.nn": ("torch", "from_torch"),
+  "torch.nn": ("pytorch", "from_torch"),
 }
 
 

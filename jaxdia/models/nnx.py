@@ -6,7 +6,7 @@ never changed.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ from flax.core import tracers
 from flax.nnx.nn.attention import dot_product_attention_weights
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Images, Logits, Params
+from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
-from jaxdia.models.base import DropoutModel, check_image_shape, check_rate, model_of
+from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of, digest
 from jaxdia.models.flax import training_kwargs
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
@@ -37,7 +37,7 @@ class NNXNetwork(InstanceNetwork):
     arrays = {name: np.asarray(x) for name, x in flat.items()}
     # Canonical as they are: kernels are [..., inputs, outputs].
     entries = {name: Entry(tuple(name.split("."))) for name in flat}
-    self._graph, self._treedef, self._kwargs = graph, jax.tree.structure(params), dict(kwargs)
+    self._graph, self._params, self._kwargs = graph, params, dict(kwargs)
     # Keys of random numbers are no part of what a network computes, as nothing is drawn.
     random, self._rest = nnx.split_state(rest, nnx.RngState, ...)
     self._random = random
@@ -48,10 +48,20 @@ class NNXNetwork(InstanceNetwork):
     """Returns the names of the module's other variables, such as running averages."""
     return tuple(_by_name(self._rest))
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def evaluation(self) -> Network:
+    """Returns the network in evaluation mode, in which BatchNorm takes its averages."""
+    parts = jax.tree.map(lambda x: x, (self._params, self._random, self._rest))
+    module = nnx.merge(self._graph, *parts)
+    module.eval()
+    kwargs = {name: not on for name, on in training_kwargs(module).items() if name in self._kwargs}
+    graph = nnx.split(module, nnx.Param, ...)[0]
+    return self.in_mode("evaluation", _graph=graph, _kwargs={**self._kwargs, **kwargs})
+
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
     arrays = arrays_of(self.entries(), params)
-    state = jax.tree.unflatten(self._treedef, [arrays[name] for name in self.arrays])
+    structure = jax.tree.structure(self._params)
+    state = jax.tree.unflatten(structure, [arrays[name] for name in self.arrays])
     random = self._random
     if isinstance(rngs, nnx.Module):
       random = nnx.state(rngs, nnx.RngState)
@@ -103,9 +113,16 @@ class _Interception:
       node.__class__ = _Conv
     else:
       return
-    node._interception, node._where = self, path
+    vars(node).update(_interception=self, _where=path)
 
-  def drop(self, where: str, rate: float, shape, inputs: jax.Array, draw) -> jax.Array:
+  def drop(
+    self,
+    where: str,
+    rate: float,
+    shape: Sequence[int],
+    inputs: jax.Array,
+    draw: Callable[[], jax.Array],
+  ) -> jax.Array:
     """Calls the hook of a site."""
     rate = check_rate(rate, f"the rate of the dropout {where!r}")
     return self.hooks.on_site(SiteCall(self.names(where), rate, tuple(shape), inputs, draw))
@@ -120,6 +137,9 @@ class _Interception:
 
 class _Dropout(nnx.Dropout):
   """Dropout that leaves the mask to a hook."""
+
+  _interception: _Interception
+  _where: tuple[str, ...]
 
   def __call__(self, inputs, *, deterministic=None, rngs=None):
     where = "/".join(self._where) or "Dropout"
@@ -182,6 +202,8 @@ class _Attention:
 class _Linear(nnx.Linear):
   """A dense layer that tells a hook."""
 
+  _interception: _Interception
+
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Linear.__call__(self, inputs, *args, **kwargs)
     return self._interception.linear(self, None, inputs, outputs)
@@ -189,6 +211,8 @@ class _Linear(nnx.Linear):
 
 class _Conv(nnx.Conv):
   """A convolution that tells a hook."""
+
+  _interception: _Interception
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Conv.__call__(self, inputs, *args, **kwargs)

@@ -133,12 +133,12 @@ def _known(audit: Audit) -> list[tuple[str, str]]:
     ("mode", settings["mode"]),
     ("labels", "given" if settings["labels"] else "not given"),
   ]
-  if settings["after"]:
+  if settings["gradient"]:
+    rows.append(("update", "a gradient"))
+  else:
     steps = f"{settings['local_steps']} step{'s' * (settings['local_steps'] != 1)}"
     text = f"weights before and after {steps} at learning rate {settings['learning_rate']:g}"
     rows.append(("update", text))
-  else:
-    rows.append(("update", "a gradient"))
   if settings["weight_decay"]:
     rows.append(("weight decay", f"{settings['weight_decay']:g}"))
   return rows

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import msgspec
 import pandas as pd
 
 from jaxdia import evaluation, experiment
@@ -23,6 +24,7 @@ from jaxdia.experiment.lock import Lock, cannot_write
 from jaxdia.experiment.manifest import add_session, manifest
 from jaxdia.experiment.network import source_digest
 from jaxdia.experiment.progress import ProgressReport
+from jaxdia.experiment.schema import StudyCell, StudyFile
 from jaxdia.experiment.store import differences
 from jaxdia.experiment.table import markdown
 from jaxdia.report import Cell as Read
@@ -104,8 +106,13 @@ class _Study:
     base = json.loads(of_cells.to_json_best_effort())
     # Of the engine, what changes results by rounding.
     base["engine"] = {name: base["engine"].get(name) for name in ("lanes", "matching")}
-    self._definition = {"title": config.title, "question": config.question, "base": base}
-    self._json = self._check()
+    pending = [
+      StudyCell(name=cell.name, overrides=cell.overrides, status="pending") for cell in cells
+    ]
+    self._new = StudyFile(
+      title=config.title, question=config.question, base=base, manifest=manifest(), cells=pending
+    )
+    self._file = self._check()
 
   def begin(self) -> None:
     """Takes the work directory for this process.
@@ -115,9 +122,9 @@ class _Study:
     """
     self._lock.acquire()
     try:
-      self._json = self._check()  # it may have become another's meanwhile
+      self._file = self._check()  # it may have become another's meanwhile
       add_session(self.workdir)
-      write_json(self.workdir / "study.json", self._json)
+      self._write_file()
     except OSError as error:
       raise cannot_write(self.workdir, error) from error
 
@@ -127,32 +134,29 @@ class _Study:
       opened.close()
     self._lock.release()
 
-  def _check(self) -> dict[str, Any]:
+  def _check(self) -> StudyFile:
     """Returns what is to be in study.json: what is there, or what a new study begins with."""
-    path, definition = self.workdir / "study.json", self._definition
-    new = [{"name": cell.name, "overrides": cell.overrides} for cell in self._cells]
+    path = self.workdir / "study.json"
     if not path.exists():
       if (self.workdir / "config.json").exists():
         raise InputError(
           f"the work directory {self.workdir} holds an experiment. Choose another --workdir."
         )
-      pending = {"status": "pending", "reason": None, "seconds": None}
-      return definition | {"manifest": manifest(), "cells": [cell | pending for cell in new]}
+      return self._new
     try:
-      there = json.loads(path.read_text())
-      same = {name: there[name] for name in definition}
-      same["cells"] = [{"name": c["name"], "overrides": c["overrides"]} for c in there["cells"]]
-      _ = [(cell["status"], cell["reason"], float(cell["seconds"] or 0)) for cell in there["cells"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise InputError(f"{path} is damaged ({error!r}). Choose another --workdir.") from error
-    here = json.loads(json.dumps(definition | {"cells": new}))
-    if differing := [name for name, _, _ in differences(same, here)]:
+      there = msgspec.json.decode(path.read_bytes(), type=StudyFile)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+      raise InputError(f"{path} is damaged ({error}). Choose another --workdir.") from error
+    if differing := [name for name, _, _ in differences(_identity(there), _identity(self._new))]:
       raise InputError(
-        f"the work directory {self.workdir} holds another study ({there['title']!r}, of"
-        f" {len(there['cells'])} cells): its {differing[0]} differs. Choose another --workdir, or"
+        f"the work directory {self.workdir} holds another study ({there.title!r}, of"
+        f" {len(there.cells)} cells): its {differing[0]} differs. Choose another --workdir, or"
         " delete that one."
       )
     return there
+
+  def _write_file(self) -> None:
+    write_json(self.workdir / "study.json", msgspec.to_builtins(self._file))
 
   def _folder(self, number) -> pathlib.Path:
     return self.workdir / "cells" / self._cells[number].name
@@ -160,7 +164,7 @@ class _Study:
   def _is_done(self, number) -> bool:
     """Returns whether a cell was finished before, with the images that there are now."""
     settings = self._cells[number].settings
-    if self._json["cells"][number]["status"] != "done" or settings is None:
+    if self._file.cells[number].status != "done" or settings is None:
       return False
     if number in self._read:
       return True
@@ -255,20 +259,23 @@ class _Study:
     if opened:
       opened.close()
     self._failed.add(number)
-    before = self._json["cells"][number]["seconds"] or 0.0
+    before = self._file.cells[number].seconds or 0.0
     self._note(number, "failed", reason, opened.seconds if opened else before)
     say(f"{self._cells[number].name} failed: {reason}")
 
   def _note(self, number, status, reason, seconds) -> None:
     """Keeps how a cell ended."""
-    self._json["cells"][number].update(status=status, reason=reason, seconds=round(seconds, 1))
+    cell = self._file.cells[number]
+    self._file.cells[number] = msgspec.structs.replace(
+      cell, status=status, reason=reason, seconds=round(seconds, 1)
+    )
     self._read.pop(number, None)
-    write_json(self.workdir / "study.json", self._json)
+    self._write_file()
     self.write()
 
   def failures(self) -> dict[str, str]:
     """Returns the reasons of the cells that failed."""
-    return {c["name"]: c["reason"] for c in self._json["cells"] if c["status"] == "failed"}
+    return {c.name: c.reason or "" for c in self._file.cells if c.status == "failed"}
 
   def write(self) -> pd.DataFrame:
     """Writes the results of all cells, and returns a table of them."""
@@ -289,3 +296,10 @@ class _Study:
     text = markdown(list(table), table.itertuples(index=False))
     write_atomically(self.workdir / "table.md", lambda file: file.write(text.encode()))
     return table
+
+
+def _identity(file: StudyFile) -> Any:
+  """Returns what tells a study from another one, as it is in study.json."""
+  cells = [{"name": cell.name, "overrides": cell.overrides} for cell in file.cells]
+  about = {"title": file.title, "question": file.question, "base": file.base, "cells": cells}
+  return json.loads(json.dumps(about))

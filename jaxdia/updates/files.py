@@ -18,7 +18,9 @@ from jaxdia.core.files import UnreadableFile, read_npz
 from jaxdia.core.types import NamedArrays
 from jaxdia.updates.names import named_arrays, with_known_type
 
-_EXPECTED = "safetensors, npz, Flax msgpack, an Orbax folder, or a PyTorch state dict"
+_EXPECTED = (
+  "safetensors, npz, Flax msgpack, an Orbax folder, Equinox leaves, or a PyTorch state dict"
+)
 # Of files that PyTorch wrote before they became zip archives: a pickled number.
 _OLD_PYTORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 _MSGPACK_MAPS = {*range(0x80, 0x90), 0xDE, 0xDF}
@@ -28,8 +30,9 @@ def read(path: str | pathlib.Path) -> NamedArrays:
   """Reads all arrays of a file, or of an Orbax folder.
 
   Args:
-    path: of safetensors, npz, Flax msgpack, an Orbax checkpoint, or a PyTorch state dict, which may
-      be wrapped, as in {"state_dict": ...}.
+    path: of safetensors, npz, Flax msgpack, an Orbax checkpoint, leaves that Equinox serialised,
+      which have no names, or a PyTorch state dict, which may be wrapped, as in
+      {"state_dict": ...}.
 
   Returns:
     The arrays by their names in the file, of the types that they have there. The names of nested
@@ -82,10 +85,7 @@ def _reader_of(path: pathlib.Path) -> Callable[[pathlib.Path], Any]:
   if head[0] in _MSGPACK_MAPS:
     return _msgpack
   if head.startswith(b"\x93NUMPY"):
-    raise InputError(
-      f"{path} is a single array without a name; expected an npz of all arrays:"
-      " numpy.savez(path, **arrays)."
-    )
+    return _npy
   if head.startswith(b"\x89HDF"):
     raise InputError(
       f"{path} is HDF5, which is not read; expected {_EXPECTED}. Write the arrays again, such as by"
@@ -117,6 +117,15 @@ def _npz(path: pathlib.Path) -> NamedArrays:
   return {name: with_known_type(array) for name, array in arrays.items()}
 
 
+def _npy(path: pathlib.Path) -> list[np.ndarray]:
+  """Reads arrays one after another, as Equinox serialises the leaves of its modules."""
+  arrays = []
+  with open(path, "rb") as file:
+    while file.tell() < path.stat().st_size:
+      arrays.append(with_known_type(np.load(file, allow_pickle=False)))
+  return arrays
+
+
 def _safetensors(path: pathlib.Path) -> NamedArrays:
   from safetensors.numpy import load_file  # optional
 
@@ -141,16 +150,18 @@ def _orbax(path: pathlib.Path) -> Any:
     mend = f" Choose a step: {folder / steps[-1]}." if steps else ""
     raise InputError(f"{path} is no Orbax checkpoint: it has no file _METADATA.{mend}")
   checkpointer = ocp.PyTreeCheckpointer()
-  tree = checkpointer.metadata(folder).item_metadata.tree
+  metadata = checkpointer.metadata(folder).item_metadata
+  if metadata is None:
+    raise InputError(f"{path} is a damaged Orbax checkpoint: what it holds is not written there.")
   # As NumPy arrays, since the devices of the checkpoint may not be there.
-  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
   return checkpointer.restore(folder, restore_args=as_numpy)
 
 
 def _torch(path: pathlib.Path) -> Any:
   import pickle
 
-  import torch  # optional, and slow to import
+  import torch  # pyright: ignore[reportMissingImports]  # optional, and slow to import
 
   try:
     with warnings.catch_warnings():

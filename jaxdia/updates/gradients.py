@@ -138,7 +138,10 @@ def _update(before, gradients, errors, weight_decay, notes) -> Update:
       f"the update of {listed('/'.join(path) for path in unchanged)} is exactly zero: taken as"
       " frozen layers."
     )
-  moving = {path: leaf - decay * _wide(leaves[path]) for path, leaf in moving.items()}
+  if decay:  # what decayed weights leave of units without gradient is rounding, and not a gradient
+    moving = {path: leaf - decay * _wide(leaves[path]) for path, leaf in moving.items()}
+    for path, leaf in moving.items():
+      leaf[np.square(leaf) <= 16 * errors[path]] = 0
   rounding = np.sqrt(
     sum(np.nansum(errors[path]) for path in moving)
     / sum(np.nansum(np.square(leaf)) for leaf in moving.values())

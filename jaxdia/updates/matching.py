@@ -89,8 +89,7 @@ def fit(
   shape = discovery.params_shape(model.network)
   leaves = {path: tuple(leaf.shape) for path, leaf in leaves_by_path(shape).items()}
   if by_order:
-    found, notes = _by_order(model, leaves, arrays, what)
-    taken = set(arrays)
+    found, taken, notes = _by_order(model, leaves, arrays, what)
   else:
     found, taken, notes = _by_name(model, leaves, arrays, what)
   extra = {name: array for name, array in arrays.items() if name not in taken}
@@ -104,8 +103,12 @@ def fit(
   if frozen:
     problems.check_missing(what, leaves, found, extra)
     notes.append(f"no gradient was sent of {problems.listed(frozen)}: taken as frozen layers.")
-  if extra:
-    notes.append(f"no params of {model.network.name} are called {problems.listed(extra)}.")
+  constants = [parts_of(name) for name in model.network.constants()]
+  fixed = [name for name in extra if any(parts_of(name)[-len(c) :] == c for c in constants)]
+  if fixed:
+    notes.append(f"of {problems.listed(fixed)} the model has its own values, which are used.")
+  if unknown := [name for name in extra if name not in fixed]:
+    notes.append(f"no params of {model.network.name} are called {problems.listed(unknown)}.")
   tree = with_leaves(shape, {path: found.get(path) for path in leaves})
   return Fit(tree, frozen, extra, tuple(notes))
 
@@ -203,24 +206,43 @@ def _common_prefix(names) -> tuple[str, ...]:
 
 
 def _by_order(model, leaves, arrays, what):
-  """Returns {path: array} in the library's own order or in that of JAX's trees, and notes."""
+  """Returns {path: array}, the names that were taken, and notes.
+
+  The order is the library's own or that of JAX's trees. Arrays between may be left out: the
+  averages and counts that state dicts have among the params.
+  """
   names = sorted(arrays, key=number_of) if are_numbers(arrays) else list(arrays)
   own = [entry for entry in model.network.entries().values() if entry.path in leaves]
   orders = {"of its library": own, "of JAX's trees": [Entry(path) for path in leaves]}
   fitting = {}
   for order, entries in orders.items():
-    shapes = [layouts.shape_before(leaves[e.path], e.axes) for e in entries]
-    if shapes == [arrays[name].shape for name in names]:
-      fitting[order] = entries
+    expected = [layouts.shape_before(leaves[e.path], e.axes) for e in entries]
+    shapes = [arrays[name].shape for name in names]
+    first = _places_in_order(shapes, expected)
+    last = _places_in_order(shapes[::-1], expected[::-1])
+    left_out = len(shapes) - len(expected)
+    # Where they fit in two ways, the first is that of a library whose constants come last.
+    is_sure = last == [len(shapes) - 1 - i for i in reversed(first or [])]
+    if first is not None and (is_sure or left_out == len(model.network.constants())):
+      fitting[order] = list(zip((names[i] for i in first), entries, strict=True))
   if not fitting:
-    raise InputError(
-      problems.wrong_order(what, own or orders["of JAX's trees"], leaves, names, arrays)
-    )
-  order, entries = next(iter(fitting.items()))
+    raise InputError(problems.wrong_order(what, own, leaves, names, arrays))
+  order, pairs = next(iter(fitting.items()))
   found = {}
-  for name, (path, axes) in zip(names, entries, strict=True):
+  for name, (path, axes) in pairs:
     found[path] = arrays[name] if axes is None else arrays[name].transpose(axes)
   notes = [f"the arrays were taken in the order {order}, which only their shapes confirm."]
-  if any(other != entries for other in fitting.values()):
+  if any(other != pairs for other in fitting.values()):
     notes.append(f"they would fit the order {list(fitting)[1]} too.")
-  return found, notes
+  return found, {name for name, _ in pairs}, notes
+
+
+def _places_in_order(
+  shapes: list[tuple[int, ...]], expected: list[tuple[int, ...]]
+) -> list[int] | None:
+  """Returns the first place of each expected shape after that of the one before it."""
+  places: list[int] = []
+  for i, shape in enumerate(shapes):
+    if len(places) < len(expected) and shape == expected[len(places)]:
+      places.append(i)
+  return places if len(places) == len(expected) else None

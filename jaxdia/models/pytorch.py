@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Images, Logits, Params
+from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
-from jaxdia.models.base import DropoutModel, check_image_shape, model_of
+from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of, digest, to_numpy
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
 from jaxdia.models.layers import Entry, PlainConvolution
 
+# pyright: reportMissingImports=false
 try:
   import torch
-  from torch import nn
-  from torch._ops import OpOverloadPacket
+  from torch import _ops, nn
   from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError as error:
   raise InputError(
@@ -56,34 +56,50 @@ class _Call(NamedTuple):
 _calls: list[_Call] = []
 
 
+class _Absent:
+  """Stands for an operator that PyTorch does not have, and that is never called."""
+
+  def __getattr__(self, name: str) -> "_Absent":
+    if name.startswith("_"):
+      raise AttributeError(name)
+    return _Absent()
+
+
 @contextlib.contextmanager
-def _missing_overloads() -> Iterator[None]:
+def _absent_operators() -> Iterator[None]:
   """Lets torchax name operators that PyTorch does not have.
 
-  torchax 0.0.13 lists those of named dimensions, which PyTorch 2.13 has no longer.
+  torchax 0.0.13 lists those of named dimensions, which PyTorch 2.13 has no longer, and
+  aten.cholesky, which 2.14 has not.
   """
-  found = OpOverloadPacket.__getattr__
+  kinds = (_ops._OpNamespace, _ops.OpOverloadPacket)
+  found = [kind.__getattr__ for kind in kinds]
 
-  def find(packet, key):
-    try:
-      return found(packet, key)
-    except AttributeError:
-      if key.startswith("_"):
-        raise
-      return object()  # stands for an operator that is never called
+  def finder(find):
+    def find_or_stand_in(owner, name):
+      try:
+        return find(owner, name)
+      except AttributeError:
+        if name.startswith("_"):
+          raise
+        return _Absent()
 
-  OpOverloadPacket.__getattr__ = find
+    return find_or_stand_in
+
+  for kind, find in zip(kinds, found, strict=True):
+    setattr(kind, "__getattr__", finder(find))  # noqa: B010
   try:
     yield
   finally:
-    OpOverloadPacket.__getattr__ = found
+    for kind, find in zip(kinds, found, strict=True):
+      setattr(kind, "__getattr__", find)  # noqa: B010
 
 
 @functools.lru_cache
 def _environment() -> Any:
   """Returns what computes PyTorch's operators in JAX, with dropout intercepted."""
   try:
-    with _missing_overloads():
+    with _absent_operators():
       from torchax.ops.op_base import InplaceOp
       from torchax.tensor import Environment
 
@@ -132,7 +148,11 @@ class TorchNetwork(InstanceNetwork):
     """Returns the names of the module's buffers, such as running averages."""
     return tuple(self._buffers)
 
-  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
+  def evaluation(self) -> Network:
+    """Returns the network in evaluation mode, in which BatchNorm takes its averages."""
+    return self.in_mode("evaluation", _module=copy.deepcopy(self._module).eval())
+
+  def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
     environment = _environment()
     arrays = arrays_of(self.entries(), params)
@@ -160,24 +180,24 @@ class TorchNetwork(InstanceNetwork):
     def leave(*_):
       call.modules.pop()
 
-    def tell(layer):
+    def tell(layer, on_linear):
       def hook(module, inputs, outputs):
         del module
         given, found = environment.t2j_iso((inputs[0], outputs))
         if layer.convolution is not None and found.ndim != 4:
           return None
-        changed = call.hooks.on_linear(layer, given, found, False)
+        changed = on_linear(layer, given, found, False)
         return None if changed is found else environment.j2t_iso(changed)
 
       return hook
 
-    handles = []
+    handles, on_linear = [], call.hooks.on_linear
     for name, module in self._module.named_modules():
       handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
       convolution = _alone(module)
-      if call.hooks.on_linear is not None and (convolution or _is_plain(module, nn.Linear)):
+      if on_linear is not None and (convolution or _is_plain(module, nn.Linear)):
         layer = Linear(tuple(name.split(".")) if name else (), convolution)
-        handles.append(module.register_forward_hook(tell(layer)))
+        handles.append(module.register_forward_hook(tell(layer, on_linear)))
       handles.append(module.register_forward_hook(leave))
     try:
       yield
@@ -221,7 +241,7 @@ def _is_plain(module: nn.Module, kind: type) -> bool:
   return type(module) is kind and "weight" in module._parameters
 
 
-def _alone(module: nn.Module) -> PlainConvolution | None:
+def _alone(module: Any) -> PlainConvolution | None:
   """Returns a convolution of images by itself, or None if it is of another kind."""
   if not _is_plain(module, nn.Conv2d) or module.padding_mode != "zeros":
     return None

@@ -1,0 +1,33 @@
+"""What is annotated as an array is checked against it while the tests run."""
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from jaxdia import attacks, client
+
+
+@pytest.fixture(scope="module")
+def params(model):
+  return model.init(jax.random.key(0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_images_of_either_library_and_of_a_trace_are_taken(model, params, dtype):
+  images = np.zeros((2, *model.image_shape), dtype)
+  for apply in (model.apply, jax.jit(model.apply)):
+    assert apply(params, None, images).shape == (2, 5)
+  assert jax.vmap(model.apply, (None, None, 0))(params, None, images[:, None]).shape == (2, 1, 5)
+
+
+def test_a_wrong_rank_is_caught(model, params):
+  with pytest.raises(TypeCheckError, match="'images'"):
+    model.apply(params, None, np.zeros(model.image_shape, np.float32))
+  with pytest.raises(TypeCheckError, match="'images'"):
+    attacks.total_variation(np.zeros((6, 6), np.float32))
+
+
+def test_labels_of_another_batch_are_caught():
+  with pytest.raises(TypeCheckError, match="'labels'"):
+    client.CROSS_ENTROPY(np.zeros((2, 5), np.float32), np.zeros(3, np.int32))

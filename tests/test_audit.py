@@ -1,0 +1,214 @@
+"""Audits of updates in files, of networks of four libraries: one command answers the question."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapter_cases import IMAGE_SHAPE, LIBRARIES, NUM_CLASSES, make_case
+from experiment_cases import ROOT, silent
+
+from jaxdia import audit, models
+from jaxdia.client import Observation
+from jaxdia.core.errors import InputError
+from jaxdia.models.entries import arrays_of
+from jaxdia.report import write_audit_report
+
+SIZE = 4
+RATE = 0.1
+NETS = """
+from adapter_cases import make_case
+
+linen, nnx, equinox, torch = (
+  lambda library=library: make_case(library, "mlp").module
+  for library in ("linen", "nnx", "equinox", "torch")
+)
+"""
+
+
+@pytest.fixture(autouse=True)
+def nets(tmp_path, monkeypatch):
+  (tmp_path / "audited_nets.py").write_text(NETS)
+  monkeypatch.syspath_prepend(tmp_path)
+  yield
+  sys.modules.pop("audited_nets", None)
+
+
+def batch(size=SIZE):
+  rng = np.random.default_rng(0)
+  images = rng.uniform(size=(size, *IMAGE_SHAPE)).astype(np.float32)
+  return jnp.asarray(images), jnp.asarray(rng.integers(0, NUM_CLASSES, size), jnp.int32)
+
+
+def write(folder, library, kind="mlp"):
+  """Writes what the library itself computes in a training step, by the library's own names."""
+  case = make_case(library, kind)
+  images, labels = batch()
+  gradient = models.from_native(case.model, case.gradient(images, labels)[0], "gradient")
+  after = jax.tree.map(lambda w, g: w - RATE * g, case.params, gradient)
+  difference = jax.tree.map(jnp.subtract, after, case.params)
+  for name, tree in (
+    *(("before", case.params), ("gradient", gradient)),
+    *(("after", after), ("difference", difference)),
+  ):
+    arrays = arrays_of(case.model.network.entries(), tree)
+    np.savez(folder / f"{name}.npz", **{key: np.asarray(value) for key, value in arrays.items()})
+  np.savez(folder / "truth.npz", images=np.asarray(images), labels=np.asarray(labels))
+
+
+def config_of(folder, library, kind="gradient", **fields):
+  config = audit.default_config()
+  config.model.name = f"audited_nets:{library}"
+  config.image_shape, config.num_classes, config.batch_size = IMAGE_SHAPE, NUM_CLASSES, SIZE
+  config.before, config.seconds = str(folder / "before.npz"), 0.0
+  config[kind] = str(folder / f"{kind}.npz")
+  if kind != "gradient":
+    config.learning_rate = RATE
+  config.update(fields)
+  return config
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", ["gradient", "after", "difference"])
+def test_the_update_of_each_library_is_answered(tmp_path, library, kind):
+  write(tmp_path, library)
+  config = config_of(tmp_path, library, kind, truth=str(tmp_path / "truth.npz"))
+  (update,) = audit.run(config, tmp_path / "work", say=silent).updates
+  assert [image.verdict for image in update.images] == ["certain"] * SIZE
+  assert max(image.scores["mse"] for image in update.images) < 1e-10
+  assert update.attempts[0].residual < 1e-4 and update.factor == pytest.approx(1, abs=1e-3)
+  _, labels = batch()
+  assert sorted(image.label for image in update.images) == sorted(labels.tolist())
+
+
+def test_the_truth_changes_nothing_but_the_scores(tmp_path):
+  write(tmp_path, "linen")
+  told = audit.run(
+    config_of(tmp_path, "linen", truth=str(tmp_path / "truth.npz")), tmp_path / "told", say=silent
+  )
+  untold = audit.run(config_of(tmp_path, "linen"), tmp_path / "untold", say=silent)
+  images = [np.load(tmp_path / name / "update_000.npz")["images"] for name in ("told", "untold")]
+  np.testing.assert_array_equal(*images)
+  for one, other in zip(told.updates[0].images, untold.updates[0].images, strict=True):
+    assert one.scores and not other.scores
+    assert (one.verdict, one.residual, one.label) == (other.verdict, other.residual, other.label)
+
+
+def test_what_linear_algebra_leaves_is_searched():
+  """Behind a convolution, where the images of a batch cannot be told apart by linear algebra."""
+  case = make_case("linen", "cnn")
+  native, _ = case.gradient(*batch(2))
+  observation = Observation(case.params, native, None, (0.0,), (1.0,), 2)
+  outcome = audit.audit(jax.random.key(0), case.model, observation, seconds=3, say=silent)
+  algebra, search = outcome.attempts
+  assert algebra.name == "closed form" and search.name in ("dia", "hybrid")
+  assert search.iterations > 10 and 0 < search.residual < 1
+  # A search proves nothing, however well it explains the update.
+  assert set(outcome.found.verdicts) <= {"likely", "partial", "none"}
+
+
+def test_several_updates_are_told_apart_and_an_interrupted_audit_goes_on(tmp_path):
+  write(tmp_path, "linen")
+  other = {k: 2 * v for k, v in np.load(tmp_path / "gradient.npz").items()}
+  np.savez(tmp_path / "other.npz", **other)
+  files = f"{tmp_path / 'gradient.npz'},{tmp_path / 'other.npz'}"
+  said = []
+
+  def stop(text):
+    said.append(text)
+    if "update 2 of 2" in text:
+      raise KeyboardInterrupt
+
+  config = config_of(tmp_path, "linen", gradient=files)
+  with pytest.raises(KeyboardInterrupt):
+    audit.run(config, tmp_path / "work", say=stop)
+  half = json.loads((tmp_path / "work" / "audit.json").read_text())
+  assert half["pending"] == ["other.npz"] and len(half["updates"]) == 1
+  assert "unfinished" in write_audit_report(tmp_path / "work").read_text()
+  said.clear()
+  whole = audit.run(config, tmp_path / "work", say=said.append)
+  assert said[0] == "gradient.npz: audited before"
+  assert [update.name for update in whole.updates] == ["gradient.npz", "other.npz"]
+  assert whole.updates[0].factor == pytest.approx(1, abs=1e-3)
+  assert whole.updates[1].factor == pytest.approx(2, abs=1e-3)
+  page = write_audit_report(tmp_path / "work").read_text()
+  assert "Yes: from these 2 updates a server can compute all of the 8 images" in page
+  assert page.index("Yes: from") < page.index("What was known")
+  for part in ("What was not tried", "What would make it harder", "2 times the gradient"):
+    assert part in page
+
+
+def test_an_update_that_is_no_gradient_is_not_attacked_and_the_page_says_why(tmp_path):
+  write(tmp_path, "linen")
+  signs = {k: np.sign(v) * 1e-3 for k, v in np.load(tmp_path / "gradient.npz").items()}
+  np.savez(tmp_path / "gradient.npz", **signs)
+  (update,) = audit.run(config_of(tmp_path, "linen"), tmp_path / "work", say=silent).updates
+  assert update.attempts == [] and {image.verdict for image in update.images} == {"none"}
+  page = write_audit_report(tmp_path / "work").read_text()
+  assert "Not by what was tried" in page and "first step of Adam" in page
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"before": None}, "config.before is not set"),
+    ({"gradient": None}, "config.gradient 0 are set"),
+    ({"after": "after.npz"}, "2 are set; expected one of them"),
+    ({"batch_size": 0}, "config.batch_size is 0"),
+    ({"mode": "eval"}, "Choose one of: training, evaluation"),
+    ({"seconds": -1.0}, "config.seconds is -1.0"),
+    ({"statistics": "minst"}, "Did you mean 'mnist'"),
+    ({"labels": "1,x"}, "config.labels is '1,x'"),
+    ({"labels": "1,2"}, "expected integers of shape \\(4,\\)"),
+    ({"bogus": 1}, "Unknown config field 'bogus'"),
+    ({"loss": {"knd": "mse"}}, "Did you mean 'kind'"),
+    ({"loss": {"kind": "crossentropy"}}, "Did you mean 'cross_entropy'"),
+    ({"truth": "nowhere.npz"}, "nowhere.npz"),
+    ({"gradient": "nowhere.npz"}, "nowhere.npz does not exist"),
+    ({"model.name": "audited_nets:linnen"}, "Did you mean 'linen'"),
+  ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, fields, message):
+  write(tmp_path, "linen")
+  config = config_of(tmp_path, "linen")
+  with config.unlocked():
+    config.update_from_flattened_dict(
+      {name: value for name, value in fields.items() if not isinstance(value, dict)}
+    )
+    config.update({name: value for name, value in fields.items() if isinstance(value, dict)})
+  with pytest.raises(InputError, match=message):
+    audit.run(config, tmp_path / "work", say=silent)
+  assert not (tmp_path / "work").exists()
+
+
+def test_weights_need_a_learning_rate_and_a_gradient_none(tmp_path):
+  write(tmp_path, "linen")
+  config = config_of(tmp_path, "linen", "after", learning_rate=None)
+  with pytest.raises(InputError, match="config.learning_rate is None"):
+    audit.run(config, tmp_path / "work", say=silent)
+
+
+def test_the_launcher_answers_and_says_where_the_report_is(tmp_path):
+  write(tmp_path, "linen")
+  command = [
+    *(sys.executable, ROOT / "launch" / "audit.py", "--config=configs/audit.py"),
+    *("--config.model.name=audited_nets:linen", f"--config.image_shape={IMAGE_SHAPE}"),
+    *(f"--config.num_classes={NUM_CLASSES}", f"--config.batch_size={SIZE}"),
+    *(f"--config.before={tmp_path / 'before.npz'}", f"--config.after={tmp_path / 'after.npz'}"),
+    *(f"--config.learning_rate={RATE}", f"--workdir={tmp_path / 'work'}"),
+  ]
+  environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}:{ROOT}"}
+  done = subprocess.run(
+    list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=environment
+  )
+  assert done.returncode == 0, done.stderr
+  assert "closed form: 4 exact" in done.stdout and "report.html" in done.stdout
+  bad = subprocess.run(
+    [*map(str, command), "--config.after=nowhere"], cwd=ROOT, capture_output=True, text=True,
+    env=environment,
+  )  # fmt: skip
+  assert bad.returncode == 2 and bad.stderr.startswith("error: nowhere does not exist")
