@@ -312,8 +312,8 @@ def _use_convolutions(
       return f"{name} has {layer.inputs:,} inputs; no more than {MOST_INPUTS:,} are solved for"
     last = layer is convolutions.layers[0]
     pixels = last and convolutions.pixels is not None and earlier.site is None
+    of_image = convolutions.pixels[0] if pixels and convolutions.pixels is not None else None
     tried = [After(kept * values, kept, cotangent) for kept in choices]
-    of_image = convolutions.pixels[0] if pixels else None
     found_with = [solve(model, layer, after, params, gradient, known, of_image) for known in tried]
     residuals = np.sort([before.residual for before in found_with])
     before, known = min(zip(found_with, tried, strict=True), key=lambda pair: pair[0].residual)
