@@ -37,7 +37,7 @@ def _doubling_product(a, b, *args, **kwargs):
 
 
 class Hidden(nn.Module):
-  """Has dense layers of all kinds that cannot be tapped, and a plain one."""
+  """Has dense layers of all kinds that cannot be tapped, a rounded and a plain one."""
 
   @nn.compact
   def __call__(self, x, train=True):
@@ -238,7 +238,7 @@ def test_a_cosine_distance_is_never_negative_and_keeps_its_derivative():
 
 def test_layers_that_cannot_be_tapped_are_formed():
   model = MODELS["hidden"]()
-  assert [layer.path for layer in model.dense(2)] == [("plain",)]
+  assert [layer.path for layer in model.dense(2)] == [("rounded",), ("plain",)]
   model = MODELS["shared"]()
   assert {layer.path: layer.rows for layer in model.dense(2)} == {
     ("Dense_0",): (8,),

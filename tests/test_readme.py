@@ -65,8 +65,13 @@ def _updates(found, printed):
   assert printed.split() == ["4", "exact"]
 
 
+def _audit(found, printed):
+  assert printed.splitlines()[-1] == "['certain', 'certain'] ['factor']"
+
+
 CHECKS = {
   "README.md": _readme,
+  "docs/audit.md": _audit,
   "docs/library.md": _library,
   "docs/models.md": _models,
   "docs/studies.md": _studies,

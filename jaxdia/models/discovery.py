@@ -75,7 +75,7 @@ def discover(network: "Network", batch_size: int) -> Discovery:
   convolutions: dict[Path, tuple[Any, _Calls]] = {}
   hidden: set[Path] = set()
   inactive: list[str] = []
-  products: list[tuple[Path, jax.Array]] = []  # the outputs of dense layers
+  products: list[tuple[Path, Any]] = []  # the outputs of dense layers
 
   def on_site(call):
     sites[call.name] = (call.rate, call.shape)
@@ -150,7 +150,7 @@ def _origin(
     on the way.
   """
   made_by = {id(output): equation for equation in program.eqns for output in equation.outvars}
-  is_shifted = False
+  is_shifted, before = False, cast(Any, None)
   while id(variable) not in wanted and id(variable) in made_by:
     equation = made_by[id(variable)]
     inner = _inner_programs(equation)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import tracers
+from flax.linen.dtypes import promote_dtype
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Params
@@ -116,7 +117,7 @@ def _contracted_axes(module: nn.Module) -> int:
     return 0
   if module.dot_general is not None or module.dot_general_cls is not None:
     return 0
-  if module.promote_dtype is not nn.dtypes.promote_dtype:
+  if module.promote_dtype is not promote_dtype:
     return 0
   if type(module) is nn.Dense:
     return 1

@@ -21,9 +21,11 @@ class _Network(Protocol):
 
   def init_variables(self, key: Key) -> dict[str, Any]:
     """Draws all collections."""
+    ...
 
   def __hash__(self) -> int:
     """Returns the same for equal networks, for which what was found is kept."""
+    ...
 
 
 @functools.lru_cache(maxsize=32)
