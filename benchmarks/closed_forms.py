@@ -96,8 +96,8 @@ def _run(name, dataset, size, rate):
   first, masks = [], []
   for score in scores:
     sites = score["mask_accuracy_by_site"] or {}
-    first.append(sites.get(model.sites[0].name, 0.0))
-    masks.append(score["mask_accuracy"] or 0.0)
+    first.append(sites.get(model.sites[0].name, 0.0) if model.sites else np.nan)
+    masks.append((score["mask_accuracy"] or 0.0) if model.sites else np.nan)
   mse = [np.inf if s["mse_normalized"] is None else s["mse_normalized"] for s in scores]
   dia = ["-", "-"]
   if _DIA.value:

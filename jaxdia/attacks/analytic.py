@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdia import closed_form
 from jaxdia.attacks.protocol import (
@@ -19,7 +20,7 @@ from jaxdia.attacks.protocol import (
 from jaxdia.attacks.search import Search
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
-from jaxdia.closed_form import Parts, Recovery
+from jaxdia.closed_form import Parts, Recovery, recover_labels
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Key
@@ -80,8 +81,15 @@ class Hybrid(Search):
   """A search that starts from a closed form: what is exact is held, the rest is searched."""
 
   def recover(self, key: Key, observation: Observation) -> Recovery:
-    """Computes the closed forms; see `jaxdia.closed_form.recover`."""
-    return closed_form.recover(key, self.model, observation)
+    """Computes the closed forms; see `jaxdia.closed_form.recover`.
+
+    Raises:
+      InputError: the search needs labels, and there are none that can be read.
+    """
+    recovery = closed_form.recover(key, self.model, observation)
+    if observation.labels is None and not np.all(recovery.parts.known_labels):
+      recover_labels(self.model, observation)  # of some losses they cannot
+    return recovery
 
   def init(self, key: Key, observation: Observation, told: Told = NOT_TOLD) -> State:
     """Starts from what was recovered, and from random values elsewhere; see `Attack.init`."""

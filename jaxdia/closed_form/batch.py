@@ -4,6 +4,7 @@ What is taken out of the gradient lowers its rank, and leaves the zeros of the o
 as many as they were: so every round is easier than the one before (deflation).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxdia.client import CROSS_ENTROPY, Loss
 from jaxdia.closed_form import chain as chains
 from jaxdia.closed_form import spaces as planes
 from jaxdia.closed_form import sparse
-from jaxdia.closed_form.structure import Chain
+from jaxdia.closed_form.structure import Chain, activate
 from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
 
@@ -31,6 +32,20 @@ _EMPTY_COLUMN = 1e-4
 _NO_DIMENSION = 1e-6
 
 
+class Copies(NamedTuple):
+  """An image that is in the batch more than once.
+
+  Attributes:
+    inputs: f64[inputs (+ 1)], of the first layer.
+    residual: f[], how far its inputs of the second layer are from what the gradient allows.
+    number: how often it is there.
+  """
+
+  inputs: np.ndarray
+  residual: float
+  number: int
+
+
 class Batch(NamedTuple):
   """What was found of a batch.
 
@@ -42,12 +57,14 @@ class Batch(NamedTuple):
     rank: the least number of dimensions that the gradient of a layer has: fewer than images if
       some coincide, or leave next to nothing.
     rounds: how often was searched.
+    copies: what is left if it is one image several times.
   """
 
   samples: chains.Sample | None
   noise: float
   rank: int
   rounds: int
+  copies: Copies | None = None
 
 
 def solve(
@@ -87,7 +104,7 @@ def solve(
   # Each by itself: an image that is there twice has one dimension before dropout, and two after it.
   ranks = [_rank(matrix, batch_size) for matrix in matrices]
   rank = min(ranks)
-  found, noise, empty, rounds = [], 0.0, 0, 0
+  found, noise, empty, rounds, copies = [], 0.0, 0, 0, None
   while min(ranks) > 0 and empty < _EMPTY_ROUNDS:
     spanned = [
       planes.span(matrix, n, batch_size) for matrix, n in zip(matrices, ranks, strict=True)
@@ -97,6 +114,9 @@ def solve(
       noise = max(rest for _, rest in spanned)
       if noise > most_noise:
         break
+    if ranks[0] == 1 < ranks[1]:
+      copies = _find_copies(key, model, links, params, spaces, zeros, noise, ranks[1])
+      break
     known = _candidates(jax.random.fold_in(key, rounds), spaces, zeros, ranks[0], 4**empty)
     rounds += 1
     samples = None
@@ -115,9 +135,8 @@ def solve(
         matrices[k] = matrices[k] - np.outer(inputs, delta) / scale
     found.append(samples)
     ranks = [n - len(samples.label) for n in ranks]
-  if not found:
-    return Batch(None, noise, rank, rounds)
-  return Batch(jax.tree.map(lambda *x: np.concatenate(x), *found), noise, rank, rounds)
+  samples = jax.tree.map(lambda *x: np.concatenate(x), *found) if found else None
+  return Batch(samples, noise, rank, rounds, copies)
 
 
 def _rank(matrix: np.ndarray, most: int) -> int:
@@ -129,30 +148,75 @@ def _rank(matrix: np.ndarray, most: int) -> int:
 def _candidates(key, spaces, zeros_of, left, effort):
   """Returns what candidate samples kept after the first layer, and their vectors there."""
   first, second = spaces[0], spaces[1]
+  if left > 1:
+    zero = _find_planes(key, first.right.T, first.padding, zeros_of, left, effort)
+    return None if zero is None else _see(first, second, zero, zeros_of)
+  return _see(first, second, ~_filled(first.right.T)[None], zeros_of)
+
+
+def _filled(points):
+  """Returns which of the points are more than rounding."""
+  sizes = np.linalg.norm(points, axis=1)
+  return sizes > _EMPTY_COLUMN * np.max(sizes)
+
+
+def _find_planes(key, points, padding, zeros_of, most, effort):
+  """Returns on which hyperplanes many points lie, b[planes, points]; None if there are none."""
+  if not any(zeros_of):
+    return None
   rate, silent = zeros_of
-  sizes = np.linalg.norm(first.right, axis=0)
-  counts = (sizes > _EMPTY_COLUMN * np.max(sizes)).astype(float)
-  if left == 1:
-    zero = (counts == 0)[None]
-  else:
-    if not any(zeros_of):
-      return None
-    points = (first.right / np.where(counts > 0, sizes, 1) * counts).T
-    dimensions = len(first.values)
-    starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))
-    starts = starts.astype(jnp.float64) * (1 - first.padding)[None, None]
-    starts /= jnp.linalg.norm(starts, axis=-1, keepdims=True)
-    normals = np.concatenate(
-      [sparse.search(points, counts, first.padding, some, 1 / effort) for some in starts]
-    )
-    # Of the columns that are not empty a sample dropped fewer, as it dropped all of the empty ones.
-    share = max(rate * counts.size - np.sum(counts == 0), 1.0) / np.sum(counts)
-    zeros = sparse.examine(points, counts, first.padding, normals, share, silent)
-    chosen = sparse.distinct(zeros)[:left]
-    if not len(chosen):
-      return None
-    zero = np.asarray(zeros.zero)[chosen] | (counts == 0)
-  return _see(first, second, zero, zeros_of)
+  filled = _filled(points)
+  counts, dimensions = filled.astype(float), points.shape[1]
+  points = points / np.where(filled, np.linalg.norm(points, axis=1), 1)[:, None] * counts[:, None]
+  starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))
+  starts = starts.astype(jnp.float64) * (1 - padding)[None, None]
+  starts /= jnp.linalg.norm(starts, axis=-1, keepdims=True)
+  normals = np.concatenate(
+    [sparse.search(points, counts, padding, some, 1 / effort) for some in starts]
+  )
+  # Of the columns that are not empty a sample dropped fewer, as it dropped all of the empty ones.
+  share = max(rate * counts.size - np.sum(counts == 0), 1.0) / np.sum(counts)
+  zeros = sparse.examine(points, counts, padding, normals, share, silent)
+  chosen = sparse.distinct(zeros)[:most]
+  return np.asarray(zeros.zero)[chosen] | (counts == 0) if len(chosen) else None
+
+
+def _find_copies(key, model, links, params, spaces, zeros_of, noise, number) -> Copies | None:
+  """Finds the one image that is left, with several masks."""
+  first, second = spaces[:2]
+  layers = planes.layers_of(links.layers[:2], params)
+  if layers[0].biased:
+    return Copies(first.left[:, 0] / first.left[-1, 0], noise, number)
+  if links.straight:
+    return None  # an image of any size has such inputs of the second layer
+  width = links.layers[0].outputs
+  # Between any two copies there is a plane too, of what both kept.
+  zero = _find_planes(key, second.left[:width], second.padding, zeros_of, number**2, 1)
+  if zero is None:
+    return None
+  found = [_of_zeros(model, links, params, first, second, one) for one in zero]
+  inputs, residual = min(found, key=lambda pair: pair[1])
+  return Copies(np.asarray(inputs), float(residual), number)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _of_zeros(model, links, params, first, second, zero):
+  layers = planes.layers_of(links.layers[:2], params)
+
+  def activation(outputs):
+    def function(z):
+      return activate(model, params, links.layers[0], links.layers[1], z)
+
+    return jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
+
+  points = second.left[: len(zero)]
+  kept = 1 - zero.astype(points.dtype)
+  h = kept * (points @ sparse.normal(points, zero, second.padding))
+  inputs = planes.first_inputs(first, layers[0], activation, kept, h, links.straight) @ first.left.T
+  after = kept * activation(inputs @ layers[0].weights)[0]
+  after = jnp.append(after, 1.0) if layers[1].biased else after
+  left = after - second.left @ (after @ second.left)
+  return inputs, jnp.linalg.norm(left) / jnp.linalg.norm(after)
 
 
 def _see(first, second, zero, zeros_of):

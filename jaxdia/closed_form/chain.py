@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdia.client import Loss
+from jaxdia.closed_form.found import EXACT
 from jaxdia.closed_form.spaces import (
   Space,
   first_inputs,
@@ -31,8 +32,8 @@ from jaxdia.models import DenseLayer, DropoutModel
 
 # So many units of rounding may a derivative by the logits be off, since 1 is taken from a softmax.
 _UNITS = 4
-# A derivative by the logits from which that of every label differs by more, relative, has none.
-_NO_LABEL = 0.05
+# A sample has a label unless it fits the gradient so many times better without.
+_NO_LABEL = 10.0
 # Behind a ReLU no more than this share of the outputs is zero.
 _MOST_SILENT = 0.95
 
@@ -86,9 +87,10 @@ def refine(
   """
   count = len(zero)
   points = jnp.stack([delta_space.right.T, input_space.left[:count]])
+  padding = jnp.stack([delta_space.padding, input_space.padding])
 
   def vectors(weights):
-    normals = jax.vmap(normal, (0, None, None))(points, weights, delta_space.padding)
+    normals = jax.vmap(normal, (0, None, 0))(points, weights, padding)
     return jnp.einsum("inr,ir->in", points, normals)
 
   def joint_sizes(weights):
@@ -219,20 +221,27 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
     inputs, logits = [size * x for x in inputs], size * logits
   elif links.homogeneous:
     error = jnp.asarray(jnp.inf)  # of other losses the size of the image is not solved for
-  label, delta = last_delta(logits, sign * delta, loss, rounding)
-  deltas = [delta if loss.reduction == "sum" else delta / batch_size]
-  for k in reversed(range(last)):
-    inner = layers[k + 1].weights[: len(slopes[k])].T
-    deltas.insert(0, (deltas[0] @ inner) * slopes[k])
-  shares = jnp.stack([share(*vectors) for vectors in zip(inputs, deltas, spaces, strict=False)])
-  # Taking the sample out of the gradient lowers its rank (Wedderburn 1934), if this is 1; so it
-  # tells by what factor the gradient is larger than that of the loss.
-  mean = jnp.mean(shares)
-  misfits = [*_outside(inputs, deltas, spaces), *jnp.abs(1 - shares / mean), error]
-  residual = jnp.max(jnp.stack(misfits))
-  residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
-  scale = jnp.where(label < 0, jnp.nan, 1 / mean)
-  return Sample(tuple(inputs), tuple(deltas), tuple(masks), tuple(active), label, scale, residual)
+  label, labelled = last_delta(logits, sign * delta, loss, rounding)
+
+  def judge(delta):
+    deltas = [delta if loss.reduction == "sum" else delta / batch_size]
+    for k in reversed(range(last)):
+      inner = layers[k + 1].weights[: len(slopes[k])].T
+      deltas.insert(0, (deltas[0] @ inner) * slopes[k])
+    shares = jnp.stack([share(*vectors) for vectors in zip(inputs, deltas, spaces, strict=False)])
+    # Taking the sample out of the gradient lowers its rank (Wedderburn 1934), if this is 1; so it
+    # tells by what factor the gradient is larger than that of the loss.
+    mean = jnp.mean(shares)
+    misfits = [*_outside(inputs, deltas, spaces), *jnp.abs(1 - shares / mean), error]
+    residual = jnp.max(jnp.stack(misfits))
+    return tuple(deltas), 1 / mean, jnp.where(jnp.isfinite(residual), residual, jnp.inf)
+
+  # If it is of another loss, it is that of no label; but what was found is rounded.
+  with_label, without = judge(labelled), judge(sign * delta)
+  told = with_label[-1] <= jnp.maximum(_NO_LABEL * without[-1], EXACT)
+  deltas, scale, residual = jax.tree.map(lambda a, b: jnp.where(told, a, b), with_label, without)
+  label, scale = jnp.where(told, label, -1), jnp.where(told, scale, jnp.nan)
+  return Sample(tuple(inputs), deltas, tuple(masks), tuple(active), label, scale, residual)
 
 
 def _kept_after(spaces, delta, active, rate):
@@ -252,7 +261,7 @@ def _kept_after(spaces, delta, active, rate):
   zero = zeros.zero & (zeros.gap > LEAST_GAP)
   if len(spaces) == 1:
     return kept * (1 - zero.astype(delta.dtype)), delta
-  kept, direction, _ = refine(*spaces, zero | ~active, ~active, rate, 0.0)
+  kept, direction, _ = refine(spaces[0], spaces[1], zero | ~active, ~active, rate, 0.0)
   return kept, direction * jnp.sum(direction * delta) / jnp.sum(direction**2)
 
 
@@ -268,7 +277,7 @@ def last_delta(
     rounding: unit of the type that the client computed in.
 
   Returns:
-    The label; or -1, and `delta` itself, if it is that of no label.
+    Those of the label that suits `delta` best.
   """
   number = len(logits)
   # Which class it is shows in its direction.
@@ -285,9 +294,7 @@ def last_delta(
   found = delta * jnp.sum(others * candidate * delta) / (jnp.sum(others * delta**2) + 1e-300)
   # Of a class that is all but sure, 1 - softmax is rounded, and the gradient has what came of it.
   room = _UNITS * rounding * jnp.maximum(jnp.abs(candidate), own)
-  exact = jnp.clip(found, candidate - room, candidate + room)
-  told = jnp.linalg.norm(found - exact) <= _NO_LABEL * jnp.linalg.norm(found)
-  return jnp.where(told, label, -1), jnp.where(told, exact, delta)
+  return label, jnp.clip(found, candidate - room, candidate + room)
 
 
 def _outside(inputs, deltas, spaces):

@@ -129,8 +129,10 @@ def _use_patches(patching, gradient, found) -> str:
 def _use_first_layer(model, gradient, found) -> str:
   """Notes the image that a first dense layer with a bias tells; returns why there is not more."""
   layer = find_first_layer(model.network)
-  leaves = {} if layer is None else layer_gradient(gradient, layer.path)
-  if layer is None or set(leaves) != {"kernel", "bias"}:
+  if layer is None:
+    return ""
+  leaves = layer_gradient(gradient, layer.path)
+  if set(leaves) != {"kernel", "bias"}:  # a frozen layer, or one of which a part was sent
     return ""
   read = read_inputs(leaves["kernel"], leaves["bias"])
   name = "/".join(layer.path)
@@ -183,21 +185,14 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   )
   samples = result.samples
   count = 0 if samples is None else len(samples.label)
-  if count and np.min(samples.residual) <= EXACT:
-    assert samples is not None  # they are counted
+  if samples is not None and np.min(samples.residual) <= EXACT:
     found.scale = float(np.median(samples.scale[samples.residual <= EXACT]))
   for i in range(count):
     assert samples is not None  # they are counted
     inputs, residual = samples.inputs[0][i], samples.residual[i]
     exact = residual <= EXACT
     features = inputs[: chain.layers[0].inputs]
-    found.residual[i] = residual
-    if chain.pixels is not None:
-      image = np.zeros(features.size)
-      image[chain.pixels[0]] = features
-      found.set_image(i, image.reshape(found.parts.images.shape[1:]), residual)
-    else:
-      found.set_features(chain.layers[0].path, i, features)
+    _note_inputs(chain, found, i, features, residual)
     if not exact:
       continue
     if samples.label[i] >= 0:
@@ -209,7 +204,7 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
       )
     for k, kept in enumerate(samples.kept):
       source = chain.inputs[k + 1]
-      if source.site is not None:
+      if source.entries is not None:
         entries = np.where(samples.active[k][i], source.entries, -1)
         found.set_mask(source.site, i, entries, kept[i])
       if chain.pixels is None:
@@ -219,7 +214,12 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
       kept = _kept_features(features, rates[chain.inputs[0].site])
       if kept is not None:
         found.set_mask(chain.inputs[0].site, i, chain.inputs[0].entries, kept)
-  if count < size and result.rank < size:
+  if result.copies is not None and result.copies.residual <= EXACT:
+    inputs, residual, number = result.copies
+    for i in range(count, min(count + number, size)):
+      _note_inputs(chain, found, i, inputs[: chain.layers[0].inputs], residual)
+    found.note = f"{number} of the images coincide; their masks and labels are not told"
+  elif count < size and result.rank < size:
     return (
       f"the gradient of a layer has rank {result.rank}, of a batch of {size}: some of its images"
       " coincide or are blank, and cannot be told apart"
@@ -234,6 +234,17 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   if chain.pixels is None:
     return "the first of the dense layers is fed with features, not with pixels"
   return "some images leave more of the gradient unexplained than rounding does"
+
+
+def _note_inputs(chain, found, number, features, residual) -> None:
+  """Notes the inputs of the first layer of a chain."""
+  found.residual[number] = residual
+  if chain.pixels is None:
+    found.set_features(chain.layers[0].path, number, features)
+    return
+  image = np.zeros(features.size)
+  image[chain.pixels[0]] = features
+  found.set_image(number, image.reshape(found.parts.images.shape[1:]), residual)
 
 
 def _use_classifier(chain, observation, gradient, rates, found) -> str:
@@ -267,10 +278,7 @@ def _scale_by_classifier(model, observation, gradient) -> float:
   kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
   logits = read.values @ kernel.reshape(-1, bias.size) + bias
   rounding = float(np.finfo(observation.dtype).eps)
-  label, delta = last_delta(logits, jnp.asarray(leaves["bias"]), observation.loss, rounding)
-  if label < 0:
-    return math.nan
-  delta = np.asarray(delta)
+  delta = np.asarray(last_delta(logits, jnp.asarray(leaves["bias"]), observation.loss, rounding)[1])
   scale = delta @ leaves["bias"] / (delta @ delta)
   misfit = np.linalg.norm(scale * delta - leaves["bias"]) / np.linalg.norm(leaves["bias"])
   return float(scale) if max(read.residual, misfit) <= EXACT else math.nan
@@ -304,8 +312,8 @@ def _use_convolutions(
       return f"{name} has {layer.inputs:,} inputs; no more than {MOST_INPUTS:,} are solved for"
     last = layer is convolutions.layers[0]
     pixels = last and convolutions.pixels is not None and earlier.site is None
+    of_image = convolutions.pixels[0] if pixels and convolutions.pixels is not None else None
     tried = [After(kept * values, kept, cotangent) for kept in choices]
-    of_image = convolutions.pixels[0] if pixels else None
     found_with = [solve(model, layer, after, params, gradient, known, of_image) for known in tried]
     residuals = np.sort([before.residual for before in found_with])
     before, known = min(zip(found_with, tried, strict=True), key=lambda pair: pair[0].residual)

@@ -155,6 +155,8 @@ def first_inputs(
   h = h / rms(h, kept)
   rows = first.left.T @ layer.weights
   rank = len(rows)
+  if straight:
+    return _straight_inputs(first, layer, activation, rows, kept, h)
   count = jnp.sum(kept)
   # With a bias the input that goes with it is 1, which weighs as much as all entries.
   one_row = first.left[-1] * jnp.sqrt(count) if layer.biased else None
@@ -193,11 +195,7 @@ def first_inputs(
 
   def fit(scale):
     sign = jnp.sign(scale)
-    start = (scale * h - at) / slope
-    if straight:
-      positive, negative = (activation(jnp.full_like(h, z))[0] for z in (1.0, -1.0))
-      start = scale * h / jnp.where((scale * h > 0) | (negative == 0), positive, -negative)
-    c = least_squares(rows, start, kept, first.padding)
+    c = least_squares(rows, (scale * h - at) / slope, kept, first.padding)
     theta = jnp.append(c / scale, jnp.log(jnp.abs(scale)))
     loss = jnp.sum(residuals(theta, sign)[0] ** 2)
     return sign, (theta, jnp.asarray(1e-3), loss)
@@ -215,3 +213,19 @@ def first_inputs(
   thetas, _, losses = jax.vmap(lambda sign, carry: descend(sign, carry, _STEPS))(signs, carries)
   theta, sign = jax.tree.map(lambda x: x[jnp.argmin(losses)], (thetas, signs))
   return sign * jnp.exp(theta[rank]) * theta[:rank]
+
+
+def _straight_inputs(first, layer, activation, rows, kept, h):
+  """Finds the coordinates for a function that is linear on either side of 0: by its inverse."""
+  positive, negative = (activation(jnp.full_like(h, z))[0] for z in (1.0, -1.0))
+
+  def solve(sign):
+    values = sign * h
+    outputs = values / jnp.where((values > 0) | (negative == 0), positive, -negative)
+    c = least_squares(rows, outputs, kept, first.padding)
+    c += least_squares(rows, outputs - c @ rows, kept, first.padding)
+    return c, jnp.sum(kept * (activation(c @ rows)[0] - values) ** 2)
+
+  solutions, losses = jax.vmap(solve)(jnp.asarray([1.0, -1.0]))
+  c = solutions[jnp.argmin(losses)]
+  return c / (c @ first.left[-1]) if layer.biased else c

@@ -166,11 +166,23 @@ def find_convolutions(network: Network, after: DenseLayer) -> Chain | None:
 
 
 def _chain(model, params, layers, links) -> Chain:
-  inputs = tuple(_find_input(model, params, layer) for layer in layers)
+  inputs = [_find_input(model, params, layer) for layer in layers]
+  for k in range(1, len(layers)):
+    if links[k - 1].silent:
+      inputs[k] = _without_gaps(inputs[k])
   leaves = leaves_by_path(params)
   biased = any((*layer.path, "bias") in leaves for layer in layers)
   pixels = find_pixels(model, params, layers[0])
-  return Chain(tuple(layers), inputs, pixels, tuple(links), biased)
+  return Chain(tuple(layers), tuple(inputs), pixels, tuple(links), biased)
+
+
+def _without_gaps(source: Input) -> Input:
+  """Returns an input of which units that were off in all trials meet their own entries."""
+  if source.entries is None:
+    return source
+  own = np.arange(source.entries.size)
+  in_order = np.all((source.entries == -1) | (source.entries == own))
+  return dataclasses.replace(source, entries=own) if in_order else source
 
 
 def full_masks(model: DropoutModel, batch_size: int = 1) -> Masks:
