@@ -220,8 +220,8 @@ def by_search(
   attempt = Attempt(
     name=name,
     outcome=(
-      f"{len(trials)} trials, of which the best leaves {residual:.1%} of the update unexplained, and"
-      f" the best two agree to a mean SSIM of {np.mean(agreement):.2f}"
+      f"{len(trials)} trials, of which the best leaves {residual:.1%} of the update unexplained,"
+      f" and the best two agree to a mean SSIM of {np.mean(agreement):.2f}"
     ),
     seconds=time.monotonic() - start,
     residual=residual if math.isfinite(residual) else None,

@@ -150,7 +150,7 @@ def _origin(
     on the way.
   """
   made_by = {id(output): equation for equation in program.eqns for output in equation.outvars}
-  is_shifted, before = False, cast(Any, None)
+  is_shifted = False
   while id(variable) not in wanted and id(variable) in made_by:
     equation = made_by[id(variable)]
     inner = _inner_programs(equation)
@@ -162,10 +162,14 @@ def _origin(
       before = equation.invars[places[0]] if places else None
     else:
       before, shifts = _pass_on(equation, made_by, num_classes)
-    if before is None or math.prod(before.aval.shape) != math.prod(variable.aval.shape):
+    if before is None or _size(before) != _size(variable):
       break
     variable, is_shifted = before, is_shifted or shifts
   return variable, is_shifted
+
+
+def _size(variable: Any) -> int:
+  return math.prod(variable.aval.shape)
 
 
 def _pass_on(equation, made_by: Mapping[int, Any], num_classes: int) -> tuple[Any, bool]:
