@@ -37,23 +37,21 @@ class Found:
     self.scale = math.nan
     self.note = ""
     masks = expected_masks(model, size, jnp.float64)
-    readable = model.classifier is not None
+    told = True
     if observation.labels is not None:
       labels = np.asarray(observation.labels)
     else:
       try:
         labels = np.asarray(recover_labels(model, observation))
       except InputError:
-        if observation.loss.kind == "cross_entropy":
-          raise
-        labels, readable = np.zeros(size, np.int32), False  # images are read without them
+        labels, told = np.zeros(size, np.int32), False  # images are read without them
     self.parts = Parts(
       images=np.zeros((size, *model.image_shape)),
       verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),
       masks=jax.tree.map(np.array, masks),
       known_masks={site: np.zeros(mask.shape, bool) for site, mask in masks.items()},
       labels=labels,
-      known_labels=np.full(size, size == 1 and readable),
+      known_labels=np.full(size, size == 1 and told),
       features={},
       known_features={},
     )

@@ -322,7 +322,9 @@ def from_torch(module: nn.Module, image_shape: tuple[int, int, int]) -> DropoutM
   network = TorchNetwork(module, check_image_shape(image_shape))
   model = model_of(network)
   off = [
-    name for name, inner in module.named_modules() if getattr(inner, "p", 0) and not inner.training
+    name
+    for name, inner in module.named_modules()
+    if isinstance(inner, nn.modules.dropout._DropoutNd) and inner.p > 0 and not inner.training
   ]
   if off and not model.rates:
     raise InputError(
