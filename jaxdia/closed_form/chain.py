@@ -129,7 +129,11 @@ class Links(NamedTuple):
 
 
 def links_of(chain: Chain) -> Links:
-  """Returns what a chain is made of."""
+  """Returns what a chain is made of.
+
+  Args:
+    chain: of at least two layers.
+  """
   sites = tuple(source.site for source in chain.inputs[1:])
   silent = tuple(link.silent for link in chain.links)
   return Links(chain.layers, sites, silent, chain.links[0].homogeneous, chain.homogeneous)

@@ -65,7 +65,14 @@ class FlaxNetwork(Network):
       return False
 
   def init_variables(self, key: Key) -> dict[str, Any]:
-    """Draws all collections that the module reads in a step."""
+    """Draws all collections that the module reads in a step.
+
+    Args:
+      key: random key.
+
+    Raises:
+      InputError: it has no parameters.
+    """
     with nn.intercept_methods(interceptor(Hooks(ignore_sites))):
       variables = self.module.init(
         key, jnp.zeros((1, *self.image_shape), jnp.float32), **self.kwargs
