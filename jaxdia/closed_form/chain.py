@@ -34,6 +34,8 @@ from jaxdia.models import DenseLayer, DropoutModel
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
 _NO_LABEL = 10.0
+# So often what a sample kept is judged by what it would have if it had kept all.
+_TURNS = 4
 # Behind a ReLU no more than this share of the outputs is zero.
 _MOST_SILENT = 0.95
 
@@ -203,16 +205,16 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
       kept, delta = _kept_after(spaces[k : k + 2], delta, active[k], rate)
     # delta = (next delta @ weights.T) * slope, and the next delta lies in the space of its layer.
     inner = layers[k + 1].weights[: len(values)].T
-    if k + 1 == last:
-      next_delta = least_squares(inner * (kept * slope)[None], delta, kept, jnp.zeros(len(inner)))
-    else:
-      space = spaces[k + 1]
-      rows = (space.right @ inner) * (kept * slope)[None]
-      next_delta = least_squares(rows, delta, kept, space.padding) @ space.right
-    # What was kept shows once more, now that the delta is known that would be if all were.
-    expected = (next_delta @ inner) * slope
-    sure = jnp.abs(expected) > 3e-5 * rms(expected, jnp.ones(len(kept)))
-    kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
+    within = jnp.eye(len(inner)) if k + 1 == last else spaces[k + 1].right
+    padding = jnp.zeros(len(inner)) if k + 1 == last else spaces[k + 1].padding
+    for _ in range(_TURNS):
+      rows = (within @ inner) * (kept * slope)[None]
+      next_delta = least_squares(rows, delta, kept, padding) @ within
+      # What was kept shows once more, now that the delta is known that would be if all were. What
+      # was wrong in the first place is in this delta too, so it is asked again.
+      expected = (next_delta @ inner) * slope
+      sure = jnp.abs(expected) > 3e-5 * rms(expected, jnp.ones(len(kept)))
+      kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
     slopes.append(kept * slope)
     one = jnp.ones(1 if layers[k + 1].biased else 0)
