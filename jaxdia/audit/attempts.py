@@ -13,7 +13,7 @@ from jaxdia import attacks, evaluation
 from jaxdia.attacks import Attack, Candidate, State, Status, complete
 from jaxdia.audit.schema import VERDICTS, Attempt
 from jaxdia.client import Observation, Secret, client_gradient
-from jaxdia.closed_form import Recovery, Verdict, recover
+from jaxdia.closed_form import Recovery, Verdict, recover, recover_labels
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.types import Images, Key, Labels, Masks, Statistics
 from jaxdia.models import DropoutModel
@@ -281,12 +281,20 @@ def choose_attack(
     observation: the update.
     recovery: what linear algebra gave.
   """
-  if model.classifier is None and observation.labels is None:
+  if observation.labels is None and not _tells_labels(model, observation):
     return attacks.create("dia" if model.rates else "ig", model, labels="free")
   labels = "recovered" if observation.labels is None else "given"
   if recovery is not None and _gave_something(recovery):
     return attacks.create("hybrid", model, labels=labels)
   return attacks.create("dia" if model.rates else "ig", model, labels=labels)
+
+
+def _tells_labels(model: DropoutModel, observation: Observation) -> bool:
+  try:
+    recover_labels(model, observation)
+  except InputError:
+    return False
+  return True
 
 
 def attack_name(attack: Attack) -> str:

@@ -44,11 +44,11 @@ class Sample(NamedTuple):
   """What was found of one image of the batch; without leading axes.
 
   Attributes:
-    inputs: {layer number: f64[inputs (+ 1)]}.
-    deltas: {layer number: f64[outputs]}, derivatives of the batch's loss.
-    kept: {layer number: f64[inputs]}, masks of the inputs of all layers but the first.
-    active: {layer number: b[inputs]}, where the mask makes a difference. Where it makes none, as
-      behind a ReLU that is off, it is not known, and `kept` is 0.
+    inputs: f64[inputs (+ 1)] of each layer.
+    deltas: f64[outputs] of each layer, derivatives of the batch's loss.
+    kept: f64[inputs] of each layer but the first, masks of its inputs.
+    active: b[inputs] of each layer but the first, where the mask makes a difference. Where it makes
+      none, as behind a ReLU that is off, it is not known, and `kept` is 0.
     label: i[]; -1 if the gradient does not tell it.
     scale: f[], by which factor the gradient exceeds that of the loss.
     residual: f[], how far all this is from what the gradient allows, relative.
@@ -131,7 +131,11 @@ class Links(NamedTuple):
 
 
 def links_of(chain: Chain) -> Links:
-  """Returns what a chain is made of."""
+  """Returns what a chain is made of.
+
+  Args:
+    chain: of at least two layers.
+  """
   sites = tuple(source.site for source in chain.inputs[1:])
   silent = tuple(link.silent for link in chain.links)
   return Links(chain.layers, sites, silent, chain.links[0].homogeneous, chain.homogeneous)
