@@ -297,7 +297,8 @@ def _found_by_search(name, model, observation, best: State, second: State) -> Fo
     labels=labels if labels.ndim == 1 else labels.argmax(axis=1),
     known_labels=np.zeros(size, bool),
     masks={},
-    factor=proof.factor if "likely" in verdicts else None,
+    # Labels that were searched have a part in it.
+    factor=proof.factor if "likely" in verdicts and candidate.labels is None else None,
   )
 
 

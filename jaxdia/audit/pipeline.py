@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 from jaxdia.audit.attempts import Found, better, by_algebra, by_search
 from jaxdia.audit.diagnosis import TURNED, diagnose, negative, tells_sign
 from jaxdia.audit.schema import VERDICTS, Attempt, Finding
@@ -77,7 +79,9 @@ def audit(
     if sign < 0:
       say("nothing sure was found; the opposite sign is tried")
     guess = seen if sign > 0 else negative(seen)
-    found = _try(key, model, guess, seconds / len(signs), attempts, say)
+    made: list[Attempt] = []
+    found = _try(key, model, guess, seconds / len(signs), made, say)
+    attempts += made if sign > 0 else [_of_the_opposite(attempt) for attempt in made]
     if found is not None and (best is None or _sureness(found) > _sureness(best)):
       best, turned = found, sign < 0
     if best is not None and _is_sure(best):
@@ -86,7 +90,7 @@ def audit(
     turned ^= best.factor < 0
     findings += _factor(abs(best.factor), observation)
   if turned and best is not None:
-    findings.append(TURNED if _is_sure(best) else _MAYBE_TURNED)
+    findings.append(TURNED if "certain" in best.verdicts else _MAYBE_TURNED)
   return Outcome(findings, attempts, best)
 
 
@@ -111,6 +115,10 @@ def _try(
   return found
 
 
+def _of_the_opposite(attempt: Attempt) -> Attempt:
+  return msgspec.structs.replace(attempt, outcome=f"of the opposite sign: {attempt.outcome}")
+
+
 def _is_sure(found: Found) -> bool:
   return bool({"certain", "likely"} & set(found.verdicts))
 
@@ -126,7 +134,7 @@ def _factor(size: float, observation: Observation) -> list[Finding]:
   if abs(size - 1) <= _NEARLY_1:
     return []
   batch_size, loss = observation.batch_size, observation.loss
-  causes = "another learning rate, a loss of another scale, or clipping"
+  causes = "another learning rate or batch size, a loss of another scale, or clipping"
   by_size = {"mean": (batch_size, "summed over the batch, not averaged")}
   by_size["sum"] = (1 / batch_size, "averaged over the batch, not summed")
   expected, text = by_size[loss.reduction]

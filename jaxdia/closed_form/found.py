@@ -43,10 +43,8 @@ class Found:
     else:
       try:
         labels = np.asarray(recover_labels(model, observation))
-      except InputError:
-        if observation.loss.kind == "cross_entropy":
-          raise
-        labels, readable = np.zeros(size, np.int32), False  # images are read without them
+      except InputError:  # as of a frozen classifier; images are read without them
+        labels, readable = np.zeros(size, np.int32), False
     self.parts = Parts(
       images=np.zeros((size, *model.image_shape)),
       verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),

@@ -56,7 +56,7 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
     What was recovered, of the gradient's type, on the host.
 
   Raises:
-    InputError: the observation grants no labels, and none can be read (see `recover_labels`).
+    InputError: the gradient has the opposite sign (see `check_sign`).
   """
   check_sign(model, observation)
   with jax.enable_x64(True):
