@@ -301,10 +301,10 @@ def _mode(model: DropoutModel, observation: Observation, rounding: float):
     chain = find_chain(model.network) if model.rates else None
   except TypeError:  # of a network that cannot be computed in float64
     chain = None
+  if chain is None:
+    return None, None
   zeros, told, small, expected = 0, 0.0, 0, 0.0
-  for i, (layer, source) in enumerate(
-    zip(chain.layers, chain.inputs, strict=True) if chain else ()
-  ):
+  for i, (layer, source) in enumerate(zip(chain.layers, chain.inputs, strict=True)):
     kernel = layer_gradient(observation.gradient, layer.path).get("kernel")
     if source.site is None or kernel is None:
       continue
