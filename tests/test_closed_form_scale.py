@@ -100,7 +100,7 @@ def test_trained_weights_with_a_small_loss(size, target):
 
 
 def test_the_rounding_of_weights_before_and_after_hides_no_mask_of_a_narrow_network():
-  """Of 64 units some are nearly zero by themselves, and rounding decides what seems dropped."""
+  """Of 64 units some are nearly zero of themselves, and rounding decides what seems dropped."""
   model = make_model(hidden_sizes=(96, 64), use_bias=True)
   for seed in range(6):
     observation, _ = observe_victims(model, 4, seed=seed)

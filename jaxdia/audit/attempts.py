@@ -24,6 +24,8 @@ LIKELY = 0.03
 PARTIAL = 0.5
 # Besides, another search must have found it: likely and partial from this SSIM on.
 _AGREE = (0.8, 0.4)
+# In place of a label that nothing tells.
+NO_LABEL = -1
 # A trial takes at least so long, whatever is left.
 _LEAST_SECONDS = 1.0
 # Folded into the key of an update, for searches; closed forms use the key itself.
@@ -52,7 +54,7 @@ class Found(NamedTuple):
     verdicts: of each image, a key of `jaxdia.audit.schema.VERDICTS`.
     residuals: f[B], NaN where there is no image.
     reasons: for each image.
-    labels: i[B].
+    labels: i[B], NO_LABEL where nothing tells one.
     known_labels: b[B], those that are certain.
     masks: {site: known share}.
     factor: of the update, if it is known.
@@ -145,30 +147,44 @@ def by_algebra(
 
 
 def _whole(model, observation, recovery: Recovery) -> Proof | None:
-  """Holds a whole batch that was recovered against the whole update, if its masks are known."""
+  """Holds a whole batch that was recovered against the whole update.
+
+  Where masks or labels are not known, or need not be, as those of units that a ReLU silences, it
+  may explain the update nevertheless; if it does not, that says nothing of the images.
+  """
   parts = recovery.parts
   if not np.all(np.asarray(parts.verdict) == Verdict.EXACT):
     return None
-  return prove(model, observation, parts.masks, parts.images, parts.labels)
+  proof = prove(model, observation, parts.masks, parts.images, parts.labels)
+  masks_known = all(np.all(known) for known in parts.known_masks.values())
+  is_whole = masks_known and bool(np.all(parts.known_labels))
+  return proof if is_whole or proof.residual < LIKELY else None
 
 
 def _found_by_algebra(model, observation, recovery: Recovery) -> Found:
   parts = recovery.parts
   names = {Verdict.EXACT: "certain", Verdict.APPROXIMATE: "partial", Verdict.NOT_APPLICABLE: "none"}
   verdicts = [names[Verdict(int(v))] for v in np.asarray(parts.verdict)]
+  verdicts = [
+    "none" if verdict == "partial" and not r <= PARTIAL else verdict
+    for verdict, r in zip(verdicts, recovery.residual, strict=True)
+  ]
   reasons = [
     f"its part of the gradient is determined by linear equations, and left unexplained to {r:.1e}"
     if verdict == "certain"
     else recovery.reason
     for verdict, r in zip(verdicts, recovery.residual, strict=True)
   ]
+  labels = np.asarray(parts.labels)
+  if observation.labels is None and not can_read_labels(model, observation):
+    labels = np.where(parts.known_labels, labels, NO_LABEL)
   return Found(
     by=["closed form"] * len(verdicts),
     images=np.asarray(parts.images),
     verdicts=verdicts,
     residuals=np.asarray(recovery.residual),
     reasons=reasons,
-    labels=np.asarray(parts.labels),
+    labels=labels,
     known_labels=np.asarray(parts.known_labels),
     masks={site: float(np.mean(known)) for site, known in parts.known_masks.items()},
     factor=None,
@@ -209,10 +225,10 @@ def by_search(
       jax.random.fold_in(jax.random.fold_in(key, _SEARCH), len(trials)),
       attack,
       observation,
-      recovery=recovery,
+      recovery=_of_exact(recovery) if trials else recovery,
       seconds=max(left if trials else seconds / 2, _LEAST_SECONDS),
     )
-    trials = sorted([*trials, state], key=lambda trial: float(trial.best.objective))
+    trials = sorted([*trials, state], key=_objective)
     say(f"{name}: trial {len(trials)} ended at objective {float(state.best.objective):.2e}")
     left -= time.monotonic() - begun
   found = _found_by_search(name, model, observation, *trials[:2])
@@ -228,6 +244,20 @@ def by_search(
     iterations=sum(int(trial.iteration) for trial in trials),
   )
   return attempt, found
+
+
+def _of_exact(recovery: Recovery | None) -> Recovery | None:
+  """Returns it without approximate images, from which no more than one search may start."""
+  if recovery is None:
+    return None
+  verdict = np.asarray(recovery.parts.verdict)
+  verdict = np.where(verdict == Verdict.EXACT, verdict, Verdict.NOT_APPLICABLE)
+  return recovery._replace(parts=recovery.parts._replace(verdict=verdict.astype(np.int32)))
+
+
+def _objective(trial: State) -> float:
+  objective = float(trial.best.objective)
+  return objective if math.isfinite(objective) else math.inf
 
 
 def _is_done(trial: State) -> bool:
@@ -267,7 +297,8 @@ def _found_by_search(name, model, observation, best: State, second: State) -> Fo
     labels=labels if labels.ndim == 1 else labels.argmax(axis=1),
     known_labels=np.zeros(size, bool),
     masks={},
-    factor=proof.factor if "likely" in verdicts else None,
+    # Labels that were searched have a part in it.
+    factor=proof.factor if "likely" in verdicts and candidate.labels is None else None,
   )
 
 
@@ -281,15 +312,23 @@ def choose_attack(
     observation: the update.
     recovery: what linear algebra gave.
   """
-  if observation.labels is None and not _tells_labels(model, observation):
-    return attacks.create("dia" if model.rates else "ig", model, labels="free")
-  labels = "recovered" if observation.labels is None else "given"
+  labels = "given"
+  if observation.labels is None:
+    labels = "recovered" if can_read_labels(model, observation) else "free"
+    if labels == "free":
+      return attacks.create("dia" if model.rates else "ig", model, labels=labels)
   if recovery is not None and _gave_something(recovery):
     return attacks.create("hybrid", model, labels=labels)
   return attacks.create("dia" if model.rates else "ig", model, labels=labels)
 
 
-def _tells_labels(model: DropoutModel, observation: Observation) -> bool:
+def can_read_labels(model: DropoutModel, observation: Observation) -> bool:
+  """Returns whether the gradient tells labels: of a frozen classifier or some losses it does not.
+
+  Args:
+    model: the network.
+    observation: the update.
+  """
   try:
     recover_labels(model, observation)
   except InputError:

@@ -48,13 +48,13 @@ class Diagnosis(NamedTuple):
     observation: what the attacks are shown.
     findings: what was seen.
     rounding: share of the gradient that rounding may have changed.
-    training: whether dropout was on, where it shows; None where it does not.
+    training: whether dropout was on, as it shows; as it was said to be where it does not.
   """
 
   observation: Observation
   findings: list[Finding]
   rounding: float
-  training: bool | None
+  training: bool
 
   @property
   def stops(self) -> bool:
@@ -62,19 +62,22 @@ class Diagnosis(NamedTuple):
     return any(finding.effect == "stops" for finding in self.findings)
 
 
-def diagnose(model: DropoutModel, observation: Observation, rounding: float = 0.0) -> Diagnosis:
+def diagnose(
+  model: DropoutModel, observation: Observation, rounding: float = 0.0, *, training: bool = True
+) -> Diagnosis:
   """Looks for what an update has besides, or instead of, the gradient of one training step.
 
   Args:
     model: the network.
     observation: with the gradient as it was sent.
     rounding: share of it that is known to be rounding, as of weights of few bits.
+    training: whether dropout is said to have been on.
 
   Returns:
     The observation, put right, and what was found.
 
   Raises:
-    InputError: no layer of the gradient can be used.
+    InputError: no layer of the gradient can be used, or weights are not finite.
   """
   gradient, findings = _usable(observation)
   kind, level = _precision(gradient)
@@ -88,8 +91,12 @@ def diagnose(model: DropoutModel, observation: Observation, rounding: float = 0.
       finding, gradient = found
       findings.append(finding)
   observation = dataclasses.replace(observation, gradient=gradient)
-  training, finding = _mode(model, observation)
-  return Diagnosis(observation, [*findings, *finding], rounding, training)
+  if not {"several steps", "noise"} & {finding.name for finding in findings}:
+    on, finding = _mode(model, observation, rounding)
+    if on is not None and on != training:
+      findings.append(finding)
+      training = on
+  return Diagnosis(observation, findings, rounding, training)
 
 
 def _name(path: Path) -> str:
@@ -98,14 +105,20 @@ def _name(path: Path) -> str:
 
 def _usable(observation: Observation) -> tuple[Gradient, list[Finding]]:
   """Leaves out what holds no information, as if it were frozen."""
-  leaves = leaves_by_path(observation.gradient)
-  paths = list(leaves_by_path(observation.params))
+  leaves, params = leaves_by_path(observation.gradient), leaves_by_path(observation.params)
+  paths = list(params)
+  for path in paths:
+    if not np.isfinite(np.asarray(params[path])).all():
+      raise InputError(
+        f"the weights {_name(path)} have NaN or infinite entries; expected those that the server"
+        " sent, with which the network can be computed."
+      )
   broken = [p for p, leaf in leaves.items() if not np.isfinite(np.asarray(leaf)).all()]
   zero = [p for p, leaf in leaves.items() if not np.any(np.asarray(leaf))]
   left_out = {
     "frozen layer": (
       [path for path in paths if path not in leaves],
-      "no gradient was sent of {}; audited is what was sent.",
+      "there is no gradient of {}; the rest is audited.",
     ),
     "not finite": (broken, "{} has NaN or infinite entries, and is left out."),
     "zero layer": (
@@ -140,8 +153,8 @@ def _precision(gradient: Gradient) -> tuple[Finding | None, float]:
       level = float(jnp.finfo(kind).eps) / 2
       name = np.dtype(kind).name
       text = (
-        f"all values fit into {name}: each is rounded by up to {level:.1e} of itself, which is"
-        " taken as the tolerance. What linear algebra finds is no more exact than that."
+        f"all values fit into {name}: each is rounded by up to {level:.1e} of itself, which this"
+        " diagnosis allows for. What linear algebra finds is no more exact than that."
       )
       return Finding(name="half precision", effect="noted", text=text, value=level), level
   return None, 0.0
@@ -161,7 +174,7 @@ def _equal_sizes(model, observation, rounding):
   text = (
     f"nearly all entries that changed did so by the same amount ({middle:.2e}): this is the first"
     " step of Adam, or the sign of a gradient, and not the gradient. It tells the signs alone."
-    " Send what came before the optimiser, or audit with the optimiser's state."
+    " Audit what went into the optimiser instead, if you have it."
   )
   return Finding(name="adam", effect="stops", text=text, value=float(middle)), observation.gradient
 
@@ -177,10 +190,10 @@ def _weight_decay(model, observation, rounding):
     return None
   kernel, weight = (np.asarray(layer["kernel"], np.float64) for layer in (g, w))
   left, weights = kernel.sum(axis=1), weight.sum(axis=1)
-  decay = float(left @ weights / (weights @ weights))
   size = np.linalg.norm(np.abs(kernel).sum(axis=1))
-  if np.linalg.norm(left) < max(_CANCELS, 3 * rounding) * size:
+  if not weights.any() or np.linalg.norm(left) < max(_CANCELS, 3 * rounding) * size:
     return None
+  decay = float(left @ weights / (weights @ weights))
   if np.linalg.norm(left - decay * weights) > 0.05 * np.linalg.norm(left):
     return None
   # Of units that were dropped nothing else is there, and they tell it to the last bit.
@@ -236,15 +249,13 @@ def negative(observation: Observation) -> Observation:
 
 
 def tells_sign(model: DropoutModel, observation: Observation) -> bool:
-  """Returns whether a wrong sign would have been seen, which the bias of the classifier tells.
+  """Returns whether the bias of the classifier tells which sign is right.
 
   Args:
     model: the network.
     observation: of an update.
   """
-  path = model.classifier
-  layer = {} if path is None else layer_gradient(observation.gradient, path)
-  return "bias" in layer and 2 * observation.batch_size < model.num_classes
+  return is_turned(model, observation) or is_turned(model, negative(observation))
 
 
 def _rank(model, observation, rounding):
@@ -272,30 +283,44 @@ def _rank(model, observation, rounding):
       return Finding(name="several steps", effect="noted", text=text, value=rank), (
         observation.gradient
       )
-    text += "No sum over images is so: it holds noise, or was pruned or quantised."
+    text += (
+      "No rank is higher: it holds noise, was pruned or quantised, or is a sum over at least"
+      f" {rank} rows, as of a larger batch or many steps."
+    )
     return Finding(name="noise", effect="noted", text=text, value=beyond), observation.gradient
   return None
 
 
-def _mode(model: DropoutModel, observation: Observation) -> tuple[bool | None, list[Finding]]:
-  """Tells from the zeros of dense layers whether dropout was on."""
+def _mode(model: DropoutModel, observation: Observation, rounding: float):
+  """Tells from the zeros of dense layers whether dropout was on; None if they do not tell.
+
+  A unit that a ReLU silences, or a pixel that is black, is zero without dropout too, and so may a
+  few be of which another function gets a number far below 0.
+  """
   try:
     chain = find_chain(model.network) if model.rates else None
   except TypeError:  # of a network that cannot be computed in float64
     chain = None
-  zeros, expected = 0, 0.0
-  for layer, source in zip(chain.layers, chain.inputs, strict=True) if chain else ():
+  if chain is None:
+    return None, None
+  zeros, told, small, expected = 0, 0.0, 0, 0.0
+  for i, (layer, source) in enumerate(zip(chain.layers, chain.inputs, strict=True)):
     kernel = layer_gradient(observation.gradient, layer.path).get("kernel")
     if source.site is None or kernel is None:
       continue
-    zeros += int(np.sum(~np.any(np.asarray(kernel), axis=1)))
-    expected += layer.inputs * float(model.rates[source.site]) ** observation.batch_size
-  if expected < _EXPECTED_ZEROS:
-    return (True if zeros else None), []
-  if zeros:
-    return True, []
+    sizes = np.linalg.norm(np.asarray(kernel, np.float64), axis=1)
+    small += int(np.sum(sizes <= max(_RANK, 3 * rounding) * sizes.max()))
+    here = layer.inputs * float(model.rates[source.site]) ** observation.batch_size
+    expected += here
+    if i > 0 and not chain.links[i - 1].silent:
+      zeros, told = zeros + int(np.sum(sizes == 0)), told + here
+  if zeros and 2 * zeros >= told:
+    text = "units are zero as dropout leaves them: the gradient was computed in training mode."
+    return True, Finding(name="training mode", effect="mended", text=text)
+  if small or expected < _EXPECTED_ZEROS:
+    return None, None
   text = (
     f"no unit is zero, where dropout would have dropped about {expected:.0f} in all images: the"
     " gradient was computed in evaluation mode. The audit goes on without dropout."
   )
-  return False, [Finding(name="evaluation mode", effect="mended", text=text)]
+  return False, Finding(name="evaluation mode", effect="mended", text=text)

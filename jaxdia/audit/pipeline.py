@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 from jaxdia.audit.attempts import Found, better, by_algebra, by_search
 from jaxdia.audit.diagnosis import TURNED, diagnose, negative, tells_sign
 from jaxdia.audit.schema import VERDICTS, Attempt, Finding
@@ -12,6 +14,12 @@ from jaxdia.models import DropoutModel, evaluation_mode
 
 # The largest deviation of a factor from 1 that is not worth a word.
 _NEARLY_1 = 1e-2
+_MAYBE_TURNED = Finding(
+  name="sign",
+  effect="noted",
+  text="which sign of the update is right does not show; more was found with the opposite one, as"
+  " of new weights minus old ones.",
+)
 
 
 class Outcome(NamedTuple):
@@ -53,32 +61,36 @@ def audit(
     What was found.
 
   Raises:
-    InputError: no layer of the gradient can be used.
+    InputError: no layer of the gradient can be used, or weights are not finite.
   """
-  diagnosis = diagnose(model, observation, rounding)
+  diagnosis = diagnose(model, observation, rounding, training=training)
   findings = list(diagnosis.findings)
   for finding in findings:
     say(f"{finding.name}: {finding.text}")
   if diagnosis.stops:
     return Outcome(findings, [], None)
-  on = training if diagnosis.training is None else diagnosis.training
-  if on and not training:
-    text = "units are zero as dropout leaves them: the gradient was computed in training mode."
-    findings.append(Finding(name="training mode", effect="mended", text=text))
-  model = model if on else evaluation_mode(model)
+  model = model if diagnosis.training else evaluation_mode(model)
   seen = diagnosis.observation
   # Each of these may be what the client computed; the stated one is tried first.
-  guesses = [([], seen)] if tells_sign(model, seen) else [([], seen), ([TURNED], negative(seen))]
-  attempts, best, mended = [], None, []
-  for changes, one in guesses:
-    found = _try(key, model, one, seconds / len(guesses), attempts, say)
+  signs = (1,) if tells_sign(model, seen) else (1, -1)
+  attempts: list[Attempt] = []
+  best, turned = None, False
+  for sign in signs:
+    if sign < 0:
+      say("nothing sure was found; the opposite sign is tried")
+    guess = seen if sign > 0 else negative(seen)
+    made: list[Attempt] = []
+    found = _try(key, model, guess, seconds / len(signs), made, say)
+    attempts += made if sign > 0 else [_of_the_opposite(attempt) for attempt in made]
     if found is not None and (best is None or _sureness(found) > _sureness(best)):
-      best, mended = found, changes
-    if best is not None and {"certain", "likely"} & set(best.verdicts):
+      best, turned = found, sign < 0
+    if best is not None and _is_sure(best):
       break
-  findings += mended
   if best is not None and best.factor is not None:
-    findings += _factor(best.factor, observation.batch_size)
+    turned ^= best.factor < 0
+    findings += _factor(abs(best.factor), observation)
+  if turned and best is not None:
+    findings.append(TURNED if "certain" in best.verdicts else _MAYBE_TURNED)
   return Outcome(findings, attempts, best)
 
 
@@ -103,20 +115,30 @@ def _try(
   return found
 
 
+def _of_the_opposite(attempt: Attempt) -> Attempt:
+  return msgspec.structs.replace(attempt, outcome=f"of the opposite sign: {attempt.outcome}")
+
+
+def _is_sure(found: Found) -> bool:
+  return bool({"certain", "likely"} & set(found.verdicts))
+
+
 def _sureness(found: Found) -> int:
   """Returns a number that is larger for results with surer images."""
   order = list(VERDICTS)
   return -sum(order.index(verdict) for verdict in found.verdicts)
 
 
-def _factor(factor: float, batch_size: int) -> list[Finding]:
+def _factor(size: float, observation: Observation) -> list[Finding]:
   """Returns what a factor of the whole gradient tells."""
-  turned = [TURNED] if factor < 0 else []
-  size = abs(factor)
   if abs(size - 1) <= _NEARLY_1:
-    return turned
-  causes = "another learning rate, a loss of another scale, or clipping"
-  if batch_size > 1 and abs(size - batch_size) <= _NEARLY_1 * batch_size:
-    causes = "the loss was summed over the batch, not averaged"
+    return []
+  batch_size, loss = observation.batch_size, observation.loss
+  causes = "another learning rate or batch size, a loss of another scale, or clipping"
+  by_size = {"mean": (batch_size, "summed over the batch, not averaged")}
+  by_size["sum"] = (1 / batch_size, "averaged over the batch, not summed")
+  expected, text = by_size[loss.reduction]
+  if batch_size > 1 and abs(size - expected) <= _NEARLY_1 * expected:
+    causes = f"most likely the loss was {text}"
   text = f"the update is {size:.4g} times the gradient of the stated loss: {causes}."
-  return [*turned, Finding(name="factor", effect="mended", text=text, value=size)]
+  return [Finding(name="factor", effect="mended", text=text, value=size)]

@@ -14,12 +14,13 @@ import numpy as np
 
 from jaxdia import data, evaluation, updates
 from jaxdia.attacks import Candidate
+from jaxdia.audit.attempts import NO_LABEL
 from jaxdia.audit.pipeline import Outcome, audit
 from jaxdia.audit.schema import Audit, Finding, Image, Update
 from jaxdia.audit.settings import KINDS, AuditSettings, validate
 from jaxdia.client import Observation, Secret
 from jaxdia.core.errors import InputError
-from jaxdia.core.files import write_json, write_npz
+from jaxdia.core.files import UnreadableFile, read_npz, write_json, write_npz
 from jaxdia.core.trees import digest
 from jaxdia.core.types import Params
 from jaxdia.data import denormalize
@@ -60,13 +61,15 @@ def run(
   lock = Lock(workdir)
   lock.acquire()
   try:
-    before_now = {update.digest: update for update in _finished(workdir)}
+    # In their places, as the files of images are.
+    finished = dict(enumerate(_finished(workdir)))
     done: list[Update] = []
     for number, one in enumerate(seen):
       pending = [other.name for other in seen[number + 1 :]]
-      if one.digest in before_now and images_path(workdir, number).exists():
+      before_now = finished.get(number)
+      if before_now is not None and _is_of(workdir, number, before_now.digest, one.digest):
         say(f"{one.name}: audited before")
-        done.append(before_now[one.digest])
+        done.append(before_now)
       else:
         say(f"{one.name}: update {number + 1} of {len(seen)}")
         outcome = audit(
@@ -79,12 +82,21 @@ def run(
           say=lambda text: say(f"  {text}"),
         )
         update, arrays = _result(settings, model, one, outcome, truth[number])
-        write_npz(images_path(workdir, number), arrays)
+        write_npz(images_path(workdir, number), arrays | {"digest": np.array(one.digest)})
         done.append(update)
       result = _write(workdir, settings, model, done, pending)
   finally:
     lock.release()
   return result
+
+
+def _is_of(workdir: pathlib.Path, number: int, *digests: str) -> bool:
+  """Returns whether the images of an update were found in the one that has these digests."""
+  try:
+    arrays = read_npz(images_path(workdir, number))
+  except (OSError, UnreadableFile):
+    return False
+  return set(digests) == {str(arrays.get("digest"))}
 
 
 class _Seen(NamedTuple):
@@ -173,7 +185,8 @@ def _result(
   found, size = outcome.found, settings.batch_size
   arrays = {"images": np.full((size, *model.image_shape), np.nan, np.float32)}
   if found is None:
-    reason = next(f.text for f in outcome.findings if f.effect == "stops")
+    stops = [f.text for f in outcome.findings if f.effect == "stops"]
+    reason = stops[0] if stops else "; ".join(a.outcome for a in outcome.attempts)
     images = [Image(verdict="none", by=None, residual=None, reason=reason)] * size
   else:
     shown = np.array([verdict != "none" for verdict in found.verdicts])
@@ -194,7 +207,7 @@ def _result(
         by=found.by[i] if shown[i] else None,
         residual=float(found.residuals[i]) if np.isfinite(found.residuals[i]) else None,
         reason=found.reasons[i],
-        label=int(found.labels[i]),
+        label=None if found.labels[i] == NO_LABEL else int(found.labels[i]),
         label_is_certain=bool(found.known_labels[i]),
         scores=scores[i],
       )

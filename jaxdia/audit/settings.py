@@ -72,6 +72,19 @@ class AuditSettings:
     check_count("config.seed", self.seed, 0, 2**32 - 1)
     if self.mode not in MODES:
       raise unknown("value of config.mode:", self.mode, MODES)
+    channels = self.image_shape[-1]
+    for name, numbers in zip(("mean", "std"), self.statistics, strict=True):
+      if len(numbers) not in (1, channels):
+        raise InputError(
+          f"the {name} of config.statistics or config.{name} has {len(numbers)} numbers; expected"
+          f" {channels}, one for each channel of config.image_shape={self.image_shape}, or 1."
+        )
+    for label in self.labels or ():
+      if not 0 <= label < self.num_classes:
+        raise InputError(
+          f"config.labels contains {label}; expected classes from 0 to {self.num_classes - 1}, as"
+          " config.num_classes says."
+        )
     for name in ("seconds", "weight_decay"):
       least_0 = "a number of at least 0"
       check_number(f"config.{name}", getattr(self, name), lambda value: value >= 0, least_0)

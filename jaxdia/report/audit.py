@@ -84,17 +84,19 @@ def headline(audit: Audit) -> str:
   images = f"{total} image{'s' * (total != 1)}"
   where = "this update" if len(audit.updates) == 1 else f"these {len(audit.updates)} updates"
   if counts["certain"] == total:
-    return f"Yes: from {where} a server can compute all of the {images}, and prove that it did."
+    which = "the one image" if total == 1 else f"all of the {images}"
+    return f"Yes: from {where} a server can compute {which}, and prove that it did."
   seen = counts["certain"] + counts["likely"]
   parts = []
   if counts["certain"]:
     parts.append(f"{counts['certain']} for certain")
   if counts["likely"]:
-    parts.append(f"{counts['likely']} very likely")
+    parts.append(f"{counts['likely']}" + " very likely" * bool(counts["certain"]))
   if counts["partial"]:
     parts.append(f"{counts['partial']} in part")
   if seen:
-    return f"Yes: from {where} a server can see {', '.join(parts)}, of {images}."
+    answer = "Yes" if counts["certain"] else "Very likely"
+    return f"{answer}: of the {images} of {where} a server can see {', '.join(parts)}."
   if counts["partial"]:
     return (
       f"Perhaps: of the {images} of {where}, what was found explains {counts['partial']} in part"
@@ -132,16 +134,24 @@ def _known(audit: Audit) -> list[tuple[str, str]]:
     ("images", f"{settings['batch_size']} of {shape}, {settings['num_classes']} classes"),
     ("mode", settings["mode"]),
     ("labels", "given" if settings["labels"] else "not given"),
+    ("loss", _loss(settings["loss"])),
+    ("statistics", ", ".join(f"{k} {v}" for k, v in settings["statistics"].items())),
   ]
   if settings["gradient"]:
     rows.append(("update", "a gradient"))
   else:
     steps = f"{settings['local_steps']} step{'s' * (settings['local_steps'] != 1)}"
-    text = f"weights before and after {steps} at learning rate {settings['learning_rate']:g}"
-    rows.append(("update", text))
+    what = "weights before and after" if settings["after"] else "difference of the weights after"
+    rows.append(("update", f"{what} {steps} at learning rate {settings['learning_rate']:g}"))
   if settings["weight_decay"]:
     rows.append(("weight decay", f"{settings['weight_decay']:g}"))
   return rows
+
+
+def _loss(loss: dict[str, Any]) -> str:
+  smoothing = loss["label_smoothing"]
+  smoothed = f", label smoothing {smoothing:g}" if smoothing else ""
+  return f"{loss['reduction']} {loss['kind'].replace('_', ' ')}{smoothed}"
 
 
 def _sites(sites: dict[str, float]) -> str:
@@ -157,7 +167,11 @@ def _not_tried(audit: Audit) -> list[str]:
   seconds = audit.settings["seconds"]
   texts = []
   if not tried & {"dia", "hybrid", "ig"}:
-    reason = "config.seconds is 0" if not seconds else "linear algebra had found all"
+    reason = "linear algebra had found all"
+    if not seconds:
+      reason = "config.seconds is 0"
+    elif not tried:
+      reason = "what was sent cannot be audited so"
     texts.append(f"A search for images and masks: {reason}.")
   else:
     texts.append(f"A longer search than {seconds:g} seconds for each update (config.seconds).")
