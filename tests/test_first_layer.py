@@ -168,6 +168,19 @@ def test_entries_that_are_equal_are_not_thrown_away_as_clipped():
   assert read.residual > 0.1 and np.all(read.errors[:5] > 0.1)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.98, 0.995])
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_pruning_left_over_is_not_called_certain(number, share):
+  rng = np.random.default_rng(0)
+  inputs, deltas = rng.uniform(0.1, 1, (number, 36)), rng.standard_normal((number, 48))
+  kernel, bias = inputs.T @ deltas, deltas.sum(axis=0)
+  limit = np.quantile(np.abs(kernel), share)
+  read = read_inputs(*(np.where(np.abs(x) < limit, 0, x) for x in (kernel, bias)))
+  wrong = np.abs(read.values - inputs[0]).max() > 1e-3
+  error = np.linalg.norm(read.errors) / np.linalg.norm(read.values)
+  assert wrong == (not read.checked or max(read.residual, error) > 1e-3)
+
+
 def test_a_layer_whose_gradient_was_not_sent_tells_nothing():
   model, observation, _ = _victim("residual")
   first = {"kernel": observation.gradient["first"]["kernel"], "bias": None}

@@ -53,11 +53,13 @@ class Inputs(NamedTuple):
     values: f64[inputs].
     errors: f64[inputs], standard errors, from how much the outputs disagree.
     residual: f[], the share of the kernel's gradient that they leave unexplained.
+    checked: whether most inputs are told by several outputs, which could disagree.
   """
 
   values: np.ndarray
   errors: np.ndarray
   residual: float
+  checked: bool
 
 
 @functools.lru_cache
@@ -151,15 +153,21 @@ def read_inputs(kernel: np.ndarray, bias: np.ndarray) -> Inputs:
   used |= told[None] & (sizes != 0) & ~used.any(axis=1, keepdims=True)
   seen = used.any(axis=1)
   pruned = bool(np.any(seen[:, None] & told[None] & (sizes == 0)))
+  pruned |= bool(np.any((bias == 0)[None] & (sizes != 0)))
   support = used * np.square(bias)[None]
   total = np.maximum(support.sum(axis=1), np.finfo(float).tiny)
   values = (used * kernel) @ bias / total
   left = used * (kernel - np.outer(values, bias))
-  counts = np.maximum(used.sum(axis=1) - 1, 1)
-  errors = np.sqrt(np.sum(np.square(left), axis=1) / counts / total)
+  counts, squares = np.maximum(used.sum(axis=1) - 1, 0), np.sum(np.square(left), axis=1)
+  # An input that one output alone tells cannot disagree; its error is as that of the others.
+  common = np.sum(squares) / max(np.sum(counts), 1)
+  errors = np.where(counts > 0, squares / np.maximum(counts, 1), common)
+  errors = np.where(seen, np.sqrt(errors / total), 0)
   if pruned and not seen.all():
     errors[~seen] = np.min(sizes[used]) / np.max(np.abs(bias[told]))
   whole = np.linalg.norm(used * kernel)
   nothing = 0.0 if told.any() else np.inf
   residual = float(np.linalg.norm(left) / whole) if whole > 0 else nothing
-  return Inputs(np.where(seen, values, 0.0), np.where(np.isfinite(errors), errors, 0), residual)
+  errors = np.where(np.isfinite(errors), errors, 0)
+  checked = bool(np.mean(counts[seen] > 0) > 0.5) if seen.any() else False
+  return Inputs(np.where(seen, values, 0.0), errors, residual, checked)

@@ -156,9 +156,10 @@ def _use_first_layer(model, gradient, found) -> str:
   found.residual[0] = read.residual
   found.error[0] = np.sqrt(np.mean(np.square(read.errors[known] / factors)))
   whole = bool(seen.all()) and (site is None or kept is not None)
-  found.set_image(
-    0, image.reshape(found.parts.images.shape[1:]), read.residual, whole and error <= EXACT
-  )
+  sure = whole and read.checked and error <= EXACT
+  found.set_image(0, image.reshape(found.parts.images.shape[1:]), read.residual, sure)
+  if whole and not read.checked:
+    return f"too few outputs of {name} have a gradient to tell whether it is that of one image"
   if seen.all() and not whole:
     return f"which pixels were dropped before {name} does not stand out"
   if not whole:
@@ -257,7 +258,11 @@ def _use_classifier(chain, observation, gradient, rates, found) -> str:
   layer = layer_gradient(gradient, path)
   if observation.batch_size > 1 or "bias" not in layer:
     return "a single dense layer tells its inputs for one image, and if it has a bias"
-  features, _, residual = read_inputs(layer["kernel"], layer["bias"])
+  # Unlike in `read_inputs` pruned entries count, as features that are 0 tell of dropout.
+  delta = layer["bias"]
+  features = layer["kernel"] @ delta / max(delta @ delta, 1e-300)
+  left = np.linalg.norm(np.outer(features, delta) - layer["kernel"])
+  residual = float(left / max(np.linalg.norm(layer["kernel"]), 1e-300))
   found.residual[0] = residual
   if residual < 1:
     found.set_features(path, 0, features)
