@@ -57,6 +57,8 @@ def solve(
     recovery = attack.recover(jax.random.fold_in(key, RECOVERY), observation)
   told = Told(masks, None if recovery is None else recovery.parts)
   state = attack.init(key, observation, told)
+  if int(state.status) == Status.NO_SEARCH:
+    return state
   prepared = prepare(attack.model, observation, suits(attack.distance, "auto"))
   steps, left = 1, seconds  # the first step shows what one takes, after the compilation
   _advance(attack, prepared, state, 0)

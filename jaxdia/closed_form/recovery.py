@@ -191,7 +191,8 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   samples = result.samples
   count = 0 if samples is None else len(samples.label)
   if samples is not None and np.min(samples.residual) <= EXACT:
-    found.scale = float(np.median(samples.scale[samples.residual <= EXACT]))
+    told = samples.scale[(samples.residual <= EXACT) & np.isfinite(samples.scale)]
+    found.scale = float(np.median(told)) if told.size else math.nan
   for i in range(count):
     assert samples is not None  # they are counted
     inputs, residual = samples.inputs[0][i], samples.residual[i]
