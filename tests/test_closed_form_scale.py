@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from closed_form_cases import make_model, observe_victims
 
-from jaxdia import data
+from jaxdia import data, updates
 from jaxdia.client import client_gradient, observe
 from jaxdia.closed_form import Verdict, recover
 
@@ -97,3 +97,16 @@ def test_trained_weights_with_a_small_loss(size, target):
   for image, label in zip(np.asarray(secret.images), np.asarray(secret.labels), strict=True):
     distances = np.abs(recovery.parts.images - image).max(axis=(1, 2, 3))
     assert distances.min() < 1e-2 and recovery.parts.labels[np.argmin(distances)] == label
+
+
+def test_the_rounding_of_weights_before_and_after_hides_no_mask_of_a_narrow_network():
+  """In 64 units some are nearly zero by themselves, and rounding decides what seems dropped."""
+  model = make_model(hidden_sizes=(96, 64), use_bias=True)
+  for seed in range(6):
+    observation, _ = observe_victims(model, 4, seed=seed)
+    after = jax.tree.map(lambda w, g: w - 0.1 * g, observation.params, observation.gradient)
+    update = updates.from_weights(observation.params, after, 0.1)
+    recovery = recover(
+      jax.random.key(0), model, dataclasses.replace(observation, gradient=update.gradient)
+    )
+    assert (recovery.parts.verdict == Verdict.EXACT).all(), (seed, recovery.summary())

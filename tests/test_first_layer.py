@@ -42,7 +42,7 @@ class Net(nn.Module):
     if self.kind == "convolution":
       x = nn.Conv(4, (3, 3))(x.reshape(len(x), 4, 4, 3)).reshape(len(x), -1)
     x = nn.Dropout(0.5)(nn.relu(x), deterministic=not train)
-    return nn.Dense(5)(x)
+    return nn.Dense(5)(x) * (2 if self.kind == "scaled" else 1)
 
 
 def _victim(kind, seed=0):
@@ -51,6 +51,17 @@ def _victim(kind, seed=0):
   return model, *observe(
     jax.random.key(seed), model, model.init(jax.random.key(1)), image, [3], reveal_labels=False
   )
+
+
+def test_the_image_is_read_where_no_label_can_be():
+  model, observation, secret = _victim("scaled")
+  assert model.classifier is None
+  recovery = recover(jax.random.key(0), model, observation)
+  assert recovery.parts.verdict[0] == Verdict.EXACT and not recovery.parts.known_labels.any()
+  np.testing.assert_allclose(recovery.parts.images, secret.images, atol=1e-5)
+  granted = dataclasses.replace(observation, labels=[3])
+  parts = recover(jax.random.key(0), model, granted).parts
+  assert parts.known_labels.all() and list(parts.labels) == [3]
 
 
 def _changed(observation, change):
@@ -144,6 +155,17 @@ def test_inputs_are_read_from_float16_and_none_from_nothing():
   assert 1e-5 < read.residual < 1e-3 and np.all(read.errors < 1e-3 * np.abs(inputs).max())
   assert read_inputs(0 * kernel, 0 * deltas).residual == np.inf
   assert np.all(read_inputs(0 * kernel, deltas).values == 0)
+
+
+def test_entries_that_are_equal_are_not_thrown_away_as_clipped():
+  inputs, deltas = np.array([2.0] * 5 + [1.0]), np.array([0.0, 3.0, 0.0])
+  read = read_inputs(np.outer(inputs, deltas), deltas)
+  np.testing.assert_allclose(read.values, inputs)
+  assert read.residual < 1e-12
+  # Where all entries of an input were clipped, it is not known, and not called so.
+  deltas = np.array([1.0, 2.0, 3.0])
+  read = read_inputs(np.minimum(np.outer(inputs, deltas), 1.5), deltas)
+  assert read.residual > 0.1 and np.all(read.errors[:5] > 0.1)
 
 
 def test_a_layer_whose_gradient_was_not_sent_tells_nothing():

@@ -86,6 +86,10 @@ def test_factored_matching_is_matching_of_the_formed_gradient(case):
   )
 
 
+# Once the layers are seen, the others are as these to a closed form.
+@pytest.mark.parametrize(
+  "case", ["general", "cast", "log_softmax", "shifted", "bfloat16"], indirect=True
+)
 def test_the_closed_form_applies(case):
   name, model, params, images = case
   seen, secret = observe(jax.random.key(2), model, params, images[:1], [3], reveal_labels=False)

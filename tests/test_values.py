@@ -187,7 +187,7 @@ def _twice(params, drop, images):
     (_apply, {"hiden": 0.5, "shared": 0.5}, "rates are given for the sites .*'hiden'"),
     (_apply, {"hidden": 0.5}, "rates are given for the sites"),
     (_apply, {"hidden": 50, "shared": 0.5}, "rate of site 'hidden' is 50; expected a number in"),
-    (_draws, {"hidden": 0.5}, "_draws draws 12 random numbers for 2 images by itself"),
+    (_draws, {"hidden": 0.5}, "_draws draws 12 random numbers for 2 images besides"),
     (_twice, {"hidden": 0.5}, "_twice drops at the site 'hidden' twice"),
     (lambda params, drop, images: images, {}, "expected one array of logits"),
     (lambda params, drop, images: images.reshape(len(images), -1)[:, :1], {}, "a single logit"),

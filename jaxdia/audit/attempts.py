@@ -312,11 +312,9 @@ def choose_attack(
     observation: the update.
     recovery: what linear algebra gave.
   """
-  labels = "given"
-  if observation.labels is None:
-    labels = "recovered" if can_read_labels(model, observation) else "free"
-    if labels == "free":
-      return attacks.create("dia" if model.rates else "ig", model, labels=labels)
+  if observation.labels is None and not can_read_labels(model, observation):
+    return attacks.create("dia" if model.rates else "ig", model, labels="free")
+  labels = "recovered" if observation.labels is None else "given"
   if recovery is not None and _gave_something(recovery):
     return attacks.create("hybrid", model, labels=labels)
   return attacks.create("dia" if model.rates else "ig", model, labels=labels)

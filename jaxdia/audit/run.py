@@ -21,7 +21,7 @@ from jaxdia.audit.settings import KINDS, AuditSettings, validate
 from jaxdia.client import Observation, Secret
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz, write_json, write_npz
-from jaxdia.core.trees import leaves_by_path
+from jaxdia.core.trees import digest
 from jaxdia.core.types import Params
 from jaxdia.data import denormalize
 from jaxdia.experiment.lock import Lock
@@ -154,10 +154,7 @@ def _digest(settings: AuditSettings, observation: Observation) -> str:
   for name in ("before", *KINDS):
     del known[name]
   sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-  for tree in (observation.params, observation.gradient):
-    for path, leaf in leaves_by_path(tree).items():
-      sha.update("/".join(path).encode())
-      sha.update(np.ascontiguousarray(leaf).tobytes())
+  sha.update(digest((observation.params, observation.gradient)).encode())
   return sha.hexdigest()
 
 

@@ -34,6 +34,8 @@ from jaxdia.models import DenseLayer, DropoutModel
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
 _NO_LABEL = 10.0
+# So often what a sample kept is judged by what it would have if it had kept all.
+_TURNS = 4
 # Behind a ReLU no more than this share of the outputs is zero.
 _MOST_SILENT = 0.95
 
@@ -42,11 +44,11 @@ class Sample(NamedTuple):
   """What was found of one image of the batch; without leading axes.
 
   Attributes:
-    inputs: {layer number: f64[inputs (+ 1)]}.
-    deltas: {layer number: f64[outputs]}, derivatives of the batch's loss.
-    kept: {layer number: f64[inputs]}, masks of the inputs of all layers but the first.
-    active: {layer number: b[inputs]}, where the mask makes a difference. Where it makes none, as
-      behind a ReLU that is off, it is not known, and `kept` is 0.
+    inputs: f64[inputs (+ 1)] of each layer.
+    deltas: f64[outputs] of each layer, derivatives of the batch's loss.
+    kept: f64[inputs] of each layer but the first, masks of its inputs.
+    active: b[inputs] of each layer but the first, where the mask makes a difference. Where it makes
+      none, as behind a ReLU that is off, it is not known, and `kept` is 0.
     label: i[]; -1 if the gradient does not tell it.
     scale: f[], by which factor the gradient exceeds that of the loss.
     residual: f[], how far all this is from what the gradient allows, relative.
@@ -129,7 +131,11 @@ class Links(NamedTuple):
 
 
 def links_of(chain: Chain) -> Links:
-  """Returns what a chain is made of."""
+  """Returns what a chain is made of.
+
+  Args:
+    chain: of at least two layers.
+  """
   sites = tuple(source.site for source in chain.inputs[1:])
   silent = tuple(link.silent for link in chain.links)
   return Links(chain.layers, sites, silent, chain.links[0].homogeneous, chain.homogeneous)
@@ -199,16 +205,16 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
       kept, delta = _kept_after(spaces[k : k + 2], delta, active[k], rate)
     # delta = (next delta @ weights.T) * slope, and the next delta lies in the space of its layer.
     inner = layers[k + 1].weights[: len(values)].T
-    if k + 1 == last:
-      next_delta = least_squares(inner * (kept * slope)[None], delta, kept, jnp.zeros(len(inner)))
-    else:
-      space = spaces[k + 1]
-      rows = (space.right @ inner) * (kept * slope)[None]
-      next_delta = least_squares(rows, delta, kept, space.padding) @ space.right
-    # What was kept shows once more, now that the delta is known that would be if all were.
-    expected = (next_delta @ inner) * slope
-    sure = jnp.abs(expected) > 3e-5 * rms(expected, jnp.ones(len(kept)))
-    kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
+    within = jnp.eye(len(inner)) if k + 1 == last else spaces[k + 1].right
+    padding = jnp.zeros(len(inner)) if k + 1 == last else spaces[k + 1].padding
+    for _ in range(_TURNS):
+      rows = (within @ inner) * (kept * slope)[None]
+      next_delta = least_squares(rows, delta, kept, padding) @ within
+      # What was kept shows once more, now that the delta is known that would be if all were. What
+      # was wrong in the first place is in this delta too, so it is asked again.
+      expected = (next_delta @ inner) * slope
+      sure = jnp.abs(expected) > 3e-5 * rms(expected, jnp.ones(len(kept)))
+      kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
     slopes.append(kept * slope)
     one = jnp.ones(1 if layers[k + 1].biased else 0)

@@ -132,8 +132,8 @@ def _try(model, params, path, gradients) -> FirstLayer | None:
 def read_inputs(kernel: np.ndarray, bias: np.ndarray) -> Inputs:
   """Returns the inputs of a dense layer with one row, by weighted least squares over its outputs.
 
-  Entries that are zero are left out where others of the same input are not (the gradient was
-  pruned), and so are those that were clipped to one value.
+  Entries are left out where there are others of the same input: those that are zero (the gradient
+  was pruned), and those that were clipped to one value.
 
   Args:
     kernel: f64[inputs, outputs], its gradient.
@@ -147,6 +147,8 @@ def read_inputs(kernel: np.ndarray, bias: np.ndarray) -> Inputs:
   clipped = np.sum(sizes == limit) + np.sum(np.abs(bias) == limit) >= _CLIPPED
   told = (bias != 0) & ~(clipped & (np.abs(bias) == limit))
   used = told[None] & (sizes != 0) & ~(clipped & (sizes == limit))
+  # Of an input that has no others, those too; they may be equal and not clipped.
+  used |= told[None] & (sizes != 0) & ~used.any(axis=1, keepdims=True)
   seen = used.any(axis=1)
   pruned = bool(np.any(seen[:, None] & told[None] & (sizes == 0)))
   support = used * np.square(bias)[None]

@@ -28,7 +28,12 @@ class Found:
   """
 
   def __init__(self, model: DropoutModel, observation: Observation):
-    """Begins with nothing found but labels."""
+    """Begins with nothing found but labels.
+
+    Args:
+      model: the network.
+      observation: of one client.
+    """
     size = observation.batch_size
     self.dtype = observation.dtype
     self.axes = batch_axes(model)
@@ -37,27 +42,32 @@ class Found:
     self.scale = math.nan
     self.note = ""
     masks = expected_masks(model, size, jnp.float64)
-    readable = model.classifier is not None
+    told = True
     if observation.labels is not None:
       labels = np.asarray(observation.labels)
     else:
       try:
         labels = np.asarray(recover_labels(model, observation))
-      except InputError:  # as of a frozen classifier; images are read without them
-        labels, readable = np.zeros(size, np.int32), False
+      except InputError:
+        labels, told = np.zeros(size, np.int32), False  # images are read without them
     self.parts = Parts(
       images=np.zeros((size, *model.image_shape)),
       verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),
       masks=jax.tree.map(np.array, masks),
       known_masks={site: np.zeros(mask.shape, bool) for site, mask in masks.items()},
       labels=labels,
-      known_labels=np.full(size, size == 1 and readable),
+      known_labels=np.full(size, size == 1 and told),
       features={},
       known_features={},
     )
 
   def set_label(self, number: int, label: int) -> None:
-    """Gives an image its label, and the others those that are left."""
+    """Gives an image its label, and the others those that are left.
+
+    Args:
+      number: of the image.
+      label: its class.
+    """
     labels, known = self.parts.labels.copy(), self.parts.known_labels
     others = [i for i in range(len(labels)) if i != number and not known[i]]
     if not known[number] and labels[number] != label:
@@ -70,7 +80,14 @@ class Found:
     self.parts = self.parts._replace(labels=labels)
 
   def set_mask(self, site: str | None, number: int, entries: np.ndarray, kept: np.ndarray) -> None:
-    """Notes the entries of an image's part of a mask."""
+    """Notes the entries of an image's part of a mask.
+
+    Args:
+      site: of the mask; nothing is noted for None, or for a mask that images share.
+      number: of the image.
+      entries: i[n], their indices; -1 for one that is not known.
+      kept: f[n], 1 or 0.
+    """
     if site is None or self.axes[site] != 0 or len(self.parts.masks[site]) != len(self.residual):
       return
     entries, kept = entries[entries >= 0], kept[entries >= 0]
@@ -84,14 +101,27 @@ class Found:
     self.parts.known_features[layer.path] = np.zeros(size, bool)
 
   def set_features(self, path: tuple[str, ...], number: int, features: np.ndarray) -> None:
-    """Notes the inputs of a layer."""
+    """Notes the inputs of a layer.
+
+    Args:
+      path: of the layer, which was declared.
+      number: of the image.
+      features: f64[inputs].
+    """
     self.parts.features[path][number] = features
     self.parts.known_features[path][number] = True
 
   def set_image(
     self, number: int, image: np.ndarray, residual: float, determined: bool = True
   ) -> None:
-    """Notes an image, and how far it can be believed."""
+    """Notes an image, and how far it can be believed.
+
+    Args:
+      number: of the image.
+      image: f64[H, W, C], normalised.
+      residual: share of its part of the gradient that it leaves unexplained.
+      determined: whether the equations tell all of its pixels.
+    """
     self.parts.images[number] = image
     exact = residual <= EXACT and determined
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE

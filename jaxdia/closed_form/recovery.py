@@ -41,11 +41,12 @@ _MOST_UNCLEAR = 2
 def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery:
   """Recovers what linear algebra can from one client's gradient.
 
-  Two structures are looked for, by calling the network: dense layers up to the
-  logits with elementwise functions and dropout between them, whose inputs, be they
-  pixels or features, are told by the zeros that dropout left (`chain.py`,
-  `sparse.py`); and, for a single image, patches with a position embedding
-  (`patches.py`). Computed in float64, whatever the type of the gradient.
+  Structures are looked for by calling the network: dense layers up to the logits with
+  elementwise functions and dropout between them, whose inputs, be they pixels or features,
+  are told by the zeros that dropout left (`chain.py`, `sparse.py`); and, for a single image,
+  the convolutions before such layers (`convolutions.py`), patches with a position embedding
+  (`patches.py`), and a first dense layer with a bias, whatever comes after it
+  (`first_layer.py`). Computed in float64, whatever the type of the gradient.
 
   Args:
     key: random key, of the starts of the search for sparse factors.
@@ -53,10 +54,11 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
     observation: of one client, with concrete values.
 
   Returns:
-    What was recovered, of the gradient's type, on the host.
+    What was recovered, of the gradient's type, on the host. Labels that are neither granted nor
+    can be read (see `recover_labels`) are 0, and not among the known ones.
 
   Raises:
-    InputError: the gradient has the opposite sign (see `check_sign`).
+    InputError: the gradient has the opposite sign; see `check_sign`.
   """
   check_sign(model, observation)
   with jax.enable_x64(True):
@@ -157,6 +159,8 @@ def _use_first_layer(model, gradient, found) -> str:
   found.set_image(
     0, image.reshape(found.parts.images.shape[1:]), read.residual, whole and error <= EXACT
   )
+  if seen.all() and not whole:
+    return f"which pixels were dropped before {name} does not stand out"
   if not whole:
     return f"of the pixels before {name} {np.mean(seen == 0):.0%} were dropped, and are unknown"
   return f"{name} tells the pixels up to a standard error of {found.error[0]:.1e}"
@@ -222,14 +226,14 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   elif count < size and result.rank < size:
     return (
       f"the gradient of a layer has rank {result.rank}, of a batch of {size}: some of its images"
-      " coincide or are blank, and cannot be told apart"
+      " coincide or are blank, and cannot be told apart, or the batch was smaller"
     )
   if result.noise > _MOST_NOISE:
     return f"the gradient is not that of {size} image(s): {result.noise:.1e} of it lies outside"
   if count < size:
     return (
       f"{size - count} of {size} samples were not found: there are too few zeros to tell them"
-      " apart, or the gradient is not that of the cross-entropy of such a batch"
+      f" apart, or the gradient is not that of the loss {observation.loss.name} of such a batch"
     )
   if chain.pixels is None:
     return "the first of the dense layers is fed with features, not with pixels"
@@ -253,10 +257,7 @@ def _use_classifier(chain, observation, gradient, rates, found) -> str:
   layer = layer_gradient(gradient, path)
   if observation.batch_size > 1 or "bias" not in layer:
     return "a single dense layer tells its inputs for one image, and if it has a bias"
-  delta = layer["bias"]
-  features = layer["kernel"] @ delta / max(delta @ delta, 1e-300)
-  left = np.linalg.norm(np.outer(features, delta) - layer["kernel"])
-  residual = float(left / max(np.linalg.norm(layer["kernel"]), 1e-300))
+  features, _, residual = read_inputs(layer["kernel"], layer["bias"])
   found.residual[0] = residual
   if residual < 1:
     found.set_features(path, 0, features)

@@ -46,7 +46,12 @@ class Space(NamedTuple):
 
 
 def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
-  """Returns the parameters of the layers of a chain; a gradient's if given one."""
+  """Returns the parameters of the layers of a chain; a gradient's if given one.
+
+  Args:
+    chain: its layers.
+    params: of the network, or a gradient by them.
+  """
   layers = []
   for layer in chain:
     leaves = layer_gradient(params, layer.path)
@@ -83,19 +88,43 @@ def _resize(array, size, axis):
 
 
 def share(inputs: jax.Array, delta: jax.Array, space: Space) -> jax.Array:
-  """Returns 1 if a gradient without the outer product of two vectors has a rank less."""
+  """Returns 1 if a gradient without the outer product of two vectors has a rank less.
+
+  Args:
+    inputs: f64[inputs (+ 1)].
+    delta: f64[outputs].
+    space: of the gradient.
+
+  Returns:
+    f[]; its inverse times the outer product is what to take out (Wedderburn 1934).
+  """
   return jnp.sum((inputs @ space.left) * (delta @ space.right.T) / space.values)
 
 
 def rms(values: jax.Array, kept: jax.Array) -> jax.Array:
-  """Returns the root mean square of the values that were kept, f[]."""
+  """Returns the root mean square of the values that were kept, f[].
+
+  Args:
+    values: f64[n].
+    kept: f64[n], 1 for those that count, otherwise 0.
+  """
   return jnp.sqrt(jnp.sum(kept * values**2) / jnp.maximum(jnp.sum(kept), 1))
 
 
 def least_squares(
   rows: jax.Array, values: jax.Array, weights: jax.Array, padding: jax.Array
 ) -> jax.Array:
-  """Returns the least-squares solution x of `x @ rows = values`."""
+  """Returns the least-squares solution x of `x @ rows = values`.
+
+  Args:
+    rows: f64[k, n].
+    values: f64[n].
+    weights: f64[n], of the equations.
+    padding: f64[k], 1 where x is to be 0.
+
+  Returns:
+    f64[k].
+  """
   weighted = rows * weights[None]
   matrix = weighted @ rows.T
   size = jnp.trace(matrix)

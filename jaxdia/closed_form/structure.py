@@ -244,8 +244,13 @@ def activate(
 
 
 def replace_layer(params: Params, path: Path, change: Callable[[Any], Any]) -> Params:
-  """Returns params with `change` applied to the leaves of one layer."""
+  """Returns params with `change` applied to the leaves of one layer.
 
+  Args:
+    params: of the network.
+    path: of the layer.
+    change: of a leaf.
+  """
   leaves = leaves_by_path(params).items()
   return with_leaves(params, {p: change(x) if p[:-1] == path else x for p, x in leaves})
 

@@ -71,11 +71,7 @@ class Constants:
       tree: of arrays with concrete values.
     """
     self.tree = jax.tree.map(np.array, tree)
-    found = hashlib.sha256()
-    for path, leaf in leaves_by_path(self.tree).items():
-      found.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
-      found.update(leaf.tobytes())
-    self._digest = found.hexdigest()
+    self._digest = digest(self.tree)
 
   def __hash__(self) -> int:
     return hash(self._digest)
@@ -95,6 +91,25 @@ def path_of(keys: tuple[Any, ...]) -> Path:
 def leaves_by_path(tree: Any) -> dict[Path, Any]:
   """Returns the leaves of a tree, such as params, by their paths."""
   return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+  """Returns the leaves of a tree by their paths with dots, as libraries name arrays."""
+  return {".".join(path): leaf for path, leaf in leaves_by_path(tree).items()}
+
+
+def digest(tree: Any) -> str:
+  """Returns the SHA-256 of arrays with their paths, types and shapes.
+
+  Args:
+    tree: of arrays with concrete values.
+  """
+  found = hashlib.sha256()
+  for path, leaf in leaves_by_path(tree).items():
+    array = np.ascontiguousarray(leaf)
+    found.update(f"{path}{array.dtype}{np.shape(leaf)}".encode())
+    found.update(array.tobytes())
+  return found.hexdigest()
 
 
 def with_leaves(like: Any, leaves: Mapping[Path, Any]) -> Any:

@@ -163,7 +163,8 @@ def _from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Recovery, float]:
     inside = _inside(arrays, name)
     nested = {tuple(k.split("/")) if by_path else k: v for k, v in inside.items()}
     fields[name] = arrays.get(name, nested)
-  rest = {name: arrays[name] for name in Recovery._fields if name != "parts"}
+  # Older files lack some, which have defaults.
+  rest = {name: arrays[name] for name in Recovery._fields if name in arrays}
   numbers = {name: value if value.ndim else value.item() for name, value in rest.items()}
   return Recovery(parts=Parts(**fields), **numbers), arrays["seconds"].item()
 

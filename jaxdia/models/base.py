@@ -43,10 +43,13 @@ class Network(abc.ABC):
 
   @abc.abstractmethod
   def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Logits:
-    """Computes f[B, num_classes] logits of f[B, H, W, C] images, and calls the hooks meanwhile.
+    """Computes f[B, num_classes] logits, and calls the hooks meanwhile.
 
-    With `rngs`, in the form that the library has for them, `SiteCall.draw` gives the masks that
-    the library draws from them.
+    Args:
+      params: as `init` gives them.
+      images: f[B, H, W, C], normalised.
+      hooks: at dropout and linear layers.
+      rngs: in the library's own form; `SiteCall.draw` then gives the masks drawn from them.
     """
 
   def entries(self) -> dict[str, Entry]:

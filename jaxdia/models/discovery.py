@@ -14,7 +14,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path
 from jaxdia.core.types import Params
-from jaxdia.models.hooks import Hooks
+from jaxdia.models.hooks import Hooks, ignore_sites
 
 if TYPE_CHECKING:
   from jaxdia.models.base import Network
@@ -277,6 +277,31 @@ def check_randomness(network: "Network") -> None:
       f" ({', '.join(sites) or 'none'}) account for {explicit}. What else draws (dropout under a"
       " scan or vmap such as nn.scan, stochastic depth, noise) cannot be made an explicit mask:"
       " unroll the loop, or turn that part off."
+    )
+
+
+def check_no_randomness(network: "Network", mend: str) -> None:
+  """Refuses a network that draws random numbers with its dropout switched off.
+
+  Args:
+    network: whose dropout draws none with JAX by itself.
+    mend: what the message says to do.
+
+  Raises:
+    InputError: it does; the message says how many.
+  """
+  images = jax.ShapeDtypeStruct((2, *network.image_shape), jnp.float32)
+
+  def call(params, images):
+    with usual_promotion():
+      return network.call(params, images, Hooks(ignore_sites))
+
+  program = jax.make_jaxpr(call)(params_shape(network), images)
+  if drawn := count_random_numbers(program.jaxpr):
+    raise InputError(
+      f"{network.name} draws {drawn} random numbers for 2 images besides those of its dropout"
+      f" ({', '.join(discover(network, 2).sites) or 'none'}), which cannot be made an explicit"
+      f" mask. {mend}"
     )
 
 

@@ -1,7 +1,6 @@
 """A library's own arrays, by the names that it has for them, and as params."""
 
 import copy
-import hashlib
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxdia.core.errors import InputError, unknown
-from jaxdia.core.trees import leaves_by_path
+from jaxdia.core.trees import digest, leaves_by_path, path_of
 from jaxdia.core.types import Key, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network
@@ -68,16 +67,6 @@ class InstanceNetwork(Network):
   def entries(self) -> dict[str, Entry]:
     """Returns where each of the module's arrays lies among the params."""
     return dict(self._entries)
-
-
-def digest(arrays: Mapping[str, Any]) -> str:
-  """Returns the SHA-256 of arrays with their names, shapes and types."""
-  found = hashlib.sha256()
-  for name, array in arrays.items():
-    array = np.asarray(array)
-    found.update(f"{name} {array.shape} {array.dtype}\n".encode())
-    found.update(np.ascontiguousarray(array).tobytes())
-  return found.hexdigest()
 
 
 def params_of(entries: Mapping[str, Entry], arrays: Mapping[str, Any]) -> Params:
@@ -173,8 +162,7 @@ def _named_arrays(tree: Any, what: str) -> tuple[dict[str, Any], bool]:
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
   found = {}
   for keys, leaf in leaves:
-    name = ".".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
-    found[name] = to_numpy(leaf)
+    found[".".join(path_of(keys))] = to_numpy(leaf)
   is_module = not isinstance(tree, Mapping)
   if is_module:  # functions and numbers are leaves of Equinox modules
     found = {name: leaf for name, leaf in found.items() if hasattr(leaf, "shape")}

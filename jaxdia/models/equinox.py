@@ -16,11 +16,11 @@ from flax.core import tracers
 from jax.custom_batching import custom_vmap
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.trees import Path, path_of
+from jaxdia.core.trees import Path, digest, path_of
 from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, check_image_shape, check_rate, model_of
-from jaxdia.models.entries import InstanceNetwork, arrays_of, digest
+from jaxdia.models.entries import InstanceNetwork, arrays_of
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
 from jaxdia.models.layers import Entry, PlainConvolution
 

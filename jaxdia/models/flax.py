@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.trees import Constants, leaves_by_path
+from jaxdia.core.trees import Constants, leaves_by_name
 from jaxdia.core.types import Images, Key, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
@@ -65,7 +65,14 @@ class FlaxNetwork(Network):
       return False
 
   def init_variables(self, key: Key) -> dict[str, Any]:
-    """Draws all collections that the module reads in a step."""
+    """Draws all collections that the module reads in a step.
+
+    Args:
+      key: random key.
+
+    Raises:
+      InputError: it has no parameters.
+    """
     with nn.intercept_methods(interceptor(Hooks(ignore_sites))):
       variables = self.module.init(
         key, jnp.zeros((1, *self.image_shape), jnp.float32), **self.kwargs
@@ -80,7 +87,7 @@ class FlaxNetwork(Network):
 
   def constants(self) -> tuple[str, ...]:
     """Returns the names of the variables that no gradient changes."""
-    return tuple(".".join(path) for path in leaves_by_path(self.collections.tree))
+    return tuple(leaves_by_name(self.collections.tree))
 
   def evaluation(self) -> Network:
     """Returns the network with the argument that turns training on turned off."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Images, Key, Logits, Params
@@ -79,11 +78,5 @@ def from_functions(
   """
   network = FunctionNetwork(init, apply, check_image_shape(image_shape))
   model = model_of(network, rates)
-  images = jax.ShapeDtypeStruct((2, *network.image_shape), jnp.float32)
-  program = jax.make_jaxpr(model.apply)(discovery.params_shape(network), None, images)
-  if drawn := discovery.count_random_numbers(program.jaxpr):
-    raise InputError(
-      f"{network.name} draws {drawn} random numbers for 2 images by itself, which cannot be made"
-      " an explicit mask. Leave dropout to the function `drop` that it is given."
-    )
+  discovery.check_no_randomness(network, "Leave dropout to the function `drop` that it is given.")
   return model

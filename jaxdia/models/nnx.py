@@ -17,10 +17,11 @@ from flax.core import tracers
 from flax.nnx.nn.attention import dot_product_attention_weights
 
 from jaxdia.core.errors import InputError
+from jaxdia.core.trees import digest, leaves_by_name
 from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
-from jaxdia.models.entries import InstanceNetwork, arrays_of, digest
+from jaxdia.models.entries import InstanceNetwork, arrays_of
 from jaxdia.models.flax import training_kwargs
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
 from jaxdia.models.layers import Entry, PlainConvolution
@@ -77,11 +78,7 @@ class NNXNetwork(InstanceNetwork):
 
 
 def _by_name(state: nnx.State) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
-  return {
-    ".".join(jax.tree_util.keystr((key,), simple=True) for key in keys): leaf
-    for keys, leaf in leaves
-  }
+  return leaves_by_name(nnx.to_pure_dict(state))
 
 
 class _Interception:

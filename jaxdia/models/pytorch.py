@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.core.errors import InputError
+from jaxdia.core.trees import digest
 from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
-from jaxdia.models.entries import InstanceNetwork, arrays_of, digest, to_numpy
+from jaxdia.models.entries import InstanceNetwork, arrays_of, to_numpy
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
 from jaxdia.models.layers import Entry, PlainConvolution
 
@@ -322,19 +323,14 @@ def from_torch(module: nn.Module, image_shape: tuple[int, int, int]) -> DropoutM
   network = TorchNetwork(module, check_image_shape(image_shape))
   model = model_of(network)
   off = [
-    name for name, inner in module.named_modules() if getattr(inner, "p", 0) and not inner.training
+    name
+    for name, inner in module.named_modules()
+    if isinstance(inner, nn.modules.dropout._DropoutNd) and inner.p > 0 and not inner.training
   ]
   if off and not model.rates:
     raise InputError(
       f"all dropout of {network.name} ({', '.join(off)}) is switched off. Call module.train()"
       " before, or give it rate 0."
     )
-  images = jax.ShapeDtypeStruct((2, *network.image_shape), jnp.float32)
-  program = jax.make_jaxpr(model.apply)(discovery.params_shape(network), None, images)
-  if drawn := discovery.count_random_numbers(program.jaxpr):
-    raise InputError(
-      f"{network.name} draws {drawn} random numbers for 2 images besides those of its dropout"
-      f" ({', '.join(model.rates) or 'none'}), which cannot be made an explicit mask. Turn that"
-      " part off."
-    )
+  discovery.check_no_randomness(network, "Turn that part off.")
   return model
