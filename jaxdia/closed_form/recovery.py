@@ -228,7 +228,7 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   elif count < size and result.rank < size:
     return (
       f"the gradient of a layer has rank {result.rank}, of a batch of {size}: some of its images"
-      " coincide or are blank, and cannot be told apart"
+      " coincide or are blank, and cannot be told apart, or the batch was smaller"
     )
   if result.noise > _MOST_NOISE:
     return f"the gradient is not that of {size} image(s): {result.noise:.1e} of it lies outside"
