@@ -109,6 +109,7 @@ def test_an_update_that_is_no_gradient_is_not_attacked_and_the_page_says_why(tmp
     ({"before": None}, "config.before is not set"),
     ({"gradient": None}, "config.gradient 0 are set"),
     ({"after": "after.npz"}, "2 are set; expected one of them"),
+    ({"learning_rate": 0.1}, "config.learning_rate=0.1"),
     ({"batch_size": 0}, "config.batch_size is 0"),
     ({"mode": "eval"}, "Choose one of: training, evaluation"),
     ({"seconds": -1.0}, "config.seconds is -1.0"),

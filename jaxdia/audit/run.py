@@ -56,8 +56,9 @@ def run(
   settings, workdir = validate(config), pathlib.Path(workdir)
   model = create_model(settings.model, settings.image_shape, settings.num_classes)
   before = updates.fit(model, updates.read(settings.before), by_order=settings.by_order)
-  seen = [_read(settings, model, before, path) for path in settings.updates]
-  truth = [_truth(settings, model, number) for number in range(len(seen))]
+  truth = [_truth(settings, model, number) for number in range(len(settings.updates))]
+  files = zip(settings.updates, truth, strict=True)
+  seen = [_read(settings, model, before, path, secret) for path, secret in files]
   lock = Lock(workdir)
   lock.acquire()
   try:
@@ -109,8 +110,14 @@ class _Seen(NamedTuple):
   digest: str
 
 
-def _read(settings: AuditSettings, model: DropoutModel, before: updates.Fit, path: str) -> _Seen:
-  """Reads an update as a gradient."""
+def _read(
+  settings: AuditSettings,
+  model: DropoutModel,
+  before: updates.Fit,
+  path: str,
+  truth: Secret | None,
+) -> _Seen:
+  """Reads an update as a gradient; the truth is part of its digest, and of nothing else."""
   what = "params" if settings.after else "gradient"
   sent = updates.fit(model, updates.read(path), what, by_order=settings.by_order)
   decay = settings.weight_decay
@@ -133,8 +140,8 @@ def _read(settings: AuditSettings, model: DropoutModel, before: updates.Fit, pat
   )
   notes = dict.fromkeys((*before.notes, *sent.notes, *update.notes))
   findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
-  digest = _digest(settings, observation)
-  return _Seen(pathlib.Path(path).name, observation, update.rounding, findings, digest)
+  name = pathlib.Path(path).name
+  return _Seen(name, observation, update.rounding, findings, _digest(settings, observation, truth))
 
 
 def as_floats(params: Params) -> Params:
@@ -148,13 +155,14 @@ def as_floats(params: Params) -> Params:
   return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), params)
 
 
-def _digest(settings: AuditSettings, observation: Observation) -> str:
-  """Returns the SHA-256 of an update and of all settings that its audit depends on."""
+def _digest(settings: AuditSettings, observation: Observation, truth: Secret | None) -> str:
+  """Returns the SHA-256 of an update and of all that its audit depends on."""
   known = settings.to_json()
-  for name in ("before", *KINDS):
+  for name in ("before", "truth", *KINDS):
     del known[name]
   sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-  sha.update(digest((observation.params, observation.gradient)).encode())
+  scored = None if truth is None else (truth.images, truth.labels)
+  sha.update(digest((observation.params, observation.gradient, scored)).encode())
   return sha.hexdigest()
 
 

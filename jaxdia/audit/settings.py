@@ -100,6 +100,12 @@ class AuditSettings:
         f"of {', '.join(names)} {len(given)} are set; expected one of them: the weights that the"
         " client sent back, their difference from those before, or its gradient."
       )
+    if self.gradient and (self.learning_rate is not None or self.local_steps > 1):
+      raise InputError(
+        f"config.learning_rate={self.learning_rate} and config.local_steps={self.local_steps} are"
+        " of weights that came back, and config.gradient is set. Leave them out, or give the file"
+        " as config.after or config.difference."
+      )
     if not self.gradient:
       check_number(
         "config.learning_rate",
