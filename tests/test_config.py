@@ -25,7 +25,9 @@ def test_cpu_cores_are_devices_unless_the_environment_says_otherwise(variable, d
   assert int(output) == min(devices, 8)
 
 
-@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "configs").glob("*.py")))
+@pytest.mark.parametrize(
+  "file", sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.name != "audit.py")
+)
 def test_every_config_is_valid(file):
   namespace = {}
   exec((ROOT / "configs" / file).read_text(), namespace)

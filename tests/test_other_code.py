@@ -76,7 +76,10 @@ def test_masks_that_flax_drew_itself_are_read():
     lambda a, e: np.testing.assert_allclose(a, e, 1e-4, 1e-6), gradient, jax.grad(loss)(params)
   )
   plain = models.from_functions(
-    lambda key: jnp.ones(3), lambda p, drop, x: x[:, 0, :, 0], (6, 6, 1), {}
+    lambda key: jnp.ones(3),
+    lambda p, drop, x: drop("site", x[:, 0, :, 0]),
+    (6, 6, 1),
+    {"site": 0.5},
   )
   with pytest.raises(InputError, match="is no network of a library"):
     models.read_masks(plain, params, images, rngs)

@@ -171,7 +171,7 @@ def _strange_leaf(path: Path, leaves: dict[Path, Any]) -> str:
   )
 
 
-def _fit_labels(labels: Any, size: int) -> Labels | None:
+def _fit_labels(labels: Any, size: int) -> Any:  # labels, or what stands for them in a trace
   if labels is None:
     return None
   labels = labels if hasattr(labels, "dtype") else np.asarray(labels)

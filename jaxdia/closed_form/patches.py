@@ -71,9 +71,12 @@ def find_patching(network: Network) -> Patching | None:
 def _kernels(model, params, leaves):
   """Yields kernels that might embed patches, with the pixels of each patch."""
   for layer in model.dense(1):
+    path = (*layer.path, "kernel")
+    if leaves[path].ndim != 2:  # with several axes of outputs, as the heads of an attention
+      continue
     pixels = find_pixels(model, params, layer)
     if pixels is not None and len(pixels) > 1:
-      yield (*layer.path, "kernel"), pixels
+      yield path, pixels
   height, width, channels = model.image_shape
   indices = np.arange(height * width * channels).reshape(model.image_shape)
   for path, leaf in leaves.items():
