@@ -25,6 +25,7 @@ def test_killed_and_started_again_it_ends_with_the_same_numbers(tmp_path):
     "--config.model.hidden_sizes=(128,128)",
     "--config.data.count=4",
     "--config.engine.checkpoint_seconds=0",
+    "--config.engine.lanes=1",  # so that the last trials begin when the first have ended
   ]
   alone, killed = tmp_path / "alone", tmp_path / "killed"
   assert launch(f"--workdir={alone}", *arguments).returncode == 0
