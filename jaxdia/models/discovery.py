@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
@@ -277,6 +277,24 @@ def check_randomness(network: "Network") -> None:
       f" ({', '.join(sites) or 'none'}) account for {explicit}. What else draws (dropout under a"
       " scan or vmap such as nn.scan, stochastic depth, noise) cannot be made an explicit mask:"
       " unroll the loop, or turn that part off."
+    )
+
+
+def check_is_on(network: "Network", off: Sequence[str], mend: str) -> None:
+  """Refuses a network of which all dropout is switched off, as it was hardly meant so.
+
+  Args:
+    network: whose dropout may be.
+    off: names of what is switched off, such as `Discovery.inactive`.
+    mend: what the message says to do.
+
+  Raises:
+    InputError: all of it is.
+  """
+  if off and not discover(network, 2).sites:
+    raise InputError(
+      f"all dropout of {network.name} ({', '.join(off)}) is switched off. {mend}, or give it rate"
+      " 0."
     )
 
 

@@ -13,7 +13,7 @@ from jaxdia.core.trees import digest, leaves_by_path, path_of
 from jaxdia.core.types import Key, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network
-from jaxdia.models.layers import Entry
+from jaxdia.models.layers import Entry, shape_before
 
 
 class InstanceNetwork(Network):
@@ -134,12 +134,11 @@ def from_native(model: DropoutModel, tree: Any, what: str = "params") -> Params:
         continue
       raise unknown(f"array of the {what} of {network.name}:", name, entries)
     path, axes = entries[name]
-    shape = shapes[path].shape
-    expected = shape if axes is None else tuple(shape[i] for i in np.argsort(axes))
-    if array is not None and tuple(array.shape) != tuple(expected):
+    expected = shape_before(tuple(shapes[path].shape), axes)
+    if array is not None and tuple(array.shape) != expected:
       raise InputError(
         f"the array {name!r} of the {what} has shape {tuple(array.shape)}; expected"
-        f" {tuple(expected)} of {network.name}. It may be of another network."
+        f" {expected} of {network.name}. It may be of another network."
       )
   missing = [name for name in entries if arrays.get(name) is None]
   if missing and (what == "params" or len(missing) == len(entries)):

@@ -21,7 +21,7 @@ from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of
-from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
+from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames, check_plain_dropout
 from jaxdia.models.layers import Entry, PlainConvolution
 
 try:
@@ -107,11 +107,7 @@ class _Interception:
 
   def _dropout(self, path: Path, layer: eqx.nn.Dropout) -> Any:
     where = "/".join(path) or "Dropout"
-    if type(layer).__call__ is not eqx.nn.Dropout.__call__:
-      raise InputError(
-        f"the dropout {where!r} is a {type(layer).__name__} with a __call__ of its own, so its"
-        " masks cannot be made explicit. Use eqx.nn.Dropout."
-      )
+    check_plain_dropout(where, layer, eqx.nn.Dropout, "eqx.nn.Dropout")
     if layer.p == 0:
       return layer
     rate = check_rate(layer.p, f"the rate of the dropout {where!r}")
@@ -276,11 +272,7 @@ def from_equinox(module: eqx.Module, image_shape: tuple[int, int, int]) -> Dropo
     )
   network = EquinoxNetwork(module, check_image_shape(image_shape))
   model = model_of(network)
-  inactive = discovery.discover(network, 2).inactive
-  if inactive and not model.rates:
-    raise InputError(
-      f"all dropout of {network.name} ({', '.join(inactive)}) is switched off. Switch it on by"
-      " eqx.nn.inference_mode(module, value=False), or give it rate 0."
-    )
+  mend = "Switch it on by eqx.nn.inference_mode(module, value=False)"
+  discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
   discovery.check_randomness(network)
   return model

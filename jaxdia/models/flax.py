@@ -166,13 +166,9 @@ def from_flax(
     ) from error
   network = dataclasses.replace(network, collections=fit_collections(network, variables))
   model = model_of(network)
-  inactive = discovery.discover(network, 2).inactive
-  meant = any(kwargs.get(name, on) != on for name, on in _TRAINING_FLAGS.items())
-  if inactive and not model.rates and not meant:
-    raise InputError(
-      f"all dropout of {network.name} ({', '.join(inactive)}) is switched off. Pass call_kwargs to"
-      " from_flax with the argument that turns training on, or give it rate 0."
-    )
+  if not any(kwargs.get(name, on) != on for name, on in _TRAINING_FLAGS.items()):  # not meant so
+    mend = "Pass call_kwargs to from_flax with the argument that turns training on"
+    discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
   discovery.check_randomness(network)
   return model
 

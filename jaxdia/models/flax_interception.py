@@ -16,7 +16,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Params
 from jaxdia.models.base import check_rate
-from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
+from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames, check_plain_dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +139,7 @@ def _is_plain_convolution(module: nn.Module, outputs: jax.Array) -> bool:
 
 def _dropout(on_site, on_inactive, site_name, next_fun, args, kwargs, module):
   where = "/".join(module.path) or type(module).__name__
-  if type(module).__call__ is not nn.Dropout.__call__:
-    raise InputError(
-      f"the dropout {where!r} is a {type(module).__name__} with a __call__ of its own, so its"
-      " masks cannot be made explicit. Use nn.Dropout."
-    )
+  check_plain_dropout(where, module, nn.Dropout, "nn.Dropout")
   bound = inspect.signature(nn.Dropout.__call__).bind(module, *args, **kwargs).arguments
   deterministic = bound.get("deterministic")
   if module.deterministic is None and deterministic is None:

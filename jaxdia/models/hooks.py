@@ -1,10 +1,11 @@
 """What a network tells of itself while it computes: the seam between it and everything else."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path
 from jaxdia.core.types import Params
 
@@ -73,6 +74,25 @@ class SiteNames:
     """Returns the name of the next call of what is at a path."""
     self._calls[path] = self._calls.get(path, 0) + 1
     return path if self._calls[path] == 1 else f"{path}#{self._calls[path]}"
+
+
+def check_plain_dropout(where: str, layer: Any, plain: type, name: str) -> None:
+  """Refuses dropout that computes in a way of its own.
+
+  Args:
+    where: it is.
+    layer: an instance of `plain`, or of a class that is derived from it.
+    plain: the library's own class.
+    name: of that class, for the message.
+
+  Raises:
+    InputError: it does.
+  """
+  if type(layer).__call__ is not plain.__call__:
+    raise InputError(
+      f"the dropout {where!r} is a {type(layer).__name__} with a __call__ of its own, so its"
+      f" masks cannot be made explicit. Use {name}."
+    )
 
 
 def ignore_sites(call: SiteCall) -> jax.Array:

@@ -125,5 +125,15 @@ class Entry(NamedTuple):
   axes: tuple[int, ...] | None = None
 
 
+def shape_before(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
+  """Returns the shape of the array that `transpose(axes)` gives this shape.
+
+  Args:
+    shape: of a leaf.
+    axes: of its `Entry`.
+  """
+  return shape if axes is None else tuple(shape[axes.index(i)] for i in range(len(axes)))
+
+
 # {path of a layer: one array for each of its calls}
 Taps = dict[Path, tuple[Float[Array, "_ _"], ...]]

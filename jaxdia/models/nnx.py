@@ -23,7 +23,7 @@ from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of
 from jaxdia.models.flax import training_kwargs
-from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
+from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames, check_plain_dropout
 from jaxdia.models.layers import Entry, PlainConvolution
 
 
@@ -91,11 +91,7 @@ class _Interception:
     """Changes a module of the graph, which belongs to this call alone."""
     where = "/".join(path) or type(node).__name__
     if isinstance(node, nnx.Dropout):
-      if type(node).__call__ is not nnx.Dropout.__call__:
-        raise InputError(
-          f"the dropout {where!r} is a {type(node).__name__} with a __call__ of its own, so its"
-          " masks cannot be made explicit. Use nnx.Dropout."
-        )
+      check_plain_dropout(where, node, nnx.Dropout, "nnx.Dropout")
       node.__class__ = _Dropout
     elif isinstance(node, nnx.MultiHeadAttention) and node.dropout_rate:
       if node.attention_fn is not nnx.dot_product_attention:
@@ -281,11 +277,7 @@ def from_nnx(
       " call_kwargs to from_nnx with the other arguments of its __call__."
     ) from error
   model = model_of(network)
-  inactive = discovery.discover(network, 2).inactive
-  if inactive and not model.rates:
-    raise InputError(
-      f"all dropout of {network.name} ({', '.join(inactive)}) is switched off. Call module.train()"
-      " before, pass call_kwargs with the argument that turns training on, or give it rate 0."
-    )
+  mend = "Call module.train() before, pass call_kwargs with the argument that turns training on"
+  discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
   discovery.check_randomness(network)
   return model

@@ -327,10 +327,6 @@ def from_torch(module: nn.Module, image_shape: tuple[int, int, int]) -> DropoutM
     for name, inner in module.named_modules()
     if isinstance(inner, nn.modules.dropout._DropoutNd) and inner.p > 0 and not inner.training
   ]
-  if off and not model.rates:
-    raise InputError(
-      f"all dropout of {network.name} ({', '.join(off)}) is switched off. Call module.train()"
-      " before, or give it rate 0."
-    )
+  discovery.check_is_on(network, off, "Call module.train() before")
   discovery.check_no_randomness(network, "Turn that part off.")
   return model

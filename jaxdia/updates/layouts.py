@@ -7,16 +7,10 @@ import numpy as np
 from jaxdia.core.trees import Path
 from jaxdia.core.types import NamedArrays
 from jaxdia.models import DropoutModel
+from jaxdia.models.layers import shape_before
 
 # From PyTorch's output x input x positions to Flax's positions x input x output, by rank.
 _OF_PYTORCH = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
-
-
-def shape_before(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
-  """Returns the shape of the array that `transpose(axes)` gives this shape."""
-  if axes is None:
-    return shape
-  return tuple(shape[axes.index(i)] for i in range(len(axes)))
 
 
 def turned(

@@ -16,6 +16,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
 from jaxdia.core.types import NamedArrays, Params
 from jaxdia.models import DropoutModel, Entry, discovery
+from jaxdia.models.layers import shape_before
 from jaxdia.updates import layouts, problems
 from jaxdia.updates.names import are_numbers, named_arrays, number_of, parts_of
 
@@ -216,7 +217,7 @@ def _by_order(model, leaves, arrays, what):
   orders = {"of its library": own, "of JAX's trees": [Entry(path) for path in leaves]}
   fitting = {}
   for order, entries in orders.items():
-    expected = [layouts.shape_before(leaves[e.path], e.axes) for e in entries]
+    expected = [shape_before(leaves[e.path], e.axes) for e in entries]
     shapes = [arrays[name].shape for name in names]
     first = _places_in_order(shapes, expected)
     last = _places_in_order(shapes[::-1], expected[::-1])

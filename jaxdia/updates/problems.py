@@ -7,7 +7,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path
 from jaxdia.core.types import NamedArrays
 from jaxdia.models import Entry
-from jaxdia.updates.layouts import shape_before
+from jaxdia.models.layers import shape_before
 from jaxdia.updates.names import parts_of
 
 _MOST_LISTED = 3
