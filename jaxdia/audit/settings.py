@@ -10,7 +10,14 @@ from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.types import Statistics
 from jaxdia.data import statistics_of
-from jaxdia.experiment.config import ModelSettings, plain
+from jaxdia.experiment.config import (
+  ModelSettings,
+  check_names,
+  make_settings,
+  model_settings,
+  plain,
+  pop_group,
+)
 from jaxdia.models.base import check_image_shape
 
 MODES = ("training", "evaluation")
@@ -169,34 +176,20 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
     InputError: a field that does not exist, or a value that it cannot take.
   """
   fields = plain(ml_collections.ConfigDict(config).to_dict())
-  known = list(default_config())
-  for name in fields:
-    if name not in known:
-      raise unknown("config field", name, known)
-  model = dict(fields.pop("model"))
-  name, rate = model.pop("name"), model.pop("dropout_rate")
+  check_names("config field", fields, list(default_config()))
+  model, loss = pop_group(fields, "model"), pop_group(fields, "loss")
   files = {kind: _split(fields.pop(kind)) for kind in KINDS}
   named, mean, std = (fields.pop(name) for name in ("statistics", "mean", "std"))
   statistics = Statistics(mean, std) if named is None else statistics_of(named)
-  labels, loss = fields.pop("labels"), fields.pop("loss")
+  labels = fields.pop("labels")
   return AuditSettings(
-    model=ModelSettings(name, rate, tuple(model.items())),
+    model=model_settings(model),
     statistics=statistics,
-    loss=_loss(loss),
+    loss=make_settings(Loss, "loss", loss),
     labels=None if labels is None else _labels(labels),
     **files,
     **fields,
   )
-
-
-def _loss(fields: Any) -> Loss:
-  known = [f.name for f in dataclasses.fields(Loss)]
-  if not isinstance(fields, dict):
-    raise InputError(f"config.loss is {fields!r}; expected a group of the fields {known}.")
-  for name in fields:
-    if name not in known:
-      raise unknown("field of config.loss:", name, known)
-  return Loss(**fields)
 
 
 def _split(names: str | None) -> tuple[str, ...]:

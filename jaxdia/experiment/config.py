@@ -247,19 +247,15 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
   """
   fields = plain(ml_collections.ConfigDict(config).to_dict())
   groups = ("data", "model", "defence", "attack", "engine")
-  _check_names("config field", fields, ("seed", "precision", *groups))
-  for name in groups:
-    if not isinstance(fields.get(name), dict):
-      raise InputError(f"config.{name} is {fields.get(name)!r}; expected a group of fields.")
-  data, model, defence, attack, engine = (fields.pop(name) for name in groups)
-  name, rate = model.pop("name", None), model.pop("dropout_rate", ModelSettings.dropout_rate)
+  check_names("config field", fields, ("seed", "precision", *groups))
+  data, model, defence, attack, engine = (pop_group(fields, name) for name in groups)
   return ExperimentSettings(
-    data=_settings(DataSettings, "data", data),
-    model=ModelSettings(name, rate, tuple(model.items())),
+    data=make_settings(DataSettings, "data", data),
+    model=model_settings(model),
     defence=defences.create(str(defence.pop("name", "none")), **_set(defence)),
     restarts=attack.pop("restarts", 1),
     attacks=_attacks(str(attack.pop("name", "")), attack),
-    engine=_settings(EngineSettings, "engine", engine),
+    engine=make_settings(EngineSettings, "engine", engine),
     **fields,
   )
 
@@ -277,16 +273,65 @@ def plain(value: Any) -> Any:
   return value.item() if isinstance(value, np.generic) else value
 
 
-def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+  """Refuses names of a config that do not exist.
+
+  Args:
+    what: they stand for.
+    given: in the config.
+    known: those that exist.
+
+  Raises:
+    InputError: one does not.
+  """
   for name in given:
     if name not in known:
       raise unknown(what, name, known)
 
 
-def _settings(kind: type, group: str, fields: dict[str, Any]) -> Any:
+def pop_group(fields: dict[str, Any], name: str) -> dict[str, Any]:
+  """Takes a group of fields out of a config.
+
+  Args:
+    fields: of the config, changed in place.
+    name: of the group.
+
+  Raises:
+    InputError: it is no group, or missing.
+  """
+  group = fields.pop(name, None)
+  if not isinstance(group, dict):
+    raise InputError(f"config.{name} is {group!r}; expected a group of fields.")
+  return group
+
+
+def make_settings(kind: type, group: str, fields: dict[str, Any]) -> Any:
+  """Returns a group of fields as the dataclass that it becomes.
+
+  Args:
+    kind: the dataclass.
+    group: its name in the config.
+    fields: of it.
+
+  Raises:
+    InputError: a field that does not exist, or a value that it cannot take.
+  """
   known = [f.name for f in dataclasses.fields(kind)]
-  _check_names(f"field of config.{group}:", fields, known)
+  check_names(f"field of config.{group}:", fields, known)
   return kind(**fields)
+
+
+def model_settings(fields: dict[str, Any]) -> ModelSettings:
+  """Returns the fields of config.model, of which the unknown ones are options of the network.
+
+  Args:
+    fields: of the group, changed in place.
+
+  Raises:
+    InputError: a value that a field cannot take.
+  """
+  name, rate = fields.pop("name", None), fields.pop("dropout_rate", ModelSettings.dropout_rate)
+  return ModelSettings(name, rate, tuple(fields.items()))
 
 
 def _set(fields: dict[str, Any]) -> dict[str, Any]:
@@ -296,9 +341,9 @@ def _set(fields: dict[str, Any]) -> dict[str, Any]:
 def _attacks(names: str, fields: dict[str, Any]) -> dict[str, AttackSettings]:
   """Returns the settings of the attacks whose names are given, separated by commas."""
   known = ["name", "restarts"] + [f.name for f in dataclasses.fields(AttackSettings)]
-  _check_names("field of config.attack:", fields, known)
+  check_names("field of config.attack:", fields, known)
   given = [name.strip() for name in names.split(",")]
-  _check_names("attack", given, CATALOGUE)
+  check_names("attack", given, CATALOGUE)
   if len(set(given)) < len(given):
     raise InputError(f"config.attack.name is {','.join(given)!r}; expected each attack once.")
   return {name: CATALOGUE[name].settings.override(**_set(fields)) for name in given}

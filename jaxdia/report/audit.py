@@ -1,7 +1,6 @@
 """One page about the audit of updates, which first answers what a server could see."""
 
 import pathlib
-import shlex
 from typing import Any
 
 import msgspec
@@ -55,7 +54,6 @@ def write_audit_report(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _context(audit: Audit, arrays: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-  command = audit.manifest.get("command")
   return {
     "headline": headline(audit),
     "audit": audit,
@@ -67,7 +65,7 @@ def _context(audit: Audit, arrays: list[dict[str, np.ndarray]]) -> dict[str, Any
     "known": _known(audit),
     "not_tried": _not_tried(audit),
     "harder": _HARDER,
-    "command": shlex.join(map(str, command)) if isinstance(command, list) else command,
+    "command": words.command(audit.manifest.get("command")),
     "manifest": {k: words.text(v) for k, v in audit.manifest.items() if k != "command"},
     "duration": duration,
   }

@@ -3,7 +3,6 @@
 import itertools
 import json
 import pathlib
-import shlex
 from typing import Any, NamedTuple
 
 import jinja2
@@ -341,8 +340,7 @@ def _meanings(study: Study) -> list[tuple[str, str]]:
 def _command(study: Study) -> str | None:
   """Returns the command that made the results, as it is typed."""
   manifests = [study.manifest, *(cell.manifest for cell in study.done[:1])]
-  command = next((m["command"] for m in manifests if m.get("command")), None)
-  return shlex.join(map(str, command)) if isinstance(command, list) else command
+  return words.command(next((m["command"] for m in manifests if m.get("command")), None))
 
 
 def _versions(study: Study) -> list[tuple[str, list[tuple[str, list[str]]]]]:

@@ -1,6 +1,7 @@
 """How the report writes names, numbers and settings."""
 
 import json
+import shlex
 from typing import Any
 
 from jaxdia import evaluation
@@ -30,6 +31,11 @@ def number(name: str, value: float | None) -> str:
 def text(value: Any) -> str:
   """Returns the value of a setting as text: strings as they are, all else as JSON."""
   return value if isinstance(value, str) else json.dumps(value)
+
+
+def command(value: Any) -> str | None:
+  """Returns the command of a manifest as it is typed, or None if it was not recorded."""
+  return shlex.join(map(str, value)) if isinstance(value, list) else value
 
 
 def attack_label(name: str) -> str:
