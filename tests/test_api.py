@@ -50,6 +50,11 @@ def test_attacks_never_reach_the_secret():
       assert "secret" not in path.read_text().lower().replace("# secret", ""), path
 
 
+def test_of_an_audit_only_what_reads_the_truth_to_score_it_knows_the_secret():
+  knowing = {p.name for p in (PACKAGE / "audit").glob("*.py") if "Secret" in p.read_text()}
+  assert knowing == {"run.py"}
+
+
 def test_rooms_import_only_from_the_rooms_below_them():
   order = [
     "core", "models", "client", "updates", "gradients", "closed_form", "attacks", "engine",

@@ -79,7 +79,7 @@ def test_labels_that_nothing_tells_are_searched(loss):
   observation = Observation(observation.params, gradient, None, (0.0,), (1.0,), 2, loss)
   recovery = recover(jax.random.key(0), model, observation)
   assert not recovery.parts.known_labels.any()
-  attack = choose_attack(model, observation, recovery)
+  _, attack = choose_attack(model, observation, recovery)
   assert attack.labels == "free"
   state = attacks.solve(jax.random.key(0), attack, observation, recovery=recovery, seconds=0.1)
   assert int(state.iteration) > 0

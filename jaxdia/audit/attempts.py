@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia import attacks, evaluation
-from jaxdia.attacks import Attack, Candidate, State, Status, complete
+from jaxdia.attacks import Attack, State, Status, complete
 from jaxdia.audit.schema import VERDICTS, Attempt
-from jaxdia.client import Observation, Secret, client_gradient
+from jaxdia.client import Observation, client_gradient
 from jaxdia.closed_form import Recovery, Verdict, recover, recover_labels
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.types import Images, Key, Labels, Masks, Statistics
@@ -96,16 +96,18 @@ def prove(
     if sent is not None
   ]
   sent, other = (np.concatenate(leaves) for leaves in zip(*pairs, strict=True))
-  proof = _compare(sent, other)
-  return proof._replace(of_sent=_compare(sent[sent != 0], other[sent != 0]).residual)
+  residual, factor = _compare(sent, other)
+  of_sent, _ = _compare(sent[sent != 0], other[sent != 0])
+  return Proof(residual, factor, of_sent)
 
 
-def _compare(sent: np.ndarray, simulated: np.ndarray) -> Proof:
+def _compare(sent: np.ndarray, simulated: np.ndarray) -> tuple[float, float]:
+  """Returns the share of one gradient that another leaves, and the factor that leaves least."""
   size = float(simulated @ simulated)
   factor = float(sent @ simulated) / size if size > 0 else 0.0
   left = float(np.sum((sent - factor * simulated) ** 2))
   residual = math.sqrt(left / float(sent @ sent)) if math.isfinite(left) else math.inf
-  return Proof(residual, factor, residual)
+  return residual, factor
 
 
 def _is_none(leaf: Any) -> bool:
@@ -219,7 +221,8 @@ def by_search(
     key: random key.
     model: the network.
     observation: the update.
-    recovery: what linear algebra gave; where it gave anything, the search starts from there.
+    recovery: what linear algebra gave; where it gave anything, the search starts from there, but
+      only one from images that are approximate.
     seconds: for all trials, compilation apart; the first may take half of it.
     say: called with a line after each trial.
 
@@ -227,8 +230,7 @@ def by_search(
     What came of it, and what was found.
   """
   start, left = time.monotonic(), seconds
-  attack = choose_attack(model, observation, recovery)
-  name = attack_name(attack)
+  name, attack = choose_attack(model, observation, recovery)
   trials: list[State] = []
   while len(trials) < 2 or (left > 0 and not all(map(_is_done, trials[:2]))):
     begun = time.monotonic()
@@ -242,8 +244,9 @@ def by_search(
     trials = sorted([*trials, state], key=_objective)
     say(f"{name}: trial {len(trials)} ended at objective {float(state.best.objective):.2e}")
     left -= time.monotonic() - begun
-  found = _found_by_search(name, model, observation, *trials[:2])
-  residual, agreement = float(found.residuals[0]), _agreement(model, observation, *trials[:2])
+  agreement = _agreement(observation, *trials[:2])
+  found = _found_by_search(name, model, observation, trials[0], agreement)
+  residual = float(found.residuals[0])
   attempt = Attempt(
     name=name,
     outcome=(
@@ -275,21 +278,19 @@ def _is_done(trial: State) -> bool:
   return int(trial.status) == Status.CONVERGED
 
 
-def _agreement(model, observation, best: State, second: State) -> np.ndarray:
+def _agreement(observation: Observation, best: State, second: State) -> np.ndarray:
   """Returns f[B], the SSIM of each image of a trial with the one of another that is nearest."""
-  images = best.best.candidate.images
-  labels = np.zeros(observation.batch_size, np.int32)
+  images, others = (np.asarray(trial.best.candidate.images) for trial in (best, second))
+  others = others[evaluation.assign(others, images)]
   statistics = Statistics(np.asarray(observation.mean), np.asarray(observation.std))
-  other = Candidate(second.best.candidate.images, None, None)
-  scored = evaluation.evaluate(model, Secret(images, labels, None), other, statistics)
-  return np.array([scores["ssim"] or 0.0 for scores in scored.scores])
+  ssim = np.asarray(evaluation.ssim(*evaluation.pair(images, others, statistics).pixels))
+  return np.where(np.isfinite(ssim), ssim, 0.0)
 
 
-def _found_by_search(name, model, observation, best: State, second: State) -> Found:
+def _found_by_search(name, model, observation, best: State, agreement: np.ndarray) -> Found:
   candidate = best.best.candidate
   masks, labels = complete(candidate, best.known)
   proof = prove(model, observation, masks, candidate.images, labels)
-  agreement = _agreement(model, observation, best, second)
   verdicts = np.full(observation.batch_size, "none", object)
   verdicts[(agreement >= _AGREE[1]) & (proof.residual <= PARTIAL)] = "partial"
   verdicts[(agreement >= _AGREE[0]) & (proof.residual <= LIKELY)] = "likely"
@@ -315,22 +316,24 @@ def _found_by_search(name, model, observation, best: State, second: State) -> Fo
 
 def choose_attack(
   model: DropoutModel, observation: Observation, recovery: Recovery | None
-) -> Attack:
+) -> tuple[str, Attack]:
   """Chooses the search for what is known of an update.
 
   Args:
     model: the network.
     observation: the update.
     recovery: what linear algebra gave.
+
+  Returns:
+    The name of the attack, and the attack.
   """
   labels = "given"
   if observation.labels is None:
     labels = "recovered" if can_read_labels(model, observation) else "free"
-    if labels == "free":
-      return attacks.create("dia" if model.rates else "ig", model, labels=labels)
-  if recovery is not None and _gave_something(recovery):
-    return attacks.create("hybrid", model, labels=labels)
-  return attacks.create("dia" if model.rates else "ig", model, labels=labels)
+  name = "dia" if model.rates else "ig"
+  if labels != "free" and recovery is not None and _gave_something(recovery):
+    name = "hybrid"
+  return name, attacks.create(name, model, labels=labels)
 
 
 def can_read_labels(model: DropoutModel, observation: Observation) -> bool:
@@ -345,13 +348,6 @@ def can_read_labels(model: DropoutModel, observation: Observation) -> bool:
   except InputError:
     return False
   return True
-
-
-def attack_name(attack: Attack) -> str:
-  """Returns what people call an attack that `choose_attack` chose."""
-  if type(attack).recover is not Attack.recover:
-    return "hybrid"
-  return "dia" if attack.masks == "free" else "ig"
 
 
 def _gave_something(recovery: Recovery) -> bool:
