@@ -93,7 +93,7 @@ def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple
   """
   if method == "formed":
     return ()
-  layers = model.dense(batch_size)
+  layers = model.products(batch_size)
   return layers if method == "factored" else tuple(x for x in layers if _is_cheaper(x))
 
 
@@ -202,12 +202,12 @@ def compare(
   """
   layers = []
   if target.kernels:
-    layers = [x for x in model.dense(images.shape[0]) if x.path in target.kernels]
+    layers = [x for x in model.products(images.shape[0]) if x.path in target.kernels]
   leaves = leaves_by_path(params)
   fixed = {path: leaves[path] for path in leaves if path not in target.formed}
   free = {path: leaves[path] for path in target.formed}
   dtype = images.dtype
-  taps = {x.path: tuple(jnp.zeros((rows, x.outputs), dtype) for rows in x.rows) for x in layers}
+  taps = {x.path: tuple(jnp.zeros(shape, dtype) for shape in x.shapes) for x in layers}
 
   def tapped_loss(free, taps):
     merged = with_leaves(params, fixed | free)
@@ -225,7 +225,8 @@ def compare(
     )
     for layer in layers:
       kernel = target.kernels[layer.path]
-      a, delta = (jnp.concatenate(x[layer.path]) for x in (inputs, deltas))
+      a = jnp.concatenate([layer.input_rows(x) for x in inputs[layer.path]])
+      delta = jnp.concatenate([layer.output_rows(x) for x in deltas[layer.path]])
       if isinstance(kernel, Factors):
         layer_inner, layer_norm = _match(a, delta, jax.lax.stop_gradient(kernel))
         kernel_norm = _dot(kernel.left.T @ kernel.left, kernel.right.T @ kernel.right)

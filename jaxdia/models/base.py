@@ -20,6 +20,7 @@ from jaxdia.core.precision import full_precision, usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree
 from jaxdia.core.types import Array, Images, Key, Logits, Masks, Number, Params
 from jaxdia.models import discovery
+from jaxdia.models.convolutions import Convolve, is_faster_as_product
 from jaxdia.models.hooks import Hooks, ignore_sites
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
 
@@ -76,10 +77,13 @@ class DropoutModel:
     network: all but the rates; static.
     rates: {site name: rate}, in the order in which the network meets the sites. A network
       without dropout has none, and its masks are the empty dictionary.
+    convolve: how convolutions are computed: "native", as a "product" of patches, or "auto", which
+      is by what is faster, on JAX's default backend; static.
   """
 
   network: Network = static()
   rates: dict[str, Number]
+  convolve: Convolve = static(default="auto")
 
   def __post_init__(self):
     sites = discovery.discover(self.network, 2).sites
@@ -96,7 +100,7 @@ class DropoutModel:
     object.__setattr__(self, "rates", {site: rates[site] for site in sites})
 
   def __hash__(self) -> int:
-    return hash((self.network, tuple(self.rates.items())))
+    return hash((self.network, tuple(self.rates.items()), self.convolve))
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -133,9 +137,40 @@ class DropoutModel:
   def dense(self, batch_size: int) -> tuple[DenseLayer, ...]:
     """Returns the dense layers that can be tapped, in the order in which they are called."""
     return tuple(
-      DenseLayer(path, tuple(math.prod(a[:-1]) for a, _ in calls), calls[0][0][-1], calls[0][1][-1])
+      DenseLayer(
+        path,
+        tuple(math.prod(a[:-1]) for a, _ in calls),
+        calls[0][0][-1],
+        calls[0][1][-1],
+        tuple(z for _, z in calls),
+      )
       for path, calls in discovery.discover(self.network, batch_size).dense.items()
     )
+
+  def products(self, batch_size: int) -> tuple[DenseLayer, ...]:
+    """Returns the layers that multiply rows with a kernel: dense ones and convolutions.
+
+    Args:
+      batch_size: number of images.
+    """
+    found = discovery.discover(self.network, batch_size).convolutions
+    shapes = leaves_by_path(discovery.params_shape(self.network))
+    layers = list(self.dense(batch_size))
+    for path, (convolution, calls) in found.items():
+      if convolution.groups > 1:  # a product for each group
+        continue
+      *size, _, outputs = shapes[(*path, "kernel")].shape
+      layers.append(
+        DenseLayer(
+          path,
+          tuple(batch_size * math.prod(z) // outputs for _, z in calls),
+          math.prod(shapes[(*path, "kernel")].shape[:-1]),
+          outputs,
+          tuple((batch_size, *z) for _, z in calls),
+          (convolution, tuple(size)),
+        )
+      )
+    return tuple(layers)
 
   def mask_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each site's mask for a batch."""
@@ -172,10 +207,11 @@ class DropoutModel:
       params: as `init` gives them.
       masks: as in `apply`.
       images: f[B, H, W, C], normalised.
-      taps: what is added, f[rows, outputs] for each call of the layers in it.
+      taps: what is added, for each call of the layers in it; f[rows, outputs], or of the shape of
+        the outputs themselves.
 
     Returns:
-      The logits, and the inputs f[rows, inputs] of the same calls.
+      The logits, and the inputs of the same calls; f[rows, inputs], or as they are.
     """
     inputs_of: dict[Path, list[jax.Array]] = {path: [] for path in taps}
 
@@ -184,12 +220,27 @@ class DropoutModel:
       if layer.path not in taps:
         return outputs
       added = taps[layer.path][len(inputs_of[layer.path])]
+      if added.shape != outputs.shape:
+        inputs = inputs.reshape(len(added), -1)
       # A layer may compute in a type of its own.
-      inputs_of[layer.path].append(inputs.reshape(len(added), -1).astype(added.dtype))
+      inputs_of[layer.path].append(inputs.astype(added.dtype))
       return outputs + added.reshape(outputs.shape).astype(outputs.dtype)
 
     logits = self._call(params, masks, images, tap)
     return logits, {path: tuple(inputs) for path, inputs in inputs_of.items()}
+
+  def _as_products(self) -> set[Path]:
+    """Returns the paths of the convolutions that are computed as products."""
+    found = discovery.discover(self.network, 1).convolutions if self.convolve != "native" else {}
+    if self.convolve == "product":
+      return set(found)
+    platform = jax.default_backend()
+    shapes = leaves_by_path(discovery.params_shape(self.network))
+    return {
+      path
+      for path, (convolution, _) in found.items()
+      if is_faster_as_product(convolution, shapes[(*path, "kernel")].shape, platform)
+    }
 
   def _call(self, params, masks, images, on_linear) -> Logits:
     name = self.network.name
@@ -210,7 +261,18 @@ class DropoutModel:
       # The rate is the model's, which may be another than the network itself has.
       return drop(call.inputs, mask.astype(call.inputs.dtype), self.rates[call.name])
 
-    hooks = Hooks(ignore_sites if masks is None else drop_at, on_linear)
+    leaves = leaves_by_path(params)
+    as_products = self._as_products()
+
+    def compute(layer, inputs, outputs, nested):
+      if layer.path in as_products and not nested:
+        own = {n: leaves[*layer.path, n] for n in ("kernel", "bias") if (*layer.path, n) in leaves}
+        own = {name: leaf.astype(outputs.dtype) for name, leaf in own.items()}
+        outputs = layer.convolution.product(own, inputs)
+      return outputs if on_linear is None else on_linear(layer, inputs, outputs, nested)
+
+    hook = compute if as_products else on_linear
+    hooks = Hooks(ignore_sites if masks is None else drop_at, hook)
     with full_precision(), usual_promotion():
       return self.network.call(params, images, hooks)
 

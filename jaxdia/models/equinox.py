@@ -20,9 +20,10 @@ from jaxdia.core.trees import Path, digest, path_of
 from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, check_image_shape, check_rate, model_of
+from jaxdia.models.convolutions import PlainConvolution
 from jaxdia.models.entries import InstanceNetwork, arrays_of
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames, check_plain_dropout
-from jaxdia.models.layers import Entry, PlainConvolution
+from jaxdia.models.layers import Entry
 
 try:
   import equinox as eqx

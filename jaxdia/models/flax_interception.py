@@ -1,11 +1,10 @@
 """Interception of the calls inside a Flax Linen module: dropout, attention, linear layers."""
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +13,9 @@ from flax.core import tracers
 from flax.linen.dtypes import promote_dtype
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Params
 from jaxdia.models.base import check_rate
+from jaxdia.models.convolutions import PlainConvolution
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames, check_plain_dropout
-
-
-@dataclasses.dataclass(frozen=True)
-class _Alone:
-  """A layer called by itself."""
-
-  layer: nn.Module
-
-  def __call__(self, leaves: Params, inputs: jax.Array) -> jax.Array:
-    return cast(jax.Array, self.layer.apply({"params": leaves}, inputs))  # there is no `mutable`
 
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:
@@ -64,15 +53,15 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
     with _widened(module, args, kwargs):
       outputs = next_fun(*args, **kwargs)
     contracted = _contracted_axes(module)
-    convolution = _is_plain_convolution(module, outputs)
+    convolution = plain_convolution(module) if type(module) is nn.Conv else None
+    if convolution is not None and (outputs.ndim != 4 or module.conv_general_dilated_cls):
+      convolution = None
     if on_linear is None or not (convolution or contracted):
       return outputs
     nested = tracers.current_trace() != outer
     inputs = jnp.asarray(args[0] if args else kwargs["inputs"], outputs.dtype)
-    if convolution:
-      # Without a type of its own, so that it can be computed in float64 too.
-      alone = _Alone(module.clone(parent=None, name=None, dtype=None))
-      return on_linear(Linear(module.path, alone), inputs, outputs, nested)
+    if convolution is not None:
+      return on_linear(Linear(module.path, convolution), inputs, outputs, nested)
     if contracted > inputs.ndim:
       return outputs
     rows = inputs.shape[: inputs.ndim - contracted]
@@ -126,15 +115,33 @@ def _contracted_axes(module: nn.Module) -> int:
   return len(axes) if is_last and not module.batch_dims else 0
 
 
-def _is_plain_convolution(module: nn.Module, outputs: jax.Array) -> bool:
-  """Returns whether a module convolves images with its kernel as it is."""
-  return (
-    type(module) is nn.Conv
-    and module.mask is None
-    and outputs.ndim == 4
-    and module.conv_general_dilated is None
-    and module.conv_general_dilated_cls is None
+def plain_convolution(layer: Any) -> PlainConvolution | None:
+  """Returns a convolution by itself, or None if it is no plain one of images.
+
+  Args:
+    layer: `nn.Conv` or `nnx.Conv`.
+  """
+
+  def pair(value):
+    value = 1 if value is None else value
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+  padding = layer.padding
+  if isinstance(padding, str):
+    padding = padding.upper()
+  else:
+    padding = tuple((n, n) if isinstance(n, int) else tuple(n) for n in pair(padding))
+  plain = (
+    not isinstance(layer.kernel_size, int)  # of one axis
+    and len(layer.kernel_size) == 2
+    and layer.mask is None
+    and layer.conv_general_dilated in (None, jax.lax.conv_general_dilated)
+    and padding != "CAUSAL"
   )
+  if not plain:
+    return None
+  dilations = pair(layer.input_dilation), pair(layer.kernel_dilation)
+  return PlainConvolution(pair(layer.strides), padding, *dilations, layer.feature_group_count)
 
 
 def _dropout(on_site, on_inactive, site_name, next_fun, args, kwargs, module):

@@ -7,7 +7,7 @@ import jax
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path
-from jaxdia.core.types import Params
+from jaxdia.models.convolutions import PlainConvolution
 
 
 class Linear(NamedTuple):
@@ -15,12 +15,11 @@ class Linear(NamedTuple):
 
   Attributes:
     path: where its parameters are; `kernel`, and `bias` if it has one.
-    convolution: `apply(leaves, inputs) -> outputs` of a convolution of images; None for a dense
-      layer.
+    convolution: of images, by itself; None for a dense layer.
   """
 
   path: Path
-  convolution: Callable[[Params, jax.Array], jax.Array] | None
+  convolution: PlainConvolution | None
 
 
 class SiteCall(NamedTuple):

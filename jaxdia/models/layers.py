@@ -1,16 +1,13 @@
 """What a network is made of, as far as attacks need to know it."""
 
-import dataclasses
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxdia.core.trees import Path
-from jaxdia.core.types import Array, Number, Params
+from jaxdia.core.types import Array, Number
+from jaxdia.models.convolutions import PlainConvolution
 
 
 class Site(NamedTuple):
@@ -27,7 +24,9 @@ class Site(NamedTuple):
 
 
 class DenseLayer(NamedTuple):
-  """A dense layer `z = a @ kernel (+ bias)` whose inputs and outputs can be tapped.
+  """A layer `z = a @ kernel (+ bias)` whose inputs and outputs can be tapped.
+
+  A convolution is one too: `a` are then its patches.
 
   Attributes:
     path: where its parameters are; `kernel` f[inputs, outputs], and `bias` if it has one. The
@@ -35,12 +34,37 @@ class DenseLayer(NamedTuple):
     rows: rows of `a` in each call of the layer: images times positions.
     inputs: columns of `a`.
     outputs: columns of `z`.
+    shapes: of what each call returns.
+    convolution: that it is, with the height and width of its kernel; None if it is none.
   """
 
   path: Path
   rows: tuple[int, ...]
   inputs: int
   outputs: int
+  shapes: tuple[tuple[int, ...], ...]
+  convolution: tuple[PlainConvolution, tuple[int, int]] | None = None
+
+  def input_rows(self, inputs: Float[Array, "..."]) -> Float[Array, "rows inputs"]:
+    """Returns `a` of a call.
+
+    Args:
+      inputs: that the layer was called with.
+    """
+    if self.convolution is not None:
+      convolution, size = self.convolution
+      inputs = convolution.patches(inputs, size)
+    return inputs.reshape(-1, self.inputs)
+
+  def output_rows(self, outputs: Float[Array, "..."]) -> Float[Array, "rows outputs"]:
+    """Returns `z` of a call, or the derivatives by it.
+
+    Args:
+      outputs: of one of `shapes`.
+    """
+    if self.convolution is not None:
+      return self.convolution[0].positions(outputs)
+    return outputs.reshape(-1, self.outputs)
 
 
 class Convolution(NamedTuple):
@@ -51,13 +75,13 @@ class Convolution(NamedTuple):
     input_shape: (height, width, channels); of a library that has the channels first, (channels,
       height, width).
     output_shape: likewise.
-    apply: `apply(leaves, inputs f[B, *input_shape]) -> f[B, *output_shape]`, the layer by itself.
+    apply: the layer by itself.
   """
 
   path: Path
   input_shape: tuple[int, int, int]
   output_shape: tuple[int, int, int]
-  apply: Callable[[Params, jax.Array], jax.Array]
+  apply: PlainConvolution
 
   @property
   def rows(self) -> tuple[int, ...]:
@@ -73,44 +97,6 @@ class Convolution(NamedTuple):
   def outputs(self) -> int:
     """Columns of its outputs, which are flattened."""
     return math.prod(self.output_shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class PlainConvolution:
-  """A convolution by itself, as a function of its leaves and inputs: `Convolution.apply`.
-
-  Attributes:
-    strides: along height and width.
-    padding: of height and width, or "SAME" or "VALID".
-    input_dilation: along height and width.
-    kernel_dilation: along height and width.
-    groups: of channels.
-    layout: of images, such as "NHWC"; kernels are HWIO.
-  """
-
-  strides: tuple[int, int]
-  padding: str | tuple[tuple[int, int], ...]
-  input_dilation: tuple[int, int] = (1, 1)
-  kernel_dilation: tuple[int, int] = (1, 1)
-  groups: int = 1
-  layout: str = "NHWC"
-
-  def __call__(self, leaves: Params, inputs: jax.Array) -> jax.Array:
-    """Computes the outputs of images in the layout."""
-    outputs = jax.lax.conv_general_dilated(
-      inputs,
-      leaves["kernel"],
-      self.strides,
-      self.padding,
-      self.input_dilation,
-      self.kernel_dilation,
-      (self.layout, "HWIO", self.layout),
-      self.groups,
-    )
-    if "bias" in leaves:
-      others = [axis for axis, name in enumerate(self.layout) if name != "C"]
-      outputs += jnp.expand_dims(leaves["bias"].reshape(-1), others)
-    return outputs
 
 
 class Entry(NamedTuple):
@@ -136,4 +122,4 @@ def shape_before(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[
 
 
 # {path of a layer: one array for each of its calls}
-Taps = dict[Path, tuple[Float[Array, "_ _"], ...]]
+Taps = dict[Path, tuple[Float[Array, "..."], ...]]

@@ -23,8 +23,9 @@ from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of
 from jaxdia.models.flax import training_kwargs
+from jaxdia.models.flax_interception import plain_convolution
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames, check_plain_dropout
-from jaxdia.models.layers import Entry, PlainConvolution
+from jaxdia.models.layers import Entry
 
 
 class NNXNetwork(InstanceNetwork):
@@ -102,7 +103,7 @@ class _Interception:
       node.attention_fn = _Attention(self, where, node.dropout_rate)
     elif type(node) is nnx.Linear and _is_plain(node) and node.dot_general is jax.lax.dot_general:
       node.__class__ = _Linear
-    elif type(node) is nnx.Conv and _is_plain(node) and _alone(node):
+    elif type(node) is nnx.Conv and _is_plain(node) and plain_convolution(node):
       node.__class__ = _Conv
     else:
       return
@@ -209,34 +210,12 @@ class _Conv(nnx.Conv):
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Conv.__call__(self, inputs, *args, **kwargs)
-    return self._interception.linear(self, _alone(self), inputs, outputs)
+    return self._interception.linear(self, plain_convolution(self), inputs, outputs)
 
 
 def _is_plain(node: Any) -> bool:
   """Returns whether a layer computes with its kernel as it is, in the type of its inputs."""
   return node.dtype is None and getattr(node, "preferred_element_type", None) is None
-
-
-def _alone(node: nnx.Conv) -> PlainConvolution | None:
-  """Returns a convolution of images by itself, or None if it is of another kind."""
-
-  def pair(value):
-    value = 1 if value is None else value
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-  padding = node.padding
-  if not isinstance(padding, str):
-    padding = tuple((n, n) if isinstance(n, int) else tuple(n) for n in pair(padding))
-  plain = (
-    len(node.kernel_size) == 2
-    and node.mask is None
-    and node.conv_general_dilated is jax.lax.conv_general_dilated
-    and padding not in ("CIRCULAR", "REFLECT", "CAUSAL")
-  )
-  if not plain:
-    return None
-  dilations = pair(node.input_dilation), pair(node.kernel_dilation)
-  return PlainConvolution(pair(node.strides), padding, *dilations, node.feature_group_count)
 
 
 def from_nnx(

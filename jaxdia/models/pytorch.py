@@ -20,9 +20,10 @@ from jaxdia.core.trees import digest
 from jaxdia.core.types import Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
+from jaxdia.models.convolutions import PlainConvolution
 from jaxdia.models.entries import InstanceNetwork, arrays_of, to_numpy
 from jaxdia.models.hooks import Hooks, Linear, SiteCall, SiteNames
-from jaxdia.models.layers import Entry, PlainConvolution
+from jaxdia.models.layers import Entry
 
 # pyright: reportMissingImports=false
 try:
