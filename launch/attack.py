@@ -24,7 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   "Config file, with its data set after a colon where it takes one:"
-  " configs/{mlp,lenet,resnet18,vit,vit_b16,own_model}.py:{mnist,cifar10,imagenet} or"
+  " configs/{mlp,lenet,convnet,resnet18,vit,vit_b16,own_model}.py:{mnist,cifar10,imagenet} or"
   " configs/quickstart.py. Common fields: --config.attack.name=ig,wiig,dia,closed_form,hybrid"
   " --config.attack.restarts=4 --config.attack.max_iterations=2000"
   " --config.data.source=npz:PATH --config.data.count=16 --config.data.batch_size=4"

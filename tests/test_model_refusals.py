@@ -176,6 +176,9 @@ def test_create_refuses(arguments, message):
     ("mlp", {"use_bias": 3}, "use_bias of the model mlp is 3"),
     ("vit", {"num_heads": 5}, "num_heads is 5"),
     ("resnet18", {"width": 6}, "width is 6"),
+    ("convnet", {"width": 6}, "width is 6"),
+    ("convnet", {"pool": "min"}, "pool of the model convnet"),
+    ("convnet", {"activation": "rleu"}, "relu"),
   ],
 )
 def test_create_refuses_options(name, options, message):

@@ -7,6 +7,7 @@ convolution is a dense layer whose inputs are patches, with a row for each image
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -66,6 +67,8 @@ class PlainConvolution:
     )
     return self._add_bias(leaves, outputs)
 
+  # Outside of a program it is one of its own, not an operation after another.
+  @functools.partial(jax.jit, static_argnums=0, inline=True)
   def product(self, leaves: Params, inputs: Float[Array, "b _ _ _"]) -> Float[Array, "b _ _ _"]:
     """Computes what a call does, as a product of patches with the kernel.
 

@@ -1,8 +1,18 @@
 """Layers of the built-in networks, with their initialisation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from jaxdia.core.errors import InputError
+
+ACTIVATIONS = {
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "relu": nn.relu,
+  "leaky_relu": nn.leaky_relu,
+}
 
 # PyTorch's default for linear and convolutional layers, which the paper's models are drawn
 # with: uniform in +-1/sqrt(fan_in), kernel and bias.
@@ -63,3 +73,31 @@ def convolution(
     name=name,
   )
   return layer(x)
+
+
+def group_norm(x: jax.Array, groups: int, name: str) -> jax.Array:
+  """Calls a new group normalisation of a compact module, as PyTorch computes it.
+
+  Args:
+    x: f[B, H, W, C].
+    groups: that share a mean and a variance.
+    name: of the layer.
+  """
+  return nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False, name=name)(x)
+
+
+def check_groups(width: int, groups: int) -> None:
+  """Refuses a width that the groups of a normalisation do not divide.
+
+  Args:
+    width: channels.
+    groups: of them.
+
+  Raises:
+    InputError: they do not.
+  """
+  if width % groups:
+    raise InputError(
+      f"width is {width}; expected a multiple of the {groups} groups of the normalisation. Set"
+      " width or groups."
+    )

@@ -1,19 +1,12 @@
 """The paper's MLP."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
 from flax import linen as nn
 
 from jaxdia.core.errors import unknown
-from jaxdia.models.zoo.layers import dense
-
-_ACTIVATIONS = {
-  "gelu": functools.partial(nn.gelu, approximate=False),
-  "relu": nn.relu,
-  "leaky_relu": nn.leaky_relu,
-}
+from jaxdia.models.zoo.layers import ACTIVATIONS, dense
 
 
 class MLP(nn.Module):
@@ -36,8 +29,8 @@ class MLP(nn.Module):
   def check(self, image_shape: tuple[int, int, int]) -> None:
     """Refuses an activation that there is not."""
     del image_shape
-    if self.activation not in _ACTIVATIONS:
-      raise unknown("activation of the model mlp", self.activation, _ACTIVATIONS)
+    if self.activation not in ACTIVATIONS:
+      raise unknown("activation of the model mlp", self.activation, ACTIVATIONS)
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
@@ -45,7 +38,7 @@ class MLP(nn.Module):
     x = images.reshape(images.shape[0], -1)
     for i, size in enumerate(self.hidden_sizes):
       x = dense(x, size, f"hidden_{i}", self.use_bias)
-      x = _ACTIVATIONS[self.activation](x)
+      x = ACTIVATIONS[self.activation](x)
       x = nn.Dropout(self.dropout_rate, name=f"dropout_{i}")(x, deterministic=not train)
     return dense(x, self.num_classes, "classifier", self.use_bias)
 

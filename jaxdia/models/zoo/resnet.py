@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxdia.core.errors import InputError
-from jaxdia.models.zoo.layers import convolution, dense
+from jaxdia.models.zoo.layers import check_groups, convolution, dense, group_norm
 
 
 class ResNet18(nn.Module):
@@ -29,18 +28,14 @@ class ResNet18(nn.Module):
   def check(self, image_shape: tuple[int, int, int]) -> None:
     """Refuses a width that the groups do not divide."""
     del image_shape
-    if self.width % self.groups:
-      raise InputError(
-        f"width is {self.width}; expected a multiple of the {self.groups} groups of the"
-        " normalisation. Set width or groups."
-      )
+    check_groups(self.width, self.groups)
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
     """Returns f[B, num_classes] logits of f[B, H, W, C] images; drops only if `train`."""
 
     def norm(x, name):
-      return nn.GroupNorm(self.groups, epsilon=1e-5, use_fast_variance=False, name=name)(x)
+      return group_norm(x, self.groups, name)
 
     if max(images.shape[1:3]) <= 64:
       x = nn.relu(norm(convolution(images, self.width, 3, 1, "stem", False), "stem_norm"))
