@@ -14,7 +14,7 @@ import pytest
 from experiment_cases import ROOT, launch, rows_of, silent, small, timeless
 
 import jaxdia
-from jaxdia import data, engine, experiment, study
+from jaxdia import data, engine, evaluation, experiment, study
 from jaxdia.core.errors import InputError
 from jaxdia.experiment.lock import Lock
 
@@ -160,6 +160,38 @@ def test_results_are_added_as_images_are_finished_and_not_written_anew(tmp_path,
   monkeypatch.setattr(module.Store, "append_results", spy)
   experiment.run(small(max_iterations=3), tmp_path, say=silent)
   assert seen == [1, 2, 3] and len(written) == 2  # at the start and, in order, at the end
+
+
+def test_what_was_scored_is_not_scored_again(tmp_path, monkeypatch):
+  experiment.run(small(), tmp_path / "alone", say=silent)
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    _interrupt_after(patched, 2)
+    experiment.run(small(), tmp_path / "again", say=silent)
+  evaluate, scored = evaluation.evaluate, []
+
+  def counted(model, secret, *arguments, **more):
+    scored.append(int(secret.labels[0]))
+    return evaluate(model, secret, *arguments, **more)
+
+  monkeypatch.setattr(evaluation, "evaluate", counted)
+  experiment.run(small(), tmp_path / "again", say=silent)
+  alone, again = rows_of(tmp_path / "alone"), rows_of(tmp_path / "again")
+  assert scored == [again[2]["label"]] and [row["session"] for row in again] == [0, 0, 1]
+  assert timeless(alone) == timeless(again)
+  for file in ("reconstructions.npz", "recordings.npz"):
+    with np.load(tmp_path / "alone" / file) as a, np.load(tmp_path / "again" / file) as b:
+      np.testing.assert_array_equal(a["dia"], b["dia"])
+
+
+def test_rows_that_are_not_of_the_trials_on_disk_are_made_anew(tmp_path):
+  experiment.run(small(), tmp_path, say=silent)
+  rows = rows_of(tmp_path)
+  other = [rows[0] | {"ssim": 0.5}, rows[1] | {"iterations": 7}, dict(rows[2])]
+  del other[2]["psnr"]  # as of a version without this metric
+  lines = [json.dumps(row) for row in other]
+  (tmp_path / "results.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
+  experiment.run(small(), tmp_path, say=silent)
+  assert rows_of(tmp_path) == [other[0], *rows[1:]]  # the first, which may be its, was kept
 
 
 def test_a_second_process_in_a_work_directory_ends_with_one_line(tmp_path):

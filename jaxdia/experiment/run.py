@@ -11,6 +11,7 @@ import ml_collections
 
 from jaxdia import engine
 from jaxdia.core.errors import first_line
+from jaxdia.experiment.attack_run import Times
 from jaxdia.experiment.config import validate
 from jaxdia.experiment.description import describe
 from jaxdia.experiment.experiment import Experiment
@@ -142,8 +143,8 @@ def run_attack(
     on_progress(progress)
     for number in left:
       with contextlib.suppress(OSError):  # for times alone none need fail
-        seconds = progress.task_seconds[number], progress.compile_seconds / len(left)
-        runs[number].note_times(*seconds)
+        compiling = progress.compile_seconds / len(left)
+        runs[number].note_times(Times(progress.task_seconds[number], compiling))
 
   try:
     trials = engine.run(

@@ -9,18 +9,21 @@ used. Only of fewer devices, or others, nothing can be kept; that is said, and e
 results tells by its `session` what made it.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import msgspec
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json, write_json_lines
 from jaxdia.experiment.config import EngineSettings
 from jaxdia.experiment.lock import Lock, cannot_write
 from jaxdia.experiment.manifest import add_session, device_name, manifest
+from jaxdia.experiment.schema import Row
 
 
 class Store:
@@ -131,6 +134,14 @@ class Store:
       attack: its name.
     """
     return self._engine["lanes"].get(attack)
+
+  def read_results(self) -> list[Row]:
+    """Reads what is whole of results.jsonl."""
+    rows, path = [], self.path("results.jsonl")
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+      with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+        rows.append(Row.from_json(msgspec.json.decode(line)))
+    return rows
 
   def write_results(self, rows: list[dict[str, Any]]) -> None:
     """Writes results.jsonl anew.
