@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from experiment_cases import ROOT, launch, rows_of, silent, small, timeless
@@ -115,6 +116,39 @@ def test_lanes_that_were_chosen_are_kept(tmp_path, monkeypatch):
   assert used == [2, 2]
   engine_settings = json.loads((tmp_path / "config.json").read_text())["engine"]
   assert engine_settings["lanes"] == {"dia": 2} and engine_settings["devices"] == 8
+
+
+def test_a_run_that_was_short_of_memory_goes_on_in_the_lanes_that_fit(tmp_path, monkeypatch):
+  loop, asked = sys.modules["jaxdia.engine.loop"], []
+  create = loop.create_program
+
+  def create_in_little_memory(attack, observation, state, lanes, *arguments):
+    asked.append(lanes)
+    program = create(attack, observation, state, lanes, *arguments)
+
+    def advance(state, steps):
+      if lanes > 1 and steps:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+      return program.advance(state, steps)
+
+    return program._replace(advance=advance)
+
+  monkeypatch.setattr(loop, "create_program", create_in_little_memory)
+  config = small(restarts=8, max_iterations=5)
+  config.engine.lanes = 3
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    _interrupt_after(patched, 9)
+    experiment.run(config, tmp_path, say=silent)
+  assert asked == [3, 1]
+  asked.clear()
+  said = []
+  experiment.run(config, tmp_path, say=said.append)
+  assert asked == [1] and not [line for line in said if "memory" in line]
+  engine_of = [
+    json.loads(s)["engine"] for s in (tmp_path / "sessions.jsonl").read_text().splitlines()
+  ]
+  assert [one["lanes"] for one in engine_of] == [{"dia": 3}, {"dia": 1}]
+  assert len(rows_of(tmp_path)) == 3
 
 
 def test_a_run_goes_on_on_as_many_devices_as_it_was_begun_on(tmp_path, monkeypatch):

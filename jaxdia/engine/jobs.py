@@ -91,6 +91,7 @@ class Progress(NamedTuple):
     compile_seconds: time spent compiling.
     run_seconds: time spent computing.
     task_seconds: {number: of these, those of a task}, by its share of the running trials.
+    halved: lanes a device that were left when memory was short; None if it never was.
   """
 
   iteration: int
@@ -103,6 +104,7 @@ class Progress(NamedTuple):
   compile_seconds: float
   run_seconds: float
   task_seconds: dict[int, float]
+  halved: int | None = None
 
 
 def recorded_iterations(max_iterations: int, count: int = RECORDED) -> tuple[int, ...]:

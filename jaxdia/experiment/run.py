@@ -136,12 +136,16 @@ def run_attack(
   left = [number for number in left if number in runs]
   if not left:
     return errors
+  halved = (one.store.halved(name) for one in experiments.values())
+  lanes = min([lanes, *(fewer for fewer in halved if fewer is not None)])
   most = runs[left[0]].attack.max_iterations
   settings, store = experiments[left[0]].settings, experiments[left[0]].store
 
   def report(progress: engine.Progress) -> None:
     on_progress(progress)
     for number in left:
+      if progress.halved is not None:
+        experiments[number].store.note_halved(name, progress.halved)
       with contextlib.suppress(OSError):  # for times alone none need fail
         compiling = progress.compile_seconds / len(left)
         runs[number].note_times(Times(progress.task_seconds[number], compiling))
