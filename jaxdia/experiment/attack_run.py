@@ -17,6 +17,7 @@ from jaxdia.client import Observation
 from jaxdia.closed_form import Recovery, recover_labels
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json
+from jaxdia.core.types import Labels
 from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients, Lazy
 from jaxdia.experiment.config import ExperimentSettings
@@ -228,7 +229,7 @@ class AttackRun:
     del self._unfinished[number]
     return True
 
-  def _recovered_labels(self, number: int, outcome: outcomes.Outcome) -> np.ndarray | None:
+  def _recovered_labels(self, number: int, outcome: outcomes.Outcome) -> Labels | None:
     """Returns the labels that were read from a gradient, if the attack reads them."""
     if self.attack.labels != "recovered":
       return None

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -45,13 +45,7 @@ class Lazy(Sequence[T]):
   def __len__(self) -> int:
     return self._count
 
-  @overload
-  def __getitem__(self, i: int) -> T: ...
-  @overload
-  def __getitem__(self, i: slice) -> list[T]: ...
-  def __getitem__(self, i):
-    if isinstance(i, slice):
-      return [self[n] for n in range(*i.indices(self._count))]
+  def __getitem__(self, i: Any) -> Any:  # an item, never a slice
     return self._compute(range(self._count)[i])
 
 

@@ -59,8 +59,9 @@ class Outcome(NamedTuple):
   @property
   def alone(self) -> Parts | None:
     """Returns what linear algebra gave where nothing was searched; None where something was."""
-    searched = self.recovery is None or self.best.status != Status.NO_SEARCH
-    return None if searched else self.recovery.parts
+    if self.recovery is None or self.best.status != Status.NO_SEARCH:
+      return None
+    return self.recovery.parts
 
   @property
   def found(self) -> np.ndarray | None:
@@ -149,9 +150,7 @@ def load_recovery(path: pathlib.Path) -> tuple[Recovery, float] | None:
     InputError: the file is damaged.
   """
   arrays = _read(path, "closed form")
-  if arrays is None:
-    return None
-  return _from_arrays(arrays)
+  return None if arrays is None else _from_arrays(arrays)
 
 
 def _to_arrays(recovery: Recovery, seconds: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxdia import data, evaluation
 from jaxdia.client import Secret, defences
 from jaxdia.closed_form import Verdict
-from jaxdia.core.types import Statistics
+from jaxdia.core.types import Labels, Statistics
 from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
@@ -22,7 +22,7 @@ def score(
   attack: str,
   outcome: outcomes.Outcome,
   number: int,
-  recovered: np.ndarray | None,
+  recovered: Labels | None,
 ) -> list[Row]:
   """Scores the finished trials of one gradient.
 
