@@ -9,7 +9,7 @@ import numpy as np
 from jaxdia.attacks import Attack, Candidate, Status
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Recovery
-from jaxdia.core.types import Key, Masks
+from jaxdia.core.types import Images, Key, Masks
 
 # Images of a trial that are recorded, at most.
 RECORDED = 36
@@ -74,7 +74,7 @@ class Trial(NamedTuple):
   best_iteration: int
   status: Status
   seconds: float
-  recording: dict[int, np.ndarray] = {}
+  recording: dict[int, Images] = {}
 
 
 class Progress(NamedTuple):
@@ -107,16 +107,15 @@ class Progress(NamedTuple):
   halved: int | None = None
 
 
-def recorded_iterations(max_iterations: int, count: int = RECORDED) -> tuple[int, ...]:
+def recorded_iterations(max_iterations: int) -> tuple[int, ...]:
   """Returns numbers of iterations that show how a reconstruction forms, each a little larger.
 
   Args:
     max_iterations: the last one; of none nothing is recorded.
-    count: how many, at most.
   """
   if not max_iterations:
     return ()
-  return tuple(np.unique(np.geomspace(1, max_iterations, count).round().astype(int)).tolist())
+  return tuple(np.unique(np.geomspace(1, max_iterations, RECORDED).round().astype(int)).tolist())
 
 
 def trial_key(key: Key, job: Job) -> Key:
