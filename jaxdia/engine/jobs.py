@@ -87,6 +87,7 @@ class Progress(NamedTuple):
     total: number of all trials.
     steps: steps that this call took in all trials.
     running_steps: steps of the running trials, taken before included.
+    max_iterations: after which a trial ends at the latest.
     mean_steps: mean over the trials that this call finished; NaN if none.
     compile_seconds: time spent compiling.
     run_seconds: time spent computing.
@@ -100,6 +101,7 @@ class Progress(NamedTuple):
   total: int
   steps: int
   running_steps: int
+  max_iterations: int
   mean_steps: float
   compile_seconds: float
   run_seconds: float

@@ -189,6 +189,7 @@ def _run(
         total=len(jobs),
         steps=sum(done_steps) + running_steps - loop.resumed_steps,
         running_steps=running_steps,
+        max_iterations=loop.max_iterations,
         mean_steps=float(np.mean(done_steps)) if done_steps else float("nan"),
         compile_seconds=loop.compile_seconds,
         run_seconds=loop.run_seconds,
