@@ -40,7 +40,7 @@ IMAGE_SHAPE = (6, 6, 1)
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
   yield
-  forget_programs()
+  forget_programs(most_maps=15_000)  # they take some GB then
 
 
 @pytest.fixture(scope="session")
