@@ -30,9 +30,9 @@ def launch(main: Callable[[], int | None], config: flags.FlagHolder | None = Non
   )
 
 
-def default_workdir(config_flag: str = "config") -> str:
+def default_workdir() -> str:
   """Returns runs/NAME for a config file NAME.py, with its argument if it has one."""
-  path = config_flags.get_config_filename(flags.FLAGS[config_flag])
+  path = config_flags.get_config_filename(flags.FLAGS["config"])
   name = path.replace("\\", "/").rsplit("/", 1)[-1]
   return "runs/" + name.replace(".py", "").replace(":", "_")
 

@@ -24,7 +24,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 # What the public functions of these rooms are given and return is checked against its annotation.
-_CHECKED = ("attacks", "client", "closed_form", "engine", "evaluation", "gradients", "models")
+_CHECKED = (
+  *("attacks", "audit", "client", "closed_form", "engine", "evaluation", "gradients", "models"),
+  "updates",
+)
 install_import_hook([f"jaxdia.{room}" for room in _CHECKED], "array_types.check_arrays")
 
 from jaxdia import models
@@ -37,7 +40,7 @@ IMAGE_SHAPE = (6, 6, 1)
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
   yield
-  forget_programs()
+  forget_programs(most_maps=15_000)  # they take some GB then
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from jaxdia import attacks, client
+from jaxdia.updates import names, problems
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +32,10 @@ def test_a_wrong_rank_is_caught(model, params):
 def test_labels_of_another_batch_are_caught():
   with pytest.raises(TypeCheckError, match="'labels'"):
     client.CROSS_ENTROPY(np.zeros((2, 5), np.float32), np.zeros(3, np.int32))
+
+
+def test_what_is_no_array_is_caught_among_arrays_by_name():
+  with pytest.raises(TypeCheckError, match="'array'"):
+    names.with_known_type([1.0])
+  with pytest.raises(TypeCheckError, match="'arrays'"):
+    problems.nearest(("kernel",), (2, 3), {"kernel": [1.0]})

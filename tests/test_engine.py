@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import pathlib
+import platform
 import sys
 
 import jax
@@ -355,6 +358,22 @@ def test_compiled_programs_are_dropped_when_they_are_too_many():
   assert double._cache_size() == 1
   forget_programs(most_maps=10)
   assert double._cache_size() == 0 and double(1.5) == 3
+
+
+def _resident_bytes():
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others give back by themselves")
+def test_memory_of_what_was_dropped_is_given_back():
+  """As programs do, small pieces lie between others that stay."""
+  size, count = 2**14, 2**14
+  pieces = [b"x" * size for _ in range(count)]
+  pieces = pieces[::64]
+  before = _resident_bytes()
+  forget_programs(most_maps=0)
+  assert before - _resident_bytes() > 0.8 * size * count
 
 
 def test_lanes_are_chosen_from_jobs_and_memory(model, victims):

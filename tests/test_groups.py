@@ -169,10 +169,10 @@ def test_a_cell_that_fails_does_not_take_those_with_it_that_share_its_lanes(tmp_
   scoring = sys.modules["jaxdia.experiment.attack_run"]
   score = scoring.score
 
-  def fail(facts, *arguments, **more):
-    if facts.settings.attacks["dia"].tv_weight == 1e-5:
+  def fail(settings, *arguments):
+    if settings.attacks["dia"].tv_weight == 1e-5:
       raise ValueError("too ugly\nto look at")
-    return score(facts, *arguments, **more)
+    return score(settings, *arguments)
 
   monkeypatch.setattr(scoring, "score", fail)
   failures = study.run(config, tmp_path, say=_silent)
@@ -239,11 +239,10 @@ def test_a_group_that_is_interrupted_again_and_again_ends_like_one_left_alone(
   scoring = sys.modules["jaxdia.experiment.attack_run"]
   score = scoring.score
 
-  def fail(facts, *arguments, **more):
-    settings = facts.settings
+  def fail(settings, *arguments):
     if settings.model.dropout_rate == 0.6 and settings.attacks["dia"].mask_weight == 1e-2:
       raise ValueError("this cell fails each time")
-    return score(facts, *arguments, **more)
+    return score(settings, *arguments)
 
   monkeypatch.setattr(scoring, "score", fail)
   alone = study.run(config, tmp_path / "alone", say=_silent)

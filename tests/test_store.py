@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from experiment_cases import ROOT, launch, rows_of, silent, small, timeless
 
 import jaxdia
-from jaxdia import data, engine, experiment, study
+from jaxdia import data, engine, evaluation, experiment, study
 from jaxdia.core.errors import InputError
 from jaxdia.experiment.lock import Lock
 
@@ -117,6 +118,39 @@ def test_lanes_that_were_chosen_are_kept(tmp_path, monkeypatch):
   assert engine_settings["lanes"] == {"dia": 2} and engine_settings["devices"] == 8
 
 
+def test_a_run_that_was_short_of_memory_goes_on_in_the_lanes_that_fit(tmp_path, monkeypatch):
+  loop, asked = sys.modules["jaxdia.engine.loop"], []
+  create = loop.create_program
+
+  def create_in_little_memory(attack, observation, state, lanes, *arguments):
+    asked.append(lanes)
+    program = create(attack, observation, state, lanes, *arguments)
+
+    def advance(state, steps):
+      if lanes > 1 and steps:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+      return program.advance(state, steps)
+
+    return program._replace(advance=advance)
+
+  monkeypatch.setattr(loop, "create_program", create_in_little_memory)
+  config = small(restarts=8, max_iterations=5)
+  config.engine.lanes = 3
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    _interrupt_after(patched, 9)
+    experiment.run(config, tmp_path, say=silent)
+  assert asked == [3, 1]
+  asked.clear()
+  said = []
+  experiment.run(config, tmp_path, say=said.append)
+  assert asked == [1] and not [line for line in said if "memory" in line]
+  engine_of = [
+    json.loads(s)["engine"] for s in (tmp_path / "sessions.jsonl").read_text().splitlines()
+  ]
+  assert [one["lanes"] for one in engine_of] == [{"dia": 3}, {"dia": 1}]
+  assert len(rows_of(tmp_path)) == 3
+
+
 def test_a_run_goes_on_on_as_many_devices_as_it_was_begun_on(tmp_path, monkeypatch):
   config = _begun(tmp_path, monkeypatch)
   path = tmp_path / "config.json"
@@ -160,6 +194,38 @@ def test_results_are_added_as_images_are_finished_and_not_written_anew(tmp_path,
   monkeypatch.setattr(module.Store, "append_results", spy)
   experiment.run(small(max_iterations=3), tmp_path, say=silent)
   assert seen == [1, 2, 3] and len(written) == 2  # at the start and, in order, at the end
+
+
+def test_what_was_scored_is_not_scored_again(tmp_path, monkeypatch):
+  experiment.run(small(), tmp_path / "alone", say=silent)
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    _interrupt_after(patched, 2)
+    experiment.run(small(), tmp_path / "again", say=silent)
+  evaluate, scored = evaluation.evaluate, []
+
+  def counted(model, secret, *arguments, **more):
+    scored.append(int(secret.labels[0]))
+    return evaluate(model, secret, *arguments, **more)
+
+  monkeypatch.setattr(evaluation, "evaluate", counted)
+  experiment.run(small(), tmp_path / "again", say=silent)
+  alone, again = rows_of(tmp_path / "alone"), rows_of(tmp_path / "again")
+  assert scored == [again[2]["label"]] and [row["session"] for row in again] == [0, 0, 1]
+  assert timeless(alone) == timeless(again)
+  for file in ("reconstructions.npz", "recordings.npz"):
+    with np.load(tmp_path / "alone" / file) as a, np.load(tmp_path / "again" / file) as b:
+      np.testing.assert_array_equal(a["dia"], b["dia"])
+
+
+def test_rows_that_are_not_of_the_trials_on_disk_are_made_anew(tmp_path):
+  experiment.run(small(), tmp_path, say=silent)
+  rows = rows_of(tmp_path)
+  other = [rows[0] | {"ssim": 0.5}, rows[1] | {"iterations": 7}, dict(rows[2])]
+  del other[2]["psnr"]  # as of a version without this metric
+  lines = [json.dumps(row) for row in other]
+  (tmp_path / "results.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
+  experiment.run(small(), tmp_path, say=silent)
+  assert rows_of(tmp_path) == [other[0], *rows[1:]]  # the first, which may be its, was kept
 
 
 def test_a_second_process_in_a_work_directory_ends_with_one_line(tmp_path):

@@ -32,13 +32,12 @@ from jaxdia.attacks.protocol import (
   Told,
   same_program,
 )
-from jaxdia.attacks.search import Search, hold, project
-from jaxdia.attacks.settings import CHOICES, AttackSettings
+from jaxdia.attacks.search import Search, project
+from jaxdia.attacks.settings import AttackSettings
 from jaxdia.attacks.solve import RECOVERY, solve
 
 __all__ = [
   "CATALOGUE",
-  "CHOICES",
   "RECOVERY",
   "Attack",
   "AttackSettings",
@@ -60,7 +59,6 @@ __all__ = [
   "dia",
   "dlg",
   "feature_distance",
-  "hold",
   "hybrid",
   "idlg",
   "ig",

@@ -34,18 +34,14 @@ def _search(model: DropoutModel, settings: AttackSettings) -> Search:
 
 def _analytic(kind: Callable[..., Attack]) -> Callable[[DropoutModel, AttackSettings], Attack]:
   def build(model, settings):
-    _check_recovered(settings)
+    if settings.masks != "free" or settings.labels == "free":
+      raise InputError(
+        f"a closed form with attack.masks={settings.masks} and attack.labels={settings.labels}: it"
+        " recovers both. Set attack.masks=free and attack.labels=recovered or given."
+      )
     return kind(model, settings)
 
   return build
-
-
-def _check_recovered(settings: AttackSettings) -> None:
-  if settings.masks != "free" or settings.labels == "free":
-    raise InputError(
-      f"a closed form with attack.masks={settings.masks} and attack.labels={settings.labels}: it"
-      " recovers both. Set attack.masks=free and attack.labels=recovered or given."
-    )
 
 
 _LBFGS = {

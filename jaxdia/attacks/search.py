@@ -194,19 +194,13 @@ def hold(parts: Parts, candidate: Candidate) -> Candidate:
     parts: what was recovered in closed form.
     candidate: any point.
   """
-  exact = _each(parts.verdict == int(Verdict.EXACT))
+  exact = (parts.verdict == int(Verdict.EXACT))[:, None, None, None]
   return candidate._replace(
     images=jnp.where(exact, parts.images, candidate.images),
-    masks=_where(parts.known_masks, parts.masks, candidate.masks),
+    masks=jax.tree.map(jnp.where, parts.known_masks, parts.masks, candidate.masks),
   )
 
 
-def _each(flags):
-  return flags[:, None, None, None]
-
-
 def _where(condition, tree, other):
-  """Chooses between two trees by one condition, or by a tree of them."""
-  if not isinstance(condition, dict):
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
-  return jax.tree.map(jnp.where, condition, tree, other)
+  """Chooses between two trees by one condition."""
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)

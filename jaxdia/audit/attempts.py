@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Integer
 
 from jaxdia import attacks, evaluation
 from jaxdia.attacks import Attack, State, Status, complete
@@ -63,12 +64,12 @@ class Found(NamedTuple):
   """
 
   by: list[str]
-  images: np.ndarray
+  images: Float[np.ndarray, "batch height width channels"]
   verdicts: list[str]
-  residuals: np.ndarray
+  residuals: Float[np.ndarray, " batch"]
   reasons: list[str]
-  labels: np.ndarray
-  known_labels: np.ndarray
+  labels: Integer[np.ndarray, " batch"]
+  known_labels: Bool[np.ndarray, " batch"]
   masks: dict[str, float]
   factor: float | None
 

@@ -26,7 +26,7 @@ Logits = Float[Array, "batch classes"]
 Params = Any  # a pytree of arrays
 Gradient = Any  # a pytree like Params
 Masks = dict[str, Shaped[Array, "..."]]  # one array for each dropout site, 1 = kept
-NamedArrays = dict[str, np.ndarray]  # by the names that a file or a framework gives them
+NamedArrays = dict[str, Shaped[np.ndarray, "..."]]  # by the names of a file or a framework
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,11 @@
 from jaxdia.core.types import Statistics
 from jaxdia.data.datasets import DATASETS, NEUTRAL, STATISTICS, Dataset, statistics_of
 from jaxdia.data.pixels import denormalize, normalize
-from jaxdia.data.sources import SOURCES
 from jaxdia.data.victims import Victims, available, load
 
 __all__ = [
   "DATASETS",
   "NEUTRAL",
-  "SOURCES",
   "STATISTICS",
   "Dataset",
   "Statistics",

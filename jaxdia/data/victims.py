@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdia.core.errors import InputError, unknown
+from jaxdia.core.errors import InputError, check_count, unknown
 from jaxdia.core.types import Statistics
 from jaxdia.data.datasets import statistics_of
 from jaxdia.data.pixels import check_range, resize, to_pixels
@@ -89,10 +89,9 @@ def load(
       labels that cannot be used.
   """
   for what, value, least in (("count", count, 1), ("offset", offset, 0)):
-    if type(value) is not int or value < least:
-      raise InputError(f"data.{what} is {value!r}; expected an integer of at least {least}.")
-  if image_size is not None and (type(image_size) is not int or image_size < 1):
-    raise InputError(f"data.image_size is {image_size!r}; expected a positive integer.")
+    check_count(f"data.{what}", value, least)
+  if image_size is not None:
+    check_count("data.image_size", image_size, 1)
   raw = _read(source, slice(offset, offset + count))
   if len(raw.images) < count:
     raise InputError(

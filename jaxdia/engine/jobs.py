@@ -9,7 +9,7 @@ import numpy as np
 from jaxdia.attacks import Attack, Candidate, Status
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Recovery
-from jaxdia.core.types import Key, Masks
+from jaxdia.core.types import Images, Key, Masks
 
 # Images of a trial that are recorded, at most.
 RECORDED = 36
@@ -74,7 +74,7 @@ class Trial(NamedTuple):
   best_iteration: int
   status: Status
   seconds: float
-  recording: dict[int, np.ndarray] = {}
+  recording: dict[int, Images] = {}
 
 
 class Progress(NamedTuple):
@@ -87,10 +87,12 @@ class Progress(NamedTuple):
     total: number of all trials.
     steps: steps that this call took in all trials.
     running_steps: steps of the running trials, taken before included.
+    max_iterations: after which a trial ends at the latest.
     mean_steps: mean over the trials that this call finished; NaN if none.
     compile_seconds: time spent compiling.
     run_seconds: time spent computing.
     task_seconds: {number: of these, those of a task}, by its share of the running trials.
+    halved: lanes a device that were left when memory was short; None if it never was.
   """
 
   iteration: int
@@ -99,22 +101,23 @@ class Progress(NamedTuple):
   total: int
   steps: int
   running_steps: int
+  max_iterations: int
   mean_steps: float
   compile_seconds: float
   run_seconds: float
   task_seconds: dict[int, float]
+  halved: int | None = None
 
 
-def recorded_iterations(max_iterations: int, count: int = RECORDED) -> tuple[int, ...]:
+def recorded_iterations(max_iterations: int) -> tuple[int, ...]:
   """Returns numbers of iterations that show how a reconstruction forms, each a little larger.
 
   Args:
     max_iterations: the last one; of none nothing is recorded.
-    count: how many, at most.
   """
   if not max_iterations:
     return ()
-  return tuple(np.unique(np.geomspace(1, max_iterations, count).round().astype(int)).tolist())
+  return tuple(np.unique(np.geomspace(1, max_iterations, RECORDED).round().astype(int)).tolist())
 
 
 def trial_key(key: Key, job: Job) -> Key:

@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Integer
 
 from jaxdia.attacks import Attack, Best, State, Status, project
 from jaxdia.core.trees import shapes_of
-from jaxdia.core.types import Labels, Params
+from jaxdia.core.types import Array, Labels, Params
 from jaxdia.gradients import Prepared, Target
+
+Recording = Float[np.ndarray, "recorded batch height width channels"]
 
 
 class Slot(NamedTuple):
@@ -33,8 +36,8 @@ class Slot(NamedTuple):
 
   target: Target
   labels: Labels | None
-  mean: jax.Array
-  std: jax.Array
+  mean: Float[Array, "*slot channels"]
+  std: Float[Array, "*slot channels"]
 
 
 class Lane(NamedTuple):
@@ -47,10 +50,10 @@ class Lane(NamedTuple):
     recording: f[K, B, H, W, C], the best images after the iterations that are recorded.
   """
 
-  slot: jax.Array
+  slot: Integer[Array, "*lane"]
   attack: Attack
   state: State
-  recording: jax.Array
+  recording: Float[Array, "*lane recorded batch height width channels"]
 
 
 class Inbox(NamedTuple):
@@ -64,9 +67,9 @@ class Inbox(NamedTuple):
   """
 
   slot: Slot
-  slot_number: jax.Array
+  slot_number: Integer[Array, " device"]
   lane: Lane
-  lane_number: jax.Array
+  lane_number: Integer[Array, " device"]
 
 
 class Lanes(NamedTuple):
@@ -94,9 +97,9 @@ class Gauge(NamedTuple):
     objective: f, the best so far.
   """
 
-  status: np.ndarray
-  iteration: np.ndarray
-  objective: np.ndarray
+  status: Integer[Array, "device lane"]
+  iteration: Integer[Array, "device lane"]
+  objective: Float[Array, "device lane"]
 
 
 class LaneProgram(NamedTuple):
@@ -122,7 +125,7 @@ class LaneProgram(NamedTuple):
   share: Callable[[Lanes, int, Params], Lanes]
   put: Callable[[Lanes, dict[int, tuple]], Lanes]
   advance: Callable[[Lanes, int], tuple[Lanes, Gauge]]
-  read: Callable[[Lanes, int, int], tuple[Best, np.ndarray]]
+  read: Callable[[Lanes, int, int], tuple[Best, Recording]]
   shape: tuple[int, int]
   num_slots: int
 

@@ -13,7 +13,7 @@ from jaxdia.attacks import Attack, State, Status, Told
 from jaxdia.client import Observation
 from jaxdia.closed_form import check_sign
 from jaxdia.core.errors import InputError
-from jaxdia.core.trees import shapes_of
+from jaxdia.core.trees import digest, shapes_of
 from jaxdia.core.types import Key, Params
 from jaxdia.engine import checkpoint
 from jaxdia.engine.jobs import Job, Task, Trial, trial_key
@@ -47,6 +47,7 @@ class Loop:
     jobs: by the place (device, lane) in which they run.
     postponed: jobs whose gradients are of another form than those in the lanes, such as one
       that is not of low rank; they need a program of their own.
+    max_iterations: of all attacks.
     started: whether there are lanes.
     compile_seconds: time spent compiling.
     run_seconds: time spent computing.
@@ -67,19 +68,23 @@ class Loop:
   ):
     """Prepares what is attacked; see `jaxdia.engine.run`. The tasks are by number."""
     self._tasks = tasks
-    self._model = next(iter(tasks.values())).attack.model
+    attack = next(iter(tasks.values())).attack
+    self._model, self.max_iterations = attack.model, attack.max_iterations
     self._devices = devices
     self._fixed_chunk = chunk
-    self._matching = suits(next(iter(tasks.values())).attack.distance, matching)
+    self._matching = suits(attack.distance, matching)
     self._recorded = recorded
     # Tasks may attack the same clients, which then share their slots.
     sequences = list({id(task.observations): None for task in tasks.values()})
     self._sequence = {n: sequences.index(id(task.observations)) for n, task in tasks.items()}
-    self._kinds: list[Params] = []  # that are distinct
-    self._params = {number: self._kind_of(task) for number, task in tasks.items()}
+    self._kinds: dict[str, Params] = {}  # those that are distinct, by digest
+    self._params: dict[int, str] = {}  # their digest, by number of the task
+    for number, task in tasks.items():
+      params = task.observations[0].params
+      self._params[number] = digest(params)
+      self._kinds.setdefault(self._params[number], params)
     # Of the clients in slots: what the server saw, as it is and prepared.
     self._seen: dict[_Client, tuple[Observation, Prepared]] = {}
-    self._params_digests: dict[int, bytes] = {}
     self.jobs: dict[_Place, Job] = {}
     self.postponed: list[Job] = []
     self.started = False
@@ -87,15 +92,6 @@ class Loop:
     self.run_seconds = 0.0
     self.task_seconds = dict.fromkeys(tasks, 0.0)
     self.resumed_steps = 0
-
-  def _kind_of(self, task: Task) -> int:
-    """Returns a number that is the same for tasks with equal params."""
-    params = task.observations[0].params
-    for number, other in enumerate(self._kinds):
-      if _are_same(params, other):
-        return number
-    self._kinds.append(params)
-    return len(self._kinds) - 1
 
   def count_clients(self, jobs: Sequence[Job]) -> int:
     """Returns how many distinct observations jobs attack.
@@ -123,7 +119,7 @@ class Loop:
     """
     start = time.monotonic()
     # What is where: the params of a device, and the client in each slot (device, slot).
-    self._held: dict[int, int] = {}
+    self._held: dict[int, str] = {}
     self._slots: dict[tuple[int, int], _Client] = {}
     self._began: dict[_Place, float] = {}  # run_seconds when the job there began
     self._digests: dict[_Place, bytes] = {}
@@ -163,7 +159,9 @@ class Loop:
     client = self._client(job)
     if client not in self._seen:
       observation = self._tasks[job.task].observations[job.observation]
-      if not _are_same(observation.params, self._kinds[self._params[job.task]]):
+      params = self._kinds[self._params[job.task]]
+      pairs = zip(jax.tree.leaves(observation.params), jax.tree.leaves(params), strict=True)
+      if not all(a is b or np.array_equal(a, b) for a, b in pairs):
         raise InputError(
           f"observation {job.observation} of task {job.task} was made at other params than the"
           " first of its task. Give those at the same params a task of their own."
@@ -218,14 +216,14 @@ class Loop:
       self._lanes = self._program.share(self._lanes, device, self._kinds[params])
       self._held[device] = params
 
-  def _can_take(self, device: int, params: int) -> bool:
+  def _can_take(self, device: int, params: str) -> bool:
     """Returns whether a device holds some params, or is free to be given them."""
     return self._held.get(device) == params or not any(d == device for d, _ in self.jobs)
 
   def fill(self, queue: collections.deque[Job]) -> None:
     """Puts waiting jobs into free lanes, device by device."""
     num_devices, num_lanes = self._program.shape
-    waiting: dict[int, collections.deque[Job]] = {}  # by params
+    waiting: dict[str, collections.deque[Job]] = {}  # by digest of the params
     for job in queue:
       waiting.setdefault(self._params[job.task], collections.deque()).append(job)
     for lane in range(num_lanes):
@@ -241,7 +239,7 @@ class Loop:
       if (job := queue.popleft()) in left:
         queue.append(job)
 
-  def _next(self, device: int, waiting: dict[int, collections.deque[Job]]) -> Job | None:
+  def _next(self, device: int, waiting: dict[str, collections.deque[Job]]) -> Job | None:
     """Takes the next job that a device can run; those of other forms are postponed."""
     while (params := self._choose(device, waiting)) is not None:
       job = waiting[params].popleft()
@@ -250,7 +248,7 @@ class Loop:
       self.postponed.append(job)
     return None
 
-  def _choose(self, device: int, waiting: dict[int, collections.deque[Job]]) -> int | None:
+  def _choose(self, device: int, waiting: dict[str, collections.deque[Job]]) -> str | None:
     """Returns the params on whose jobs a device goes on; None if it can take no waiting job.
 
     Those that it holds; else, if it is free, such as no other device holds, with the most jobs.
@@ -297,13 +295,11 @@ class Loop:
   def _digest(self, job: Job) -> bytes:
     """Returns what tells a trial from every other one: its attack, key, client and numbers."""
     task, params = self._tasks[job.task], self._params[job.task]
-    if params not in self._params_digests:
-      self._params_digests[params] = checkpoint.digest(self._kinds[params])
     seen = self._observe(job)[0]
     observed = (seen.gradient, seen.labels, seen.mean, seen.std)
     key = jax.random.key_data(trial_key(task.key, job))
     trial = (task.attack, key, observed, told_of(task, job.observation))
-    return checkpoint.digest(trial, self._params_digests[params], repr(self._recorded).encode())
+    return checkpoint.digest(trial, params.encode(), repr(self._recorded).encode())
 
   def _checkpoint(self) -> dict[str, Any]:
     jobs = np.full((*self._program.shape, len(Job._fields)), -1, np.int32)
@@ -353,8 +349,3 @@ class Loop:
       self.resumed_steps += int(trial[0].iteration)
     resumed = set(self.jobs.values())
     return collections.deque(job for job in queue if job not in resumed)
-
-
-def _are_same(one: Params, other: Params) -> bool:
-  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-  return all(a is b or np.array_equal(a, b) for a, b in pairs)

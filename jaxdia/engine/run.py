@@ -150,7 +150,7 @@ def _run(
   checkpoint_path, checkpoint_seconds = saving
   queue = collections.deque(job for job in jobs if job not in finished)
   clients = loop.count_clients(jobs)
-  done_steps = []
+  done_steps, halved = [], None
   saved = time.monotonic()
   while queue or loop.jobs or loop.postponed:
     if not queue and not loop.jobs:  # what is left needs a program of its own
@@ -167,9 +167,9 @@ def _run(
       loop.fill(queue)
       gauge = loop.advance()
     except jax.errors.JaxRuntimeError as error:
-      fewer = halve_lanes(lanes, error)
-      say(f"out of memory with {lanes} lanes a device; going on with {fewer}")
-      lanes = fewer
+      halved = halve_lanes(lanes, error)
+      say(f"out of memory with {lanes} lanes a device; going on with {halved}")
+      lanes = halved
       loop.stop()
       loop.postponed.clear()
       queue = collections.deque(job for job in jobs if job not in finished)
@@ -189,10 +189,12 @@ def _run(
         total=len(jobs),
         steps=sum(done_steps) + running_steps - loop.resumed_steps,
         running_steps=running_steps,
+        max_iterations=loop.max_iterations,
         mean_steps=float(np.mean(done_steps)) if done_steps else float("nan"),
         compile_seconds=loop.compile_seconds,
         run_seconds=loop.run_seconds,
         task_seconds=dict(loop.task_seconds),
+        halved=halved,
       )
     )
     if checkpoint_path is not None and time.monotonic() - saved >= checkpoint_seconds:

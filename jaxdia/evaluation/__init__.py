@@ -11,7 +11,7 @@ from jaxdia.evaluation.evaluate import (
 from jaxdia.evaluation.lpips import lpips
 from jaxdia.evaluation.masks import mask_diagnostics
 from jaxdia.evaluation.matching import assign, identified
-from jaxdia.evaluation.metric import TABLES, Column, Metric, Pairs, compiled, rescale
+from jaxdia.evaluation.metric import TABLES, Column, Metric, Pairs, rescale
 from jaxdia.evaluation.metrics import REGISTRY, columns, find, mse, psnr, ssim
 from jaxdia.evaluation.success import (
   NEARLY_EXACT_SSIM,
@@ -34,7 +34,6 @@ __all__ = [
   "assign",
   "bootstrap_interval",
   "columns",
-  "compiled",
   "evaluate",
   "find",
   "floors",

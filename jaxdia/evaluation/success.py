@@ -31,12 +31,11 @@ def success_rates(
   return [float(n) / attempted for n in hits]
 
 
-def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-  """Returns a percentile bootstrap interval of a mean, the same whenever it is asked.
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+  """Returns a 95% percentile bootstrap interval of a mean, the same whenever it is asked.
 
   Args:
     values: at least one, of independent images.
-    level: share of the resampled means that it holds.
 
   Returns:
     Its ends.
@@ -44,5 +43,5 @@ def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[fl
   found = np.asarray(values, np.float64)
   draws = np.random.default_rng(0).integers(found.size, size=(_RESAMPLES, found.size))
   means = np.mean(found[draws], axis=1)
-  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+  low, high = np.quantile(means, [0.025, 0.975])
   return float(low), float(high)

@@ -2,13 +2,13 @@
 
 import contextlib
 import itertools
-import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
 from jaxdia import engine
@@ -17,10 +17,11 @@ from jaxdia.client import Observation
 from jaxdia.closed_form import Recovery, recover_labels
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json
+from jaxdia.core.types import Labels
 from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients, Lazy
 from jaxdia.experiment.config import ExperimentSettings
-from jaxdia.experiment.rows import Facts, score
+from jaxdia.experiment.rows import in_order, rows_before, score
 from jaxdia.experiment.schema import Row
 from jaxdia.experiment.store import Store
 
@@ -28,7 +29,16 @@ from jaxdia.experiment.store import Store
 SHOWN = 4
 # What JAX measures of a compilation.
 COMPILING = ("jaxpr_to_mlir_module", "backend_compile")
-_TIMES = ("run_seconds", "compile_seconds")
+
+
+class Times(msgspec.Struct, frozen=True):
+  """Seconds that were spent running and compiling."""
+
+  run_seconds: float
+  compile_seconds: float
+
+  def __add__(self, more: "Times") -> "Times":
+    return Times(self.run_seconds + more.run_seconds, self.compile_seconds + more.compile_seconds)
 
 
 class AttackRun:
@@ -44,7 +54,7 @@ class AttackRun:
     images: f32[gradients * B, H, W, C], pixels that were found, in the order of the originals; NaN
       where there are none. None before `load`.
     recordings: {gradient number: {iterations: f32[B, H, W, C]}}, how the first formed.
-    times: seconds that were spent running and compiling, those of earlier sessions included.
+    times: that it took, in earlier sessions too.
   """
 
   def __init__(self, name: str, settings: ExperimentSettings, clients: Clients, store: Store):
@@ -65,7 +75,7 @@ class AttackRun:
     self.restarts = settings.restarts if self.attack.max_iterations else 1  # or all were the same
     self.images: np.ndarray | None = None
     self.recordings: dict[int, dict[int, np.ndarray]] = {}
-    self.times = self._times_before = dict.fromkeys(_TIMES, 0.0)
+    self.times = self._times_before = Times(0.0, 0.0)
     self._settings = settings
     self._clients = clients
     self._store = store
@@ -73,9 +83,14 @@ class AttackRun:
     # By gradient number: rows of those whose trials are finished, and trials of the others.
     self._rows: dict[int, list[Row]] = {}
     self._unfinished: dict[int, outcomes.Outcome] = {}
+    # Of an earlier session, by mask seed and image.
+    self._before: dict[tuple[int | None, int], Row] = {}
 
-  def load(self) -> None:
+  def load(self, kept: Iterable[Row]) -> None:
     """Takes up what was finished before.
+
+    Args:
+      kept: rows of results.jsonl; those of what was finished are not made again.
 
     Raises:
       InputError: what is there is damaged.
@@ -83,6 +98,7 @@ class AttackRun:
     originals = self._clients.data.images
     shape = (len(self._clients.secrets) * self._settings.data.batch_size, *originals.shape[1:])
     self.images = np.full(shape, np.nan, originals.dtype)
+    self._before = {(row.mask_seed, row.image): row for row in kept if row.attack == self.name}
     for number in range(len(self._clients.secrets)):
       outcome = outcomes.load(self._outcome_path(number))
       if outcome is not None and self._keep(number, outcome):
@@ -159,17 +175,18 @@ class AttackRun:
       self._store.append_results(row.to_json() for row in self._rows[number])
       self._recovery_path(number).unlink(missing_ok=True)
 
-  def note_times(self, run_seconds: float, compile_seconds: float) -> None:
+  def note_times(self, search: Times) -> None:
     """Keeps what the search took in this call.
 
     Args:
-      run_seconds: since it began.
-      compile_seconds: likewise.
+      search: since it began.
     """
-    times = _add(self._times_before, run_seconds, compile_seconds)
+    self._set_times(self._times_before + search)
+
+  def _set_times(self, times: Times) -> None:
     if times != self.times:
       self.times = times
-      write_json(self._times_path, times, durable=False)
+      write_json(self._times_path, msgspec.to_builtins(times), durable=False)
 
   def _recover(self, number: int, note: Callable[[str], None]) -> Recovery | None:
     """Returns what an attack starts from; kept on disk until the gradient's trials are finished."""
@@ -185,12 +202,10 @@ class AttackRun:
       recovery = self.attack.recover(key, self.observations[number])
     if recovery is None:
       return None
-    compiling = sum(durations)
-    seconds = time.monotonic() - start - compiling
-    outcomes.save_recovery(self._recovery_path(number), recovery, seconds)
-    self._times_before = _add(self._times_before, seconds, compiling)
-    self.times = _add(self.times, seconds, compiling)
-    write_json(self._times_path, self.times, durable=False)
+    took = Times(time.monotonic() - start - sum(durations), sum(durations))
+    outcomes.save_recovery(self._recovery_path(number), recovery, took.run_seconds)
+    self._times_before += took
+    self._set_times(self.times + took)
     left = len(self.observations) - len(self._rows)
     note(f"closed form of gradient {number} ({left} to go): {recovery.summary()}")
     return recovery
@@ -200,23 +215,27 @@ class AttackRun:
     self._unfinished[number] = outcome
     if len(outcome.records) < self.restarts:
       return False
-    clients, settings, recovered = self._clients, self._settings, None
-    if self.attack.labels == "recovered":
-      recovered = (
-        outcome.recovery.parts.labels
-        if outcome.recovery
-        else recover_labels(clients.model, self.observations[number])
-      )
-    secret, size = clients.secrets[number], settings.data.batch_size
-    facts = Facts(settings, clients.model, clients.data, clients.pool)
-    scored = score(facts, self.name, secret, outcome, number=number, recovered=recovered)
+    clients, settings, size = self._clients, self._settings, self._settings.data.batch_size
+    rows = rows_before(self._before, settings, self.name, outcome, number)
+    if rows is None:
+      labels = self._recovered_labels(number, outcome)
+      rows = score(settings, clients, self.name, outcome, number, labels)
+    self._rows[number] = rows
+    images, recording = in_order(clients, outcome, number)
     assert self.images is not None  # of what is loaded
-    self._rows[number] = scored.rows
-    self.images[number * size : (number + 1) * size] = scored.images
+    self.images[number * size : (number + 1) * size] = images
     if number * size < SHOWN:
-      self.recordings[number] = scored.recording
+      self.recordings[number] = recording
     del self._unfinished[number]
     return True
+
+  def _recovered_labels(self, number: int, outcome: outcomes.Outcome) -> Labels | None:
+    """Returns the labels that were read from a gradient, if the attack reads them."""
+    if self.attack.labels != "recovered":
+      return None
+    if outcome.recovery:
+      return outcome.recovery.parts.labels
+    return recover_labels(self._clients.model, self.observations[number])
 
   def _outcome_path(self, number: int) -> pathlib.Path:
     return self._store.path("trials", self.name, f"{number:05d}.npz")
@@ -255,17 +274,11 @@ def compilation() -> Iterator[list[float]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def _read_times(path: pathlib.Path) -> dict[str, float]:
-  """Returns the seconds that earlier calls took."""
-  if not path.exists():
-    return dict.fromkeys(_TIMES, 0.0)
+def _read_times(path: pathlib.Path) -> Times:
+  """Returns what earlier calls took."""
   try:
-    times = json.loads(path.read_text())
-    return {kind: float(times[kind]) for kind in _TIMES}
-  except (OSError, ValueError, TypeError, KeyError) as error:
+    return msgspec.json.decode(path.read_bytes(), type=Times)
+  except FileNotFoundError:
+    return Times(0.0, 0.0)
+  except (OSError, msgspec.DecodeError) as error:
     raise InputError(f"{path} is damaged ({error}). Delete it; it only holds times.") from error
-
-
-def _add(times: dict[str, float], run: float, compiling: float) -> dict[str, float]:
-  """Returns times with more seconds of running and of compiling."""
-  return {kind: times[kind] + more for kind, more in zip(_TIMES, (run, compiling), strict=True)}

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -45,13 +45,7 @@ class Lazy(Sequence[T]):
   def __len__(self) -> int:
     return self._count
 
-  @overload
-  def __getitem__(self, i: int) -> T: ...
-  @overload
-  def __getitem__(self, i: slice) -> list[T]: ...
-  def __getitem__(self, i):
-    if isinstance(i, slice):
-      return [self[n] for n in range(*i.indices(self._count))]
+  def __getitem__(self, i: Any) -> Any:  # an item, never a slice
     return self._compute(range(self._count)[i])
 
 
@@ -99,20 +93,28 @@ class Clients:
     self.secrets: Sequence[Secret] = Lazy(count, lambda i: pairs[i][1])
     self.masks: Sequence[Masks | None] = Lazy(count, lambda i: pairs[i][1].masks)
 
+  def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images, f32[B, H, W, C], normalised, and labels of a client.
+
+    Args:
+      number: of one of its gradients.
+    """
+    client, size = number % self.settings.data.batches, self.settings.data.batch_size
+    mine = slice(client * size, (client + 1) * size)
+    images = data.normalize(self.data.images[mine], self.data.statistics)
+    return images, self.data.labels[mine]
+
   def _observe(self, number: int) -> tuple[Observation, Secret]:
     """Lets a client compute a gradient."""
-    d = self.settings.data
-    mask_seed, client = divmod(number, d.batches)
+    mask_seed, client = divmod(number, self.settings.data.batches)
     key = self._client_key
     if mask_seed:
       key = jax.random.fold_in(key, 2**31 + mask_seed)
-    mine = slice(client * d.batch_size, (client + 1) * d.batch_size)
     return observe(
       jax.random.fold_in(key, client),
       self.model,
       self.params,
-      data.normalize(self.data.images[mine], self.data.statistics),
-      self.data.labels[mine],
+      *self.batch(number),
       statistics=self.data.statistics,
       defence=self.settings.defence,
     )

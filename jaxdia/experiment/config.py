@@ -1,7 +1,6 @@
 """Settings of an experiment: the config that users see, and the values that it becomes."""
 
 import dataclasses
-import types
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -204,35 +203,28 @@ def default_config() -> ml_collections.ConfigDict:
     {
       "seed": 0,
       "precision": "float32",
-      "data": _placeholders(DataSettings()),
+      "data": _group(DataSettings),
       "model": ModelSettings().to_json(),
-      "defence": {"name": "none"} | _unset(*defences.DEFENCES.values()),
-      "attack": {"name": "dia", "restarts": 1} | _unset(AttackSettings),
-      "engine": _placeholders(EngineSettings()),
+      "defence": {"name": "none"} | _group(*defences.DEFENCES.values(), unset=True),
+      "attack": {"name": "dia", "restarts": 1} | _group(AttackSettings, unset=True),
+      "engine": _group(EngineSettings),
     }
   )
 
 
-def _placeholders(settings: Any) -> dict[str, Any]:
-  """Returns a dictionary in which fields that are None still know their type."""
+def _group(*kinds: type, unset: bool = False) -> dict[str, Any]:
+  """Returns the fields of some classes by name: their defaults, or all None.
 
-  def field(f):
-    value = getattr(settings, f.name)
-    return config_dict.placeholder(_kind(f.type)) if value is None else value
+  A field that is None still knows its type.
+  """
 
-  return {f.name: field(f) for f in dataclasses.fields(settings)}
+  def default(field):
+    if field.default is not None and not unset:
+      return field.default
+    first, *_ = (*typing.get_args(field.type), field.type)  # X of `X | None`
+    return config_dict.placeholder(first)
 
-
-def _unset(*kinds: type) -> dict[str, Any]:
-  """Returns a dictionary with a field that is None, of the right type, for each of some classes."""
-  fields = [field for kind in kinds for field in dataclasses.fields(kind)]
-  return {field.name: config_dict.placeholder(_kind(field.type)) for field in fields}
-
-
-def _kind(annotation: Any) -> type:
-  """Returns X of `X | None`."""
-  kinds = [t for t in typing.get_args(annotation) if t is not types.NoneType]
-  return kinds[0] if kinds else annotation
+  return {field.name: default(field) for kind in kinds for field in dataclasses.fields(kind)}
 
 
 def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:

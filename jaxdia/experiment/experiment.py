@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from jaxdia import evaluation
@@ -63,8 +64,9 @@ class Experiment:
     """
     try:
       self.store.open()
+      kept = self.store.read_results()
       for run in self.runs.values():
-        run.load()
+        run.load(kept)
       self.store.write_results(self.rows)
     except BaseException:
       self.close()
@@ -82,7 +84,7 @@ class Experiment:
   @property
   def seconds(self) -> float:
     """Seconds that all attacks took, those of earlier sessions included."""
-    return sum(sum(run.times.values()) for run in self.runs.values())
+    return sum(run.times.run_seconds + run.times.compile_seconds for run in self.runs.values())
 
   @property
   def rows(self) -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ class Experiment:
         told=told(run.attack.masks, run.attack.labels),
         defence=defences.describe(self.settings.defence),
         pool=len(clients.pool),
-        **run.times,
+        **msgspec.structs.asdict(run.times),
       )
       for name, run in self.runs.items()
     }

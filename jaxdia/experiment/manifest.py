@@ -32,7 +32,7 @@ def manifest(**more: Any) -> dict[str, Any]:
     "jaxdia": jaxdia.__version__,
     "commit": _commit(),
     "python": platform.python_version(),
-    **{name: _version(name) for name in _PACKAGES},
+    **{name: importlib.metadata.version(name) for name in _PACKAGES},
     "platform": platform.platform(),
     "device": device_name(),
     "devices": jax.local_device_count(),
@@ -69,13 +69,6 @@ def add_session(workdir: pathlib.Path, **more: Any) -> int:
     before = [{"damaged": line} for line in path.read_text(errors="replace").splitlines()]
   write_json_lines(path, [*before, {"session": len(before), **manifest(**more)}])
   return len(before)
-
-
-def _version(name: str) -> str | None:
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return None
 
 
 @functools.cache

@@ -56,6 +56,18 @@ class Outcome(NamedTuple):
     """Returns whether no trial ever measured a finite objective."""
     return not np.isfinite(self.best.objective)
 
+  @property
+  def alone(self) -> Parts | None:
+    """Returns what linear algebra gave where nothing was searched; None where something was."""
+    if self.recovery is None or self.best.status != Status.NO_SEARCH:
+      return None
+    return self.recovery.parts
+
+  @property
+  def found(self) -> np.ndarray | None:
+    """Returns b[B], which images of the candidate are there; None if all are."""
+    return None if self.alone is None else np.asarray(self.alone.verdict) > 0
+
 
 def merge(outcome: Outcome | None, trial: Trial, session: int = 0) -> Outcome:
   """Returns an outcome with one more trial.
@@ -138,9 +150,7 @@ def load_recovery(path: pathlib.Path) -> tuple[Recovery, float] | None:
     InputError: the file is damaged.
   """
   arrays = _read(path, "closed form")
-  if arrays is None:
-    return None
-  return _from_arrays(arrays)
+  return None if arrays is None else _from_arrays(arrays)
 
 
 def _to_arrays(recovery: Recovery, seconds: float) -> dict[str, Any]:

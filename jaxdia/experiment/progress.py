@@ -46,14 +46,13 @@ class ProgressReport:
     self._compiling, self._step_compiling = self._compiling + self._step_compiling, 0.0
     self._show(0.0, "")
 
-  def update(self, progress: Progress, max_iterations: int) -> None:
+  def update(self, progress: Progress) -> None:
     """Shows how far the engine is in the running step.
 
     Args:
       progress: the newest.
-      max_iterations: of one trial.
     """
-    share, bound = _estimate(progress, max_iterations)
+    share, bound = _estimate(progress)
     self._step_compiling = progress.compile_seconds
     if self._fresh:  # what is done already at its start took no time now
       self._skipped += share * self._costs[self._number]
@@ -130,13 +129,13 @@ class ProgressReport:
     return f", {bound} {duration(max(seconds, 0.0) * (total - done) / worked)} left"
 
 
-def _estimate(progress: Progress, max_iterations: int) -> tuple[float, str]:
+def _estimate(progress: Progress) -> tuple[float, str]:
   """Returns the share of the work that is done, and what it makes of the time that is left."""
   if progress.finished == progress.total:
     return 1.0, ""
   # Trials that ended tell how long the others may take; a trial that outlasts them, and all
   # trials until one has ended, may take the longest.
-  bound, expected = "at most", float(max_iterations)
+  bound, expected = "at most", float(progress.max_iterations)
   if progress.iteration < progress.mean_steps:
     bound, expected = "about", progress.mean_steps
   unfinished = progress.total - progress.finished

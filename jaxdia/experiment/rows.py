@@ -1,139 +1,181 @@
 """Finished trials against the truth: the rows of results.jsonl."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from jaxdia import data, evaluation
-from jaxdia.attacks import Status
 from jaxdia.client import Secret, defences
 from jaxdia.closed_form import Verdict
-from jaxdia.core.types import Statistics
+from jaxdia.core.types import Labels, Statistics
 from jaxdia.experiment import outcomes
+from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.network import common_rate
 from jaxdia.experiment.schema import ClosedForm, Row
-from jaxdia.models import DropoutModel
-
-
-class Scored(NamedTuple):
-  """One client's gradient against the truth.
-
-  Attributes:
-    rows: one an image.
-    images: f32[B, H, W, C], pixels, in the order of the originals; NaN where there is none.
-    recording: {iterations: f32[B, H, W, C]}, how they formed; pixels, in the same order.
-  """
-
-  rows: list[Row]
-  images: np.ndarray
-  recording: dict[int, np.ndarray]
-
-
-class Facts(NamedTuple):
-  """What holds for all rows of an experiment.
-
-  Attributes:
-    settings: of the experiment.
-    model: the clients' network.
-    victims: the images; they give statistics and names of classes.
-    pool: f32[P, H, W, C], pixels among which the images are.
-  """
-
-  settings: ExperimentSettings
-  model: DropoutModel
-  victims: data.Victims
-  pool: np.ndarray
 
 
 def score(
-  facts: Facts,
+  settings: ExperimentSettings,
+  clients: Clients,
   attack: str,
-  secret: Secret,
   outcome: outcomes.Outcome,
-  *,
   number: int,
-  recovered: np.ndarray | None = None,
-) -> Scored:
+  recovered: Labels | None,
+) -> list[Row]:
   """Scores the finished trials of one gradient.
 
   Args:
-    facts: of the experiment.
+    settings: of the experiment.
+    clients: that are attacked.
     attack: its name.
-    secret: what the attack was after.
     outcome: what it found.
     number: of the gradient; those of the second mask seed come after all of the first.
     recovered: i[B], labels that were read from the gradient, if the attack reads them.
 
   Returns:
-    The rows. What says nothing, as the masks of an attack that did not search them, is None.
+    A row for each image. What says nothing, as the masks of an attack that did not search them,
+    is None.
   """
-  settings, statistics = facts.settings, facts.victims.statistics
-  record, size = outcome.best, settings.data.batch_size
-  parts = outcome.recovery and outcome.recovery.parts
-  alone = parts if record.status == Status.NO_SEARCH else None  # nothing was searched
+  secret, statistics, alone = clients.secrets[number], clients.data.statistics, outcome.alone
   result = evaluation.evaluate(
-    facts.model,
+    clients.model,
     secret,
     outcome.candidate,
     statistics,
     evaluation.found_labels(outcome.candidate, recovered),
-    found=np.asarray(alone.verdict) > 0 if alone else None,
-    known_masks=alone.known_masks if alone else None,
-    pool=facts.pool,
+    found=outcome.found,
+    known_masks=alone and alone.known_masks,
+    pool=clients.pool,
   )
+  reached = _reached(secret, outcome, result.order, statistics)
+  oracle = None if outcome.failed else _oracle(secret, outcome, statistics)
+  names, costs = clients.data.class_names, costs_of(settings, attack, outcome)
   mask_seed, client = divmod(number, settings.data.batches)
-  names = facts.victims.class_names
-  before = outcome.recovery_seconds
-  costs = {
-    "objective": None if alone else record.objective,
-    "gradient_distance": None if alone or not np.isfinite(record.distance) else record.distance,
+  rows = []
+  for i, image in enumerate(images_of(settings, number)):
+    scores = result.scores[i] | costs | _until(costs, outcome.recovery_seconds, reached[:, i])
+    if outcome.failed:  # all but what it took
+      scores = dict.fromkeys(scores) | costs
+    label = int(secret.labels[i])
+    closed = outcome.recovery and describe_recovery(outcome, int(result.order[i]))
+    status = "failed" if outcome.failed else outcome.best.status.name.lower()
+    rows.append(
+      Row(
+        image=image,
+        client=client,
+        mask_seed=mask_seed,
+        label=label,
+        label_name=names[label] if names else None,
+        attack=attack,
+        model=settings.model.name,
+        dropout_rate=common_rate(clients.model),
+        batch_size=settings.data.batch_size,
+        defence=defences.describe(settings.defence),
+        scores=scores,
+        oracle=oracle and {k: v[i] for k, v in oracle.items()},
+        status=closed.verdict if alone and closed else status,
+        closed_form=closed,
+        session=outcome.best.session,
+      )
+    )
+  return rows
+
+
+def images_of(settings: ExperimentSettings, number: int) -> range:
+  """Returns which images of the source are those of a gradient.
+
+  Args:
+    settings: of the experiment.
+    number: of the gradient.
+  """
+  size = settings.data.batch_size
+  first = settings.data.offset + number % settings.data.batches * size
+  return range(first, first + size)
+
+
+def costs_of(
+  settings: ExperimentSettings, attack: str, outcome: outcomes.Outcome
+) -> dict[str, Any]:
+  """Returns the scores that the finished trials of a gradient have without the truth.
+
+  Args:
+    settings: of the experiment.
+    attack: its name.
+    outcome: what it found.
+  """
+  record = outcome.best
+  searched = not outcome.alone and not outcome.failed
+  return {
+    "objective": record.objective if searched else None,
+    "gradient_distance": record.distance if searched and np.isfinite(record.distance) else None,
     "iterations": record.iterations,
     "best_iteration": record.best_iteration,
     "restart": record.restart,
-    "seconds": round(before + record.seconds, 3),
+    "seconds": round(outcome.recovery_seconds + record.seconds, 3),
     # L-BFGS takes more in its line search, and does not tell how many.
     "gradient_evaluations": None
     if settings.attacks[attack].optimizer == "lbfgs"
     else sum(r.iterations for r in outcome.records),
   }
-  reached = _reached(secret, outcome, result.order, statistics)
-  oracle = _oracle(secret, outcome, statistics)
-  rows = []
-  for i, scores in enumerate(result.scores):
-    scores = scores | costs | _until(costs, before, reached[:, i])
-    if outcome.failed:  # all but what it took
-      kept = ("iterations", "best_iteration", "restart", "seconds", "gradient_evaluations")
-      scores = {k: v if k in kept else None for k, v in scores.items()}
-    closed = parts and describe_recovery(outcome, int(result.order[i]))
-    status = "failed" if outcome.failed else record.status.name.lower()
-    if alone and closed:
-      status = closed.verdict
-    rows.append(
-      Row(
-        image=settings.data.offset + client * size + i,
-        client=client,
-        mask_seed=mask_seed,
-        label=int(secret.labels[i]),
-        label_name=names[int(secret.labels[i])] if names else None,
-        attack=attack,
-        model=settings.model.name,
-        dropout_rate=common_rate(facts.model),
-        batch_size=size,
-        defence=defences.describe(settings.defence),
-        scores=scores,
-        oracle=None if outcome.failed else oracle and {k: v[i] for k, v in oracle.items()},
-        status=status,
-        closed_form=closed,
-        session=record.session,
-      )
-    )
-  images = result.reconstructions
-  recording = {
-    n: data.denormalize(np.asarray(x), statistics)[result.order]
-    for n, x in outcome.recording.items()
-  }
-  return Scored(rows, np.full_like(images, np.nan) if outcome.failed else images, recording)
+
+
+def rows_before(
+  before: Mapping[tuple[int | None, int], Row],
+  settings: ExperimentSettings,
+  attack: str,
+  outcome: outcomes.Outcome,
+  number: int,
+) -> list[Row] | None:
+  """Returns the rows that were made of these very trials; None if they are not all there.
+
+  Args:
+    before: rows that there are, by mask seed and image.
+    settings: of the experiment.
+    attack: its name.
+    outcome: what it found.
+    number: of the gradient.
+  """
+  mask_seed = number // settings.data.batches
+  rows = [before.get((mask_seed, image)) for image in images_of(settings, number)]
+  costs = costs_of(settings, attack, outcome).items()
+  scored = {name for name, m in evaluation.REGISTRY.items() if m.of != "attack"}
+  found = [
+    row
+    for row in rows
+    if row is not None
+    and row.session == outcome.best.session
+    and costs <= row.scores.items()
+    and scored <= row.scores.keys()
+  ]
+  return found if len(found) == len(rows) else None
+
+
+def in_order(
+  clients: Clients, outcome: outcomes.Outcome, number: int
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+  """Returns what was found of a gradient, in the order of the originals.
+
+  Args:
+    clients: that are attacked.
+    outcome: what was found.
+    number: of the gradient.
+
+  Returns:
+    f[B, H, W, C], pixels; NaN where there is none. And {iterations: f[B, H, W, C]}, how they
+    formed.
+  """
+  candidate, found = np.asarray(outcome.candidate.images), outcome.found
+  order = evaluation.assign(candidate, clients.batch(number)[0], found)
+
+  def pixels(images):
+    return data.denormalize(np.asarray(images), clients.data.statistics)[order]
+
+  images = pixels(candidate)
+  missing = np.full(len(order), outcome.failed) if found is None else ~found[order]
+  images[missing] = np.nan
+  return images, {n: pixels(x) for n, x in outcome.recording.items()}
 
 
 def describe_recovery(outcome: outcomes.Outcome, number: int) -> ClosedForm:

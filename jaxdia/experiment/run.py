@@ -11,6 +11,7 @@ import ml_collections
 
 from jaxdia import engine
 from jaxdia.core.errors import first_line
+from jaxdia.experiment.attack_run import Times
 from jaxdia.experiment.config import validate
 from jaxdia.experiment.description import describe
 from jaxdia.experiment.experiment import Experiment
@@ -56,15 +57,13 @@ def run(
       for name, one in experiment.runs.items():
         if finished := len(one.finished):
           say(f"{name}: {finished} of {one.trials} trials were finished before")
-        most = one.attack.max_iterations
-        progress = ProgressReport([name], [most])
+        progress = ProgressReport([name], [1.0])
         try:
           errors = run_attack(
             name,
             alone,
             checkpoint_path=workdir / "checkpoint" / f"{name}.npz",
-            on_progress=lambda p, show=progress, most=most: show.update(p, most),
-            note=progress.note,
+            progress=progress,
             say=say,
           )
         finally:
@@ -95,8 +94,7 @@ def run_attack(
   experiments: Mapping[int, Experiment],
   *,
   checkpoint_path: pathlib.Path,
-  on_progress: Callable[[engine.Progress], None],
-  note: Callable[[str], None],
+  progress: ProgressReport,
   say: Callable[[str], None],
 ) -> dict[int, Exception]:
   """Runs an attack of each experiment, or what is left of it, all in the same lanes.
@@ -110,8 +108,7 @@ def run_attack(
     experiments: by number; their settings of the engine are the same, and their attacks share a
       program. Of one that is not begun nothing is run; it only tells how many trials there are.
     checkpoint_path: where running trials are saved, known by the numbers.
-    on_progress: called once a chunk.
-    note: called with a line after each closed form.
+    progress: told how far it is.
     say: called with what a person should read.
 
   Returns:
@@ -135,19 +132,23 @@ def run_attack(
   left = [number for number in left if number in runs]
   if not left:
     return errors
+  halved = (one.store.halved(name) for one in experiments.values())
+  lanes = min([lanes, *(fewer for fewer in halved if fewer is not None)])
   most = runs[left[0]].attack.max_iterations
   settings, store = experiments[left[0]].settings, experiments[left[0]].store
 
-  def report(progress: engine.Progress) -> None:
-    on_progress(progress)
+  def report(now: engine.Progress) -> None:
+    progress.update(now)
     for number in left:
+      if now.halved is not None:
+        experiments[number].store.note_halved(name, now.halved)
       with contextlib.suppress(OSError):  # for times alone none need fail
-        seconds = progress.task_seconds[number], progress.compile_seconds / len(left)
-        runs[number].note_times(*seconds)
+        compiling = now.compile_seconds / len(left)
+        runs[number].note_times(Times(now.task_seconds[number], compiling))
 
   try:
     trials = engine.run(
-      [one.task(number, note) for number, one in runs.items()],
+      [one.task(number, progress.note) for number, one in runs.items()],
       lanes=lanes or None,  # an attack that takes no step has none
       chunk=settings.engine.chunk,
       devices=store.devices,
@@ -173,8 +174,7 @@ def run_attack(
         name,
         {number: experiments[number]},
         checkpoint_path=checkpoint_path.with_stem(f"{checkpoint_path.stem}_{number}"),
-        on_progress=on_progress,
-        note=note,
+        progress=progress,
         say=say,
       )
   return errors

@@ -5,22 +5,26 @@
 the numbers are exactly the same; with others they are equal but for rounding, which a long
 search amplifies. They are fixed by the first session and kept by those that go on, in either
 precision: other lanes or another `matching` are refused, and of more devices only so many are
-used. Only of fewer devices, or others, nothing can be kept; that is said, and each row of the
-results tells by its `session` what made it.
+used. Where the lanes did not fit into the memory, `halved` says in how many a run goes on, without
+trying the others again. Only of fewer devices, or others, nothing can be kept; that is said, and
+each row of the results tells by its `session` what made it.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import msgspec
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json, write_json_lines
 from jaxdia.experiment.config import EngineSettings
 from jaxdia.experiment.lock import Lock, cannot_write
 from jaxdia.experiment.manifest import add_session, device_name, manifest
+from jaxdia.experiment.schema import Row
 
 
 class Store:
@@ -115,7 +119,8 @@ class Store:
     if not path.exists():
       facts = {name: self._config[name] for name in ("seed", "precision")}
       write_json(path, manifest(**facts, data_sha256=self._config["data"]["sha256"]))
-    used = vars(self._asked) | {"devices": len(self.devices), "lanes": self._engine["lanes"]}
+    lanes = self._engine["lanes"] | self._engine.get("halved", {})
+    used = vars(self._asked) | {"devices": len(self.devices), "lanes": lanes}
     self.session = add_session(self._workdir, engine=used)
     self._began = True
 
@@ -131,6 +136,33 @@ class Store:
       attack: its name.
     """
     return self._engine["lanes"].get(attack)
+
+  def halved(self, attack: str) -> int | None:
+    """Returns in how many lanes a device an attack goes on since memory was short; None if never.
+
+    Args:
+      attack: its name.
+    """
+    return self._engine.get("halved", {}).get(attack)
+
+  def note_halved(self, attack: str, lanes: int) -> None:
+    """Notes that an attack has gone on in fewer lanes, so that it is taken up in these.
+
+    Args:
+      attack: its name.
+      lanes: on each device.
+    """
+    if self.halved(attack) != lanes:
+      self._engine.setdefault("halved", {})[attack] = lanes
+      self._write_config()
+
+  def read_results(self) -> list[Row]:
+    """Reads what is whole of results.jsonl."""
+    rows, path = [], self.path("results.jsonl")
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+      with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+        rows.append(Row.from_json(msgspec.json.decode(line)))
+    return rows
 
   def write_results(self, rows: list[dict[str, Any]]) -> None:
     """Writes results.jsonl anew.

@@ -83,9 +83,6 @@ def _statistics(
   )
 
 
-def _mean_by_site(rows: Iterable[dict[str, float] | None]) -> dict[str, float]:
-  values: dict[str, list[float]] = {}
-  for row in rows:
-    for site, value in (row or {}).items():
-      values.setdefault(site, []).append(value)
-  return {site: float(np.mean(found)) for site, found in values.items()}
+def _mean_by_site(rows: Iterable[Any]) -> dict[str, float]:
+  """Returns means over the rows that have a site; a row may be None."""
+  return pd.DataFrame([row for row in rows if row]).mean().to_dict()

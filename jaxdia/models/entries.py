@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError, unknown
 from jaxdia.core.trees import digest, leaves_by_path, path_of
-from jaxdia.core.types import Key, Params
+from jaxdia.core.types import Array, Key, NamedArrays, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network
 from jaxdia.models.layers import Entry, shape_before
@@ -32,7 +33,7 @@ class InstanceNetwork(Network):
     self,
     name: str,
     image_shape: tuple[int, int, int],
-    arrays: Mapping[str, np.ndarray],
+    arrays: NamedArrays,
     entries: Mapping[str, Entry],
     identity: Iterable[Hashable],
   ):
@@ -88,7 +89,7 @@ def params_of(entries: Mapping[str, Entry], arrays: Mapping[str, Any]) -> Params
   return params
 
 
-def arrays_of(entries: Mapping[str, Entry], params: Params) -> dict[str, jax.Array]:
+def arrays_of(entries: Mapping[str, Entry], params: Params) -> dict[str, Shaped[Array, "..."]]:
   """Returns params as a library's own arrays: what undoes `params_of`.
 
   Args:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import msgspec
+import pandas as pd
 
 from jaxdia import evaluation
 from jaxdia.core.errors import InputError, first_line
@@ -260,21 +261,16 @@ def _success(study: Study) -> list[tuple[str, str, str]]:
 
 def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[float], list[float]]:
   """Returns thresholds that all cells have, and the share of all their images that reach each."""
-  cells = [cell for cell in cells if attack in cell.summary]
-  found = [cell.summary[attack].success.get(metric) for cell in cells]
-  curves = [curve for curve in found if curve is not None]
-  if not curves or len(curves) < len(found):
+  summaries = [cell.summary[attack] for cell in cells if attack in cell.summary]
+  curves = [curve for one in summaries if (curve := one.success.get(metric))]
+  if not curves or len(curves) < len(summaries):
     return [], []
-  weights = [cell.summary[attack].attempted for cell in cells]
-  rates = [dict(zip(curve.thresholds, curve.rate, strict=True)) for curve in curves]
-  thresholds = [t for t in curves[0].thresholds if all(t in rate for rate in rates)]
-  if len(cells) == 1:  # exactly as in the summary
-    return thresholds, [rates[0][t] for t in thresholds]
-  total = max(sum(weights), 1)
-  return thresholds, [
-    sum(rate[t] * weight for rate, weight in zip(rates, weights, strict=True)) / total
-    for t in thresholds
-  ]
+  if len(curves) == 1:  # exactly as in the summary
+    return curves[0].thresholds, curves[0].rate
+  columns = [pd.Series(curve.rate, curve.thresholds) for curve in curves]
+  weights = pd.Series([one.attempted for one in summaries])
+  rates = pd.concat(columns, axis=1, join="inner").dot(weights) / max(weights.sum(), 1)
+  return list(rates.index), list(rates)
 
 
 def _sweeps(study: Study) -> list[dict[str, Any]]:

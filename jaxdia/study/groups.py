@@ -63,9 +63,9 @@ def group(cells: Sequence[Cell]) -> list[Group]:
   for number, cell in enumerate(cells):
     if cell.settings is None:
       continue
-    clients, size = cell.settings.clients, _client_bytes(cell.settings)
+    clients = cell.settings.clients
     for name in cell.settings.attacks:
-      program = _program(number, cell.settings, name)
+      program, size = _program(number, cell.settings, name)
       groups, inside = found.setdefault(program, []), sizes.setdefault(program, {})
       if groups and (clients in inside or sum(inside.values()) + size <= most):
         groups[-1] = groups[-1]._replace(cells=(*groups[-1].cells, number))
@@ -84,43 +84,34 @@ def attack_of(settings: ExperimentSettings, name: str) -> Attack | None:
     settings: of the experiment.
     name: of the attack.
   """
-  network = _network(settings.clients)
   try:
-    return network and CATALOGUE[name].build(network[0], settings.attacks[name])
+    return CATALOGUE[name].build(_network(settings)[0], settings.attacks[name])
   except InputError:
     return None
 
 
-def _program(number: int, settings: ExperimentSettings, name: str) -> Hashable:
-  """Returns what attacks of one program have in common."""
-  attack, network = attack_of(settings, name), _network(settings.clients)
-  if attack is None or network is None or attack.max_iterations == 0:  # nothing runs in lanes
-    return name, number
-  shared = (settings.data.batch_size, network[1], settings.precision, settings.engine)
-  return name, jax.tree.structure(attack), *shared
+def _program(number: int, settings: ExperimentSettings, name: str) -> tuple[Hashable, int]:
+  """Returns what attacks of one program have in common, and what clients take of the memory."""
+  attack = attack_of(settings, name)
+  if attack is None or attack.max_iterations == 0:  # nothing runs in lanes
+    return (name, number), 0
+  channels = _network(settings)[1]
+  shared = (settings.data.batch_size, channels, settings.precision, settings.engine)
+  params = jax.eval_shape(attack.model.init, jax.random.key(0))
+  entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+  # The weights, and the gradients that are kept.
+  size = (1 + KEPT) * entries * (8 if settings.precision == "float64" else 4)
+  return (name, jax.tree.structure(attack), *shared), size
 
 
-def _network(clients: ClientsSettings) -> tuple[DropoutModel, int] | None:
-  """Returns network and number of channels of the statistics; None if there are none."""
-  data = clients.data
-  return _load_network(clients.model, dataclasses.replace(data, count=data.batch_size))
+def _network(settings: ExperimentSettings) -> tuple[DropoutModel, int]:
+  """Returns network and number of channels of the statistics."""
+  data = dataclasses.replace(settings.data, count=settings.data.batch_size)
+  return _load_network(settings.model, data)
 
 
 @functools.lru_cache
-def _load_network(model: ModelSettings, data: DataSettings) -> tuple[DropoutModel, int] | None:
-  try:
-    loaded = load_images(data)
-    network = create_model(model, loaded.images.shape[1:], loaded.num_classes)
-  except InputError:  # the cell will say so when it is run
-    return None
+def _load_network(model: ModelSettings, data: DataSettings) -> tuple[DropoutModel, int]:
+  loaded = load_images(data)
+  network = create_model(model, loaded.images.shape[1:], loaded.num_classes)
   return network, len(loaded.statistics.mean)
-
-
-def _client_bytes(settings: ExperimentSettings) -> int:
-  """Returns the memory of the weights and of the gradients that are kept of an experiment."""
-  network = _network(settings.clients)
-  if network is None:
-    return 0
-  params = jax.eval_shape(network[0].init, jax.random.key(0))
-  entries = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return (1 + KEPT) * entries * (8 if settings.precision == "float64" else 4)

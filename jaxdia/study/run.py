@@ -200,7 +200,6 @@ class _Study:
       experiments = {number: self._open[number] for number in one.cells if number in self._open}
       if not experiments:
         return False
-      most = next(iter(experiments.values())).runs[one.attack].attack.max_iterations
       # Of these cells alone, in which trials are known by the numbers of their cells.
       names = [self._cells[number].name for number in one.cells]
       file = hashlib.sha256("\n".join([one.attack, *names]).encode()).hexdigest()[:16]
@@ -208,8 +207,7 @@ class _Study:
         one.attack,
         experiments,
         checkpoint_path=self.workdir / "checkpoint" / f"{file}.npz",
-        on_progress=lambda p: progress.update(p, most),
-        note=progress.note,
+        progress=progress,
         say=progress.say,
       )
       for number, error in errors.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.types import NamedArrays
@@ -54,7 +55,9 @@ def _as_numpy(array: Any, name: str) -> np.ndarray:
     ) from error
 
 
-def with_known_type(array: np.ndarray, name: str | None = None) -> np.ndarray:
+def with_known_type(
+  array: Shaped[np.ndarray, "*shape"], name: str | None = None
+) -> Shaped[np.ndarray, "*shape"]:
   """Returns an array of a type that NumPy's own format cannot name by that type.
 
   Args:
