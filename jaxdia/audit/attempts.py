@@ -120,7 +120,7 @@ def _simulate(model, observation, masks, images, labels):
 
 
 def by_algebra(
-  key: Key, model: DropoutModel, observation: Observation
+  key: Key, model: DropoutModel, observation: Observation, rounding: float
 ) -> tuple[Attempt, Recovery | None, Found | None]:
   """Tries what linear algebra gives.
 
@@ -128,13 +128,14 @@ def by_algebra(
     key: random key.
     model: the network.
     observation: the update.
+    rounding: share of it that rounding changed.
 
   Returns:
     What came of it, and what was found; None if it does not apply to the network.
   """
   start = time.monotonic()
   try:
-    recovery = recover(key, model, observation)
+    recovery = recover(key, model, observation, rounding)
   except InputError as error:
     attempt = Attempt(
       name="closed form", outcome=first_line(error), seconds=time.monotonic() - start
@@ -166,7 +167,7 @@ def _whole(model, observation, recovery: Recovery) -> Proof | None:
   may explain the update nevertheless; if it does not, that says nothing of the images.
   """
   parts = recovery.parts
-  if not np.all(np.asarray(parts.verdict) == Verdict.EXACT):
+  if not np.all(recovery.determined):
     return None
   proof = prove(model, observation, parts.masks, parts.images, parts.labels)
   masks_known = all(np.all(known) for known in parts.known_masks.values())
@@ -178,15 +179,19 @@ def _found_by_algebra(model, observation, recovery: Recovery) -> Found:
   parts = recovery.parts
   names = {Verdict.EXACT: "certain", Verdict.APPROXIMATE: "partial", Verdict.NOT_APPLICABLE: "none"}
   verdicts = [names[Verdict(int(v))] for v in np.asarray(parts.verdict)]
+  # What rounding alone keeps from being exact is no less certain.
+  verdicts = np.where(recovery.determined, "certain", verdicts).tolist()
   verdicts = [
     "none" if verdict == "partial" and not r <= PARTIAL else verdict
     for verdict, r in zip(verdicts, recovery.residual, strict=True)
   ]
+  known_to = [f", its pixels known to about {e:.1e}" if e > 0 else "" for e in recovery.error]
   reasons = [
     f"its part of the gradient is determined by linear equations, and left unexplained to {r:.1e}"
+    + known
     if verdict == "certain"
     else recovery.reason
-    for verdict, r in zip(verdicts, recovery.residual, strict=True)
+    for verdict, r, known in zip(verdicts, recovery.residual, known_to, strict=True)
   ]
   labels = np.asarray(parts.labels)
   if observation.labels is None and not can_read_labels(model, observation):

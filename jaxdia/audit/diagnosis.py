@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.audit.schema import Finding
@@ -18,11 +17,9 @@ from jaxdia.closed_form import find_chain, is_turned
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
 from jaxdia.core.types import Gradient
-from jaxdia.gradients import layer_gradient
+from jaxdia.gradients import find_rounding, layer_gradient
 from jaxdia.models import DropoutModel
 
-# Types of fewer bits than float32, the coarsest first.
-_HALVES = (jnp.bfloat16, np.float16)
 # Rounding of float32, and of what JAX computes in it.
 _SINGLE = 1e-6
 # Singular values below this share of the largest are rounding.
@@ -145,19 +142,14 @@ def _usable(observation: Observation) -> tuple[Gradient, list[Finding]]:
 
 def _precision(gradient: Gradient) -> tuple[Finding | None, float]:
   """Finds values that all have fewer bits than float32."""
-  leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(gradient)]
-  for kind in _HALVES:
-    with np.errstate(over="ignore"):
-      exact = all(np.array_equal(leaf, leaf.astype(kind).astype(np.float32)) for leaf in leaves)
-    if exact:
-      level = float(jnp.finfo(kind).eps) / 2
-      name = np.dtype(kind).name
-      text = (
-        f"all values fit into {name}: each is rounded by up to {level:.1e} of itself, which this"
-        " diagnosis allows for. What linear algebra finds is no more exact than that."
-      )
-      return Finding(name="half precision", effect="noted", text=text, value=level), level
-  return None, 0.0
+  name, level = find_rounding(gradient)
+  if name is None:
+    return None, 0.0
+  text = (
+    f"all values fit into {name}: rounding changed up to {level:.1e} of them, which linear algebra"
+    " allows for. What it finds is no more exact than that."
+  )
+  return Finding(name="half precision", effect="noted", text=text, value=level), level
 
 
 def _equal_sizes(model, observation, rounding):

@@ -52,7 +52,11 @@ class Recovery(NamedTuple):
     reason: why there is not more, for a person to read; empty if all is exact.
     scale: by which factor the gradient exceeds that of the loss, 1 up to rounding if it is of that
       loss; NaN where that is not known. Nothing else depends on it.
-    error: f[B], standard error of the pixels of an image, where its equations tell; else NaN.
+    error: f[B], standard error of the pixels of an image, where its equations tell; else NaN. That
+      of an image which only the rounding of the gradient keeps from being exact is rather too
+      large.
+    determined: b[B], images that the equations determine up to the rounding of the gradient: those
+      that are exact, and those that would be but for it.
   """
 
   parts: Parts
@@ -60,6 +64,7 @@ class Recovery(NamedTuple):
   reason: str
   scale: float = math.nan
   error: np.ndarray | float = math.nan
+  determined: np.ndarray | bool = False
 
   def summary(self) -> str:
     """Returns how many images are exact or approximate, and why not more, in one line."""
