@@ -24,8 +24,6 @@ LIKELY = 0.03
 PARTIAL = 0.5
 # Besides, another search must have found it: likely and partial from this SSIM on.
 _AGREE = (0.8, 0.4)
-# In place of a label that nothing tells.
-NO_LABEL = -1
 # A trial takes at least so long, whatever is left.
 _LEAST_SECONDS = 1.0
 # Folded into the key of an update, for searches; closed forms use the key itself.
@@ -141,7 +139,7 @@ def by_algebra(
       name="closed form", outcome=first_line(error), seconds=time.monotonic() - start
     )
     return attempt, None, None
-  found = _found_by_algebra(model, observation, recovery)
+  found = _found_by_algebra(recovery)
   whole = _whole(model, observation, recovery)
   if whole is not None and whole.of_sent > LIKELY:
     text = f"its equations hold, but the whole batch leaves {whole.of_sent:.1%} unexplained"
@@ -169,13 +167,14 @@ def _whole(model, observation, recovery: Recovery) -> Proof | None:
   parts = recovery.parts
   if not np.all(recovery.determined):
     return None
-  proof = prove(model, observation, parts.masks, parts.images, parts.labels)
+  labels = np.maximum(parts.labels, 0)  # of those that nothing tells, any
+  proof = prove(model, observation, parts.masks, parts.images, labels)
   masks_known = all(np.all(known) for known in parts.known_masks.values())
   is_whole = masks_known and bool(np.all(parts.known_labels))
   return proof if is_whole or proof.residual < LIKELY else None
 
 
-def _found_by_algebra(model, observation, recovery: Recovery) -> Found:
+def _found_by_algebra(recovery: Recovery) -> Found:
   parts = recovery.parts
   names = {Verdict.EXACT: "certain", Verdict.APPROXIMATE: "partial", Verdict.NOT_APPLICABLE: "none"}
   verdicts = [names[Verdict(int(v))] for v in np.asarray(parts.verdict)]
@@ -193,16 +192,13 @@ def _found_by_algebra(model, observation, recovery: Recovery) -> Found:
     else recovery.reason
     for verdict, r, known in zip(verdicts, recovery.residual, known_to, strict=True)
   ]
-  labels = np.asarray(parts.labels)
-  if observation.labels is None and not can_read_labels(model, observation):
-    labels = np.where(parts.known_labels, labels, NO_LABEL)
   return Found(
     by=["closed form"] * len(verdicts),
     images=np.asarray(parts.images),
     verdicts=verdicts,
     residuals=np.asarray(recovery.residual),
     reasons=reasons,
-    labels=labels,
+    labels=np.asarray(parts.labels),
     known_labels=np.asarray(parts.known_labels),
     masks={site: float(np.mean(known)) for site, known in parts.known_masks.items()},
     factor=None,

@@ -14,11 +14,11 @@ import numpy as np
 
 from jaxdia import data, evaluation, updates
 from jaxdia.attacks import Candidate
-from jaxdia.audit.attempts import NO_LABEL
 from jaxdia.audit.pipeline import Outcome, audit
 from jaxdia.audit.schema import Audit, Finding, Image, Update
 from jaxdia.audit.settings import KINDS, AuditSettings, validate
 from jaxdia.client import Observation, Secret
+from jaxdia.closed_form import NO_LABEL
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz, write_json, write_npz
 from jaxdia.core.trees import digest
@@ -138,7 +138,8 @@ def _read(
     batch_size=settings.batch_size,
     loss=settings.loss,
   )
-  notes = dict.fromkeys((*before.notes, *sent.notes, *update.notes))
+  # Of frozen layers and rounding the diagnosis says it.
+  notes = dict.fromkeys((*before.notes, *sent.notes, *update.assumed))
   findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
   name = pathlib.Path(path).name
   return _Seen(name, observation, update.rounding, findings, _digest(settings, observation, truth))

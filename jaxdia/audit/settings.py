@@ -23,6 +23,8 @@ from jaxdia.models.base import check_image_shape
 MODES = ("training", "evaluation")
 # What an update may be given as.
 KINDS = ("after", "difference", "gradient")
+# The statistics of images that are not normalised.
+_MEAN, _STD = (0.0,), (1.0,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,8 +158,8 @@ def default_config() -> ml_collections.ConfigDict:
       "loss": dataclasses.asdict(CROSS_ENTROPY),
       "mode": "training",
       "statistics": config_dict.placeholder(str),
-      "mean": (0.0,),
-      "std": (1.0,),
+      "mean": _MEAN,
+      "std": _STD,
       "labels": config_dict.placeholder(str),
       "seconds": 60.0,
       "truth": config_dict.placeholder(str),
@@ -180,6 +182,11 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
   model, loss = pop_group(fields, "model"), pop_group(fields, "loss")
   files = {kind: _split(fields.pop(kind)) for kind in KINDS}
   named, mean, std = (fields.pop(name) for name in ("statistics", "mean", "std"))
+  if named is not None and (tuple(mean), tuple(std)) != (_MEAN, _STD):
+    raise InputError(
+      f"config.statistics={named} and config.mean={mean}, config.std={std} are both set; expected"
+      " one of them: the name of a data set, or the numbers."
+    )
   statistics = Statistics(mean, std) if named is None else statistics_of(named)
   labels = fields.pop("labels")
   return AuditSettings(

@@ -125,7 +125,7 @@ def solve(
     if known is not None:
       samples = chains.complete(model, links, params, spaces, known, batch_size, loss, rounding)
       samples = jax.tree.map(np.asarray, samples)
-      samples = _distinct(samples, max(_BELIEVED, OF_ROUNDING * rounding))
+      samples = _distinct(samples, max(_BELIEVED, 2 * OF_ROUNDING * rounding))
     if samples is None:
       empty += 1
       continue

@@ -34,6 +34,9 @@ from jaxdia.models import DenseLayer, DropoutModel
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
 _NO_LABEL = 10.0
+# A delta that is smaller, relative to the others, tells nothing of what was dropped; nor one smaller
+# than so many times what rounding changed.
+_LEAST_DELTA = (3e-5, 4)
 # So often what a sample kept is judged by what it would have if it had kept all.
 _TURNS = 4
 # Behind a ReLU no more than this share of the outputs is zero.
@@ -111,7 +114,8 @@ def refine(
   chosen = zeros.zero & (zeros.gap > LEAST_GAP)  # a sample may have dropped nothing
   kept = on * (1 - chosen.astype(on.dtype))
   delta, inputs = vectors(1 - kept)
-  return kept, kept * delta, kept * inputs
+  # What only seemed dropped can be seen again in these, so they are not made zero there.
+  return kept, on * delta, on * inputs
 
 
 class Links(NamedTuple):
@@ -215,7 +219,8 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
       # What was kept shows once more, now that the delta is known that would be if all were. What
       # was wrong in the first place is in this delta too, so it is asked again.
       expected = (next_delta @ inner) * slope
-      sure = jnp.abs(expected) > 3e-5 * rms(expected, jnp.ones(len(kept)))
+      least = jnp.maximum(_LEAST_DELTA[0], _LEAST_DELTA[1] * rounding)
+      sure = jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept)))
       kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
     slopes.append(kept * slope)

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdia.client import Observation
 from jaxdia.closed_form.labels import recover_labels
-from jaxdia.closed_form.parts import Parts, Recovery, Verdict
+from jaxdia.closed_form.parts import NO_LABEL, Parts, Recovery, Verdict
 from jaxdia.closed_form.sparse import MOST_ROUNDING
 from jaxdia.core.errors import InputError
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
@@ -59,7 +59,7 @@ class Found:
       try:
         labels = np.asarray(recover_labels(model, observation))
       except InputError:
-        labels, told = np.zeros(size, np.int32), False  # images are read without them
+        labels, told = np.full(size, NO_LABEL, np.int32), False  # images are read without them
     self.parts = Parts(
       images=np.zeros((size, *model.image_shape)),
       verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),

@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxdia.core.types import Array, Images, Labels, Masks
 
+# In place of a label that nothing tells.
+NO_LABEL = -1
+
 
 class Verdict(enum.IntEnum):
   """How well an image of the batch is known."""
@@ -26,7 +29,7 @@ class Parts(NamedTuple):
     verdict: i[B], a `Verdict` on each image.
     masks: {site: f[shape]}, the expected ones where they are not known.
     known_masks: {site: b[shape]}.
-    labels: i[B]; where they are not known, the most likely ones.
+    labels: i[B]; where they are not known, the most likely ones; NO_LABEL if none can be read.
     known_labels: b[B], labels that belong to the image in their place.
     features: {path of a layer: f[B, inputs]}; zeros where not known.
     known_features: {path: b[B]}.

@@ -24,7 +24,7 @@ from jaxdia.closed_form.parts import Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
-from jaxdia.core.errors import first_line
+from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.types import Key
 from jaxdia.gradients import find_rounding, layer_gradient
 from jaxdia.models import DropoutModel
@@ -60,7 +60,7 @@ def recover(
 
   Returns:
     What was recovered, of the gradient's type, on the host. Labels that are neither granted nor
-    can be read (see `recover_labels`) are 0, and not among the known ones.
+    can be read (see `recover_labels`) are NO_LABEL, and not among the known ones.
 
   Raises:
     InputError: the gradient has the opposite sign; see `check_sign`.
@@ -77,8 +77,8 @@ def _recover(key, model, observation, rounding) -> Recovery:
   found = Found(model, observation, rounding)
   try:
     chain = find_chain(model.network)
-  except TypeError as error:  # as of a loop that carries float32, whatever it is given
-    return found.recovery(f"the network cannot be computed in float64 ({first_line(error)})")
+  except InputError as error:
+    return found.recovery(first_line(error))
   if chain is not None and chain.pixels is None:
     # Of every client, so that all results have the same form.
     convolutions = find_convolutions(model.network, chain.layers[0]) if size == 1 else None

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
 from jaxdia.core.types import Masks, Params
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, model_of
@@ -101,8 +102,12 @@ def find_chain(network: Network) -> Chain | None:
   Returns:
     The longest chain that ends with the classifier; None if the model has no
     known classifier, or it cannot be tapped.
+
+  Raises:
+    InputError: the network cannot be computed in float64, in which its structure is tried.
   """
   model = model_to_try(network)
+  _check_float64(model)
   shapes = leaves_by_path(jax.eval_shape(model.init, jax.random.key(0)))
   layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
   layers = [layer for layer in layers if len(shapes[(*layer.path, "kernel")].shape) == 2]
@@ -121,6 +126,20 @@ def find_chain(network: Network) -> Chain | None:
       links.insert(0, link)
       first -= 1
     return _chain(model, params, layers[first : last + 1], links)
+
+
+def _check_float64(model: DropoutModel) -> None:
+  """Refuses a network such as a loop that carries float32, whatever it is given."""
+
+  def call():
+    images = jnp.zeros((1, *model.image_shape), jnp.float64)
+    return model.apply(probing_params(model), None, images)
+
+  try:
+    with jax.enable_x64(True):
+      jax.eval_shape(call)
+  except TypeError as error:
+    raise InputError(f"the network cannot be computed in float64 ({first_line(error)})") from error
 
 
 @functools.lru_cache

@@ -113,7 +113,7 @@ def from_functions(
 def _failed(function: str, error: Exception) -> InputError:
   return InputError(
     f"{function} ended in a {type(error).__name__}: {first_line(error)}. It was called as JAX"
-    " traces it, without values; expected arrays of JAX throughout, and the arguments in this order."
+    " traces it, without values; expected arrays of JAX throughout, and arguments in this order."
   )
 
 
