@@ -49,6 +49,19 @@ def test_a_level_that_is_told_is_a_level_that_is_seen():
   np.testing.assert_allclose(told.parts.images, plain.parts.images, atol=1e-4)
 
 
+def test_noise_of_a_millionth_leaves_images_exact():
+  model = make_model(hidden_sizes=(128, 96))
+  observation, secret = observe_victims(model, 2)
+  leaves, tree = jax.tree.flatten(observation.gradient)
+  norm = np.sqrt(sum(float(jnp.sum(x**2)) for x in leaves) / sum(x.size for x in leaves))
+  rng = np.random.default_rng(0)
+  noised = [x + np.float32(1e-6 * norm) * rng.standard_normal(x.shape, np.float32) for x in leaves]
+  seen = dataclasses.replace(observation, gradient=jax.tree.unflatten(tree, noised))
+  recovery = recover(jax.random.key(0), model, seen)
+  assert (recovery.parts.verdict == Verdict.EXACT).all(), recovery.summary()
+  assert max(score["mse_normalized"] for score in compute_scores(model, secret, recovery)) < 1e-9
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_level_is_that_of_what_rounding_changed(dtype):
   rng = np.random.default_rng(0)

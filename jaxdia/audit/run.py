@@ -121,13 +121,19 @@ def _read(
   what = "params" if settings.after else "gradient"
   sent = updates.fit(model, updates.read(path), what, by_order=settings.by_order)
   decay = settings.weight_decay
+  assumed: tuple[str, ...] = ()
   if settings.gradient:
     update = updates.from_gradient(before.tree, sent.tree, weight_decay=decay)
   else:
     make = updates.from_weights if settings.after else updates.from_difference
-    rate, steps = settings.learning_rate, settings.local_steps
-    assert rate is not None  # checked with the settings
+    rate, steps = settings.learning_rate or 1.0, settings.local_steps
     update = make(before.tree, sent.tree, rate, local_steps=steps, weight_decay=decay)
+    if settings.learning_rate is None:
+      assumed += (
+        "the learning rate is not known and taken as 1: if a factor of the update is found, it is"
+        " the learning rate.",
+      )
+  assumed += update.assumed
   mean, std = settings.statistics
   observation = Observation(
     params=as_floats(before.tree),
@@ -139,7 +145,7 @@ def _read(
     loss=settings.loss,
   )
   # Of frozen layers and rounding the diagnosis says it.
-  notes = dict.fromkeys((*before.notes, *sent.notes, *update.assumed))
+  notes = dict.fromkeys((*before.notes, *sent.notes, *assumed))
   findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
   name = pathlib.Path(path).name
   return _Seen(name, observation, update.rounding, findings, _digest(settings, observation, truth))

@@ -41,7 +41,7 @@ class AuditSettings:
     gradient: files of gradients instead.
     by_order: match arrays by their order where names do not tell.
     batch_size: images of one step.
-    learning_rate: of the client, for weights that came back.
+    learning_rate: of the client, for weights that came back; None if it is not known.
     local_steps: of the client between the weights.
     weight_decay: of the client.
     loss: that the client descends.
@@ -115,12 +115,13 @@ class AuditSettings:
         " of weights that came back, and config.gradient is set. Leave them out, or give the file"
         " as config.after or config.difference."
       )
-    if not self.gradient:
-      check_number(
-        "config.learning_rate",
-        self.learning_rate,
-        lambda value: value > 0,
-        "the learning rate of the client, above 0, which weights that came back need",
+    if self.learning_rate is not None:
+      least = "the learning rate of the client, above 0, or nothing if it is not known"
+      check_number("config.learning_rate", self.learning_rate, lambda value: value > 0, least)
+    elif not self.gradient and self.weight_decay:
+      raise InputError(
+        f"config.weight_decay={self.weight_decay} is set without config.learning_rate, by which it"
+        " changed the weights. Leave it out: weight decay is found."
       )
 
   @property

@@ -34,8 +34,8 @@ from jaxdia.models import DenseLayer, DropoutModel
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
 _NO_LABEL = 10.0
-# A delta that is smaller, relative to the others, tells nothing of what was dropped; nor one smaller
-# than so many times what rounding changed.
+# A delta that is smaller, relative to the others, tells nothing of what was dropped; nor does one
+# that is smaller than so many times what rounding changed.
 _LEAST_DELTA = (3e-5, 4)
 # So often what a sample kept is judged by what it would have if it had kept all.
 _TURNS = 4
