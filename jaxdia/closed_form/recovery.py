@@ -25,6 +25,7 @@ from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.trees import leaves_by_path
 from jaxdia.core.types import Key
 from jaxdia.gradients import find_rounding, layer_gradient
 from jaxdia.models import DropoutModel
@@ -139,11 +140,9 @@ def _use_first_layer(model, gradient, found) -> str:
   layer = find_first_layer(model.network)
   if layer is None:
     return ""
-  leaves = layer_gradient(gradient, layer.path)
-  if set(leaves) != {"kernel", "bias"}:  # a frozen layer, or one of which a part was sent
+  read, name = layer.read(leaves_by_path(gradient)), layer.name
+  if read is None:  # a frozen layer, or one of which a part was sent
     return ""
-  read = read_inputs(leaves["kernel"], leaves["bias"])
-  name = "/".join(layer.path)
   error = np.linalg.norm(read.errors) / max(np.linalg.norm(read.values), 1e-300)
   if not (read.residual < 1 and error < 1):
     return f"the gradient of {name} is not that of one image"

@@ -18,7 +18,7 @@ import numpy as np
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
 from jaxdia.core.types import Masks, Params
-from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, model_of
+from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, discovery, model_of
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
 _TOLERANCE = 1e-9
@@ -89,7 +89,8 @@ def probing_params(model: DropoutModel) -> Params:
 
 def model_to_try(network: Network) -> DropoutModel:
   """Returns a network at rates above 0, on which its structure does not depend."""
-  return model_of(network, dict.fromkeys(model_of(network).rates, 0.5))
+  # Of plain functions the rates are no part of the network.
+  return model_of(network, dict.fromkeys(discovery.discover(network, 2).sites, 0.5))
 
 
 @functools.lru_cache
