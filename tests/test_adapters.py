@@ -9,7 +9,7 @@ from adapter_cases import IMAGE_SHAPE, LIBRARIES, NUM_CLASSES, SIZES, make_case
 from conftest import compilations
 
 from jaxdia import attacks, models
-from jaxdia.client import Observation, client_gradient
+from jaxdia.client import CROSS_ENTROPY, Observation, client_gradient
 from jaxdia.closed_form import Verdict, recover, recover_labels
 from jaxdia.closed_form.structure import find_chain, find_convolutions
 from jaxdia.core.errors import InputError
@@ -91,6 +91,7 @@ def test_factored_gradients_match_as_formed_ones(case):
       masks,
       _images() + 0.1,
       LABELS,
+      CROSS_ENTROPY,
     )
     for method in ("formed", "factored")
   ]

@@ -137,13 +137,6 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, fields, messa
   assert not (tmp_path / "work").exists()
 
 
-def test_weights_need_a_learning_rate_and_a_gradient_none(tmp_path):
-  write(tmp_path, "linen")
-  config = config_of(tmp_path, "linen", "after", learning_rate=None)
-  with pytest.raises(InputError, match="config.learning_rate is None"):
-    audit.run(config, tmp_path / "work", say=silent)
-
-
 def test_the_launcher_answers_and_says_where_the_report_is(tmp_path):
   write(tmp_path, "linen")
   command = [

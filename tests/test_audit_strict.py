@@ -130,6 +130,7 @@ def test_what_cannot_be_audited_is_not_called_found_in_the_report(tmp_path):
   [
     ({"labels": "0,1,2,5"}, "config.labels contains 5; expected classes from 0 to 4"),
     ({"labels": "0,1,2,-1"}, "config.labels contains -1"),
+    ({"statistics": "mnist", "mean": (0.5,)}, "statistics=mnist and config.mean=.* are both set"),
     ({"statistics": "cifar10"}, "has 3 numbers; expected 1, one for each channel"),
     ({"std": (0.0,)}, "expected values above 0"),
   ],

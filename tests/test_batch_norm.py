@@ -8,7 +8,7 @@ from flax import linen as nn
 from test_model_refusals import SpectrallyNormed
 
 from jaxdia import attacks, gradients, models
-from jaxdia.client import client_gradient, observe
+from jaxdia.client import CROSS_ENTROPY, client_gradient, observe
 from jaxdia.closed_form import Verdict, recover
 from jaxdia.core.errors import InputError
 
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_plain_module(module, variables):
   seen, secret = observe(jax.random.key(2), model, params, images, LABELS)
   for method in ("formed", "factored"):
     target = gradients.prepare(model, seen, method).target
-    found = gradients.compare(model, params, target, secret.masks, images, LABELS)
+    found = gradients.compare(model, params, target, secret.masks, images, LABELS, CROSS_ENTROPY)
     assert gradients.cosine_distance(found) < 1e-5
 
 

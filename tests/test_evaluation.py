@@ -9,6 +9,7 @@ import pytest
 from jaxdia import data, evaluation
 from jaxdia.attacks import Candidate
 from jaxdia.client import Secret
+from jaxdia.closed_form import NO_LABEL
 from jaxdia.core.types import Statistics
 
 PIXELS = Statistics((0.0,), (1.0,))
@@ -88,6 +89,14 @@ def test_evaluate_scores_in_normalised_space_and_in_pixels(images):
     np.testing.assert_allclose(score["mse_normalized"], 0.01, rtol=1e-3)
     assert 0 < score["mse"] < 0.01 * 0.27**2  # std of the data set, and clipped
     assert score["mask_accuracy"] is None and score["label_accuracy"] is None
+
+
+def test_a_label_that_nothing_tells_is_not_scored(images):
+  secret = Secret(jnp.asarray(images), np.array([0, 1, 2, 3]), None)
+  candidate = Candidate(images, None, None)
+  labels = np.array([0, NO_LABEL, 1, NO_LABEL])
+  scores = evaluation.evaluate(None, secret, candidate, PIXELS, labels).scores
+  assert [score["label_accuracy"] for score in scores] == [1, None, 0, None]
 
 
 def test_found_labels():

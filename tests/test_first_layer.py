@@ -146,6 +146,31 @@ def test_an_average_over_positions_or_a_layer_without_bias_is_no_first_layer():
   assert find_first_layer(models.create("mlp", SHAPE, 5, 0.5).network) is None
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_layer_of_plain_functions_has_whatever_names_and_layout(turned):
+  """As Haiku's `w` and `b`, or hand-written weights that are outputs x inputs."""
+  size = int(np.prod(SHAPE))
+
+  def init(key):
+    w, v = jax.random.normal(key, (size, 24)) / 8, jax.random.normal(key, (24, 5))
+    return {"linear": {"w": w.T if turned else w, "b": jnp.zeros(24)}, "out": {"w": v}}
+
+  def apply(params, drop, images):
+    w = params["linear"]["w"].T if turned else params["linear"]["w"]
+    hidden = images.reshape(len(images), -1) @ w + params["linear"]["b"]
+    return drop("hidden", jnp.maximum(hidden, 0)) @ params["out"]["w"]
+
+  model = models.from_functions(init, apply, SHAPE, {"hidden": 0.5})
+  images = np.random.default_rng(0).uniform(size=(1, *SHAPE))
+  params = model.init(jax.random.key(0))
+  observation, secret = observe(jax.random.key(1), model, params, images, np.array([3]))
+  layer = find_first_layer(model.network)
+  assert (layer.name, layer.turned) == ("linear", turned)
+  recovery = recover(jax.random.key(0), model, observation)
+  assert recovery.parts.verdict[0] == Verdict.EXACT, recovery.reason
+  np.testing.assert_allclose(recovery.parts.images, secret.images, atol=1e-5)
+
+
 def test_inputs_are_read_from_float16_and_none_from_nothing():
   rng = np.random.default_rng(0)
   inputs, deltas = rng.standard_normal(30), rng.standard_normal(40)

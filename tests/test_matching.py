@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from jaxdia import gradients, models
-from jaxdia.client import client_gradient, observe
+from jaxdia.client import CROSS_ENTROPY, client_gradient, observe
 from jaxdia.core.trees import shapes_of
 from jaxdia.gradients import Factors
 
@@ -119,7 +119,9 @@ def _prepared(model, observation, labels, method):
   target = gradients.prepare(model, observation, method).target
 
   def compare(masks, images):
-    return gradients.compare(model, observation.params, target, masks, images, labels)
+    return gradients.compare(
+      model, observation.params, target, masks, images, labels, CROSS_ENTROPY
+    )
 
   return target, compare
 
@@ -207,7 +209,9 @@ def test_a_frozen_layer_has_no_part_in_the_distance():
     for method in ("formed", "factored"):
       target = gradients.prepare(model, frozen, method).target
       masks = models.expected_masks(model, 2)
-      comparison = gradients.compare(model, observation.params, target, masks, images, labels)
+      comparison = gradients.compare(
+        model, observation.params, target, masks, images, labels, CROSS_ENTROPY
+      )
       tree = client_gradient(model, observation.params, masks, images, labels) | {name: None}
       pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(gradient), strict=True))
       inner = sum(float(jnp.sum(a * b)) for a, b in pairs)

@@ -192,3 +192,14 @@ def test_masks_of_another_model_or_batch_are_refused(model):
     model.apply(params, {}, images)
   with pytest.raises(InputError, match="'dropout_0' has shape"):
     model.apply(params, models.expected_masks(model, 3), images)
+
+
+def test_a_module_of_nnx_in_a_bridge_is_refused_with_the_mend():
+  class Bridged(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+      x = nnx.bridge.to_linen(nnx.Linear, 16, 8, name="first")(x.reshape(len(x), -1))
+      return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+  with pytest.raises(InputError, match="first is a module of Flax NNX in a bridge.*from_nnx"):
+    models.from_flax(Bridged(), (4, 4, 1))

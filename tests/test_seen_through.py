@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from jaxdia import gradients, models
-from jaxdia.client import observe
+from jaxdia.client import CROSS_ENTROPY, observe
 from jaxdia.closed_form import Verdict, recover, recover_labels
 from jaxdia.core.errors import InputError
 
@@ -75,7 +75,7 @@ def test_factored_matching_is_matching_of_the_formed_gradient(case):
     target = gradients.prepare(model, seen, method).target
     assert bool(target.kernels) == (method == "factored")
     return gradients.cosine_distance(
-      gradients.compare(model, params, target, secret.masks, images, secret.labels)
+      gradients.compare(model, params, target, secret.masks, images, secret.labels, CROSS_ENTROPY)
     )
 
   formed, factored = (jax.value_and_grad(distance)(dummies, m) for m in ("formed", "factored"))
@@ -160,6 +160,7 @@ def test_kernels_with_more_than_two_axes():
       secret.masks,
       jnp.asarray(images[::-1]),
       secret.labels,
+      CROSS_ENTROPY,
     )
     for method in ("formed", "factored")
   ]

@@ -181,6 +181,20 @@ def _twice(params, drop, images):
   return _apply(params, lambda site, x, **_: drop("hidden", x), images)
 
 
+def _unused(params, drop, images):
+  drop("hidden", images)
+  return _apply(params, lambda site, x, **_: x, images)
+
+
+def _turned(params, drop, images):
+  return _apply(params, lambda site, x, **_: drop(x, site), images)
+
+
+def _narrow(params, drop, images):
+  hidden = jnp.tanh(images.reshape(len(images), -1) @ params["w"])
+  return drop("hidden", hidden, mask_shape=(5,)) @ params["v"]
+
+
 @pytest.mark.parametrize(
   "apply, rates, message",
   [
@@ -189,6 +203,12 @@ def _twice(params, drop, images):
     (_apply, {"hidden": 50, "shared": 0.5}, "rate of site 'hidden' is 50; expected a number in"),
     (_draws, {"hidden": 0.5}, "_draws draws 12 random numbers for 2 images besides"),
     (_twice, {"hidden": 0.5}, "_twice drops at the site 'hidden' twice"),
+    (_apply, [0.5], "rates is .0.5.; expected a dict"),
+    (_unused, {"hidden": 0.5}, "do not depend on the mask of site 'hidden'"),
+    (_turned, {"hidden": 0.5}, "calls drop with .* as its site"),
+    (_narrow, {"hidden": 0.5}, r"mask_shape of site 'hidden' is \(5,\); expected \(2, 6\)"),
+    (lambda drop, params, images: _apply(params, drop, images), {}, "apply.* ended in a TypeError"),
+    (lambda params, drop, images: np.asarray(images), {}, "apply.* ended in a Tracer"),
     (lambda params, drop, images: images, {}, "expected one array of logits"),
     (lambda params, drop, images: images.reshape(len(images), -1)[:, :1], {}, "a single logit"),
   ],
@@ -196,3 +216,29 @@ def _twice(params, drop, images):
 def test_slips_in_plain_functions_are_refused_in_a_line(apply, rates, message):
   with pytest.raises(InputError, match=message):
     models.from_functions(_init, apply, (2, 2, 1), rates)
+
+
+@pytest.mark.parametrize(
+  "init, message",
+  [
+    (lambda: {}, "init.key. ended in a TypeError"),
+    (lambda key: None, "returns no array at all"),
+    (lambda key: {"w": jnp.ones((4, 6), int), "v": jnp.ones((6, 3))}, "leaf 'w' .* is int32"),
+  ],
+)
+def test_params_that_are_none_are_refused_in_a_line(init, message):
+  with pytest.raises(InputError, match=message):
+    models.from_functions(init, _apply, (2, 2, 1), RATES)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_params_may_be_a_list_or_a_tuple(kind):
+  def apply(params, drop, images):
+    return _apply(dict(zip("wv", params, strict=True)), drop, images)
+
+  model = models.from_functions(
+    lambda key: kind(_init(key)[k] for k in "wv"), apply, (2, 2, 1), RATES
+  )
+  _, observations, _ = make_victims(model, 1)
+  state = attacks.solve(jax.random.key(0), attacks.dia(model, max_iterations=5), observations[0])
+  assert np.isfinite(state.best.objective)

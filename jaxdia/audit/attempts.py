@@ -25,8 +25,6 @@ LIKELY = 0.03
 PARTIAL = 0.5
 # Besides, another search must have found it: likely and partial from this SSIM on.
 _AGREE = (0.8, 0.4)
-# In place of a label that nothing tells.
-NO_LABEL = -1
 # A trial takes at least so long, whatever is left.
 _LEAST_SECONDS = 1.0
 # Folded into the key of an update, for searches; closed forms use the key itself.
@@ -121,7 +119,7 @@ def _simulate(model, observation, masks, images, labels):
 
 
 def by_algebra(
-  key: Key, model: DropoutModel, observation: Observation
+  key: Key, model: DropoutModel, observation: Observation, rounding: float
 ) -> tuple[Attempt, Recovery | None, Found | None]:
   """Tries what linear algebra gives.
 
@@ -129,19 +127,20 @@ def by_algebra(
     key: random key.
     model: the network.
     observation: the update.
+    rounding: share of it that rounding changed.
 
   Returns:
     What came of it, and what was found; None if it does not apply to the network.
   """
   start = time.monotonic()
   try:
-    recovery = recover(key, model, observation)
+    recovery = recover(key, model, observation, rounding)
   except InputError as error:
     attempt = Attempt(
       name="closed form", outcome=first_line(error), seconds=time.monotonic() - start
     )
     return attempt, None, None
-  found = _found_by_algebra(model, observation, recovery)
+  found = _found_by_algebra(recovery)
   whole = _whole(model, observation, recovery)
   if whole is not None and whole.of_sent > LIKELY:
     text = f"its equations hold, but the whole batch leaves {whole.of_sent:.1%} unexplained"
@@ -167,38 +166,40 @@ def _whole(model, observation, recovery: Recovery) -> Proof | None:
   may explain the update nevertheless; if it does not, that says nothing of the images.
   """
   parts = recovery.parts
-  if not np.all(np.asarray(parts.verdict) == Verdict.EXACT):
+  if not np.all(recovery.determined):
     return None
-  proof = prove(model, observation, parts.masks, parts.images, parts.labels)
+  labels = np.maximum(parts.labels, 0)  # of those that nothing tells, any
+  proof = prove(model, observation, parts.masks, parts.images, labels)
   masks_known = all(np.all(known) for known in parts.known_masks.values())
   is_whole = masks_known and bool(np.all(parts.known_labels))
   return proof if is_whole or proof.residual < LIKELY else None
 
 
-def _found_by_algebra(model, observation, recovery: Recovery) -> Found:
+def _found_by_algebra(recovery: Recovery) -> Found:
   parts = recovery.parts
   names = {Verdict.EXACT: "certain", Verdict.APPROXIMATE: "partial", Verdict.NOT_APPLICABLE: "none"}
   verdicts = [names[Verdict(int(v))] for v in np.asarray(parts.verdict)]
+  # What rounding alone keeps from being exact is no less certain.
+  verdicts = np.where(recovery.determined, "certain", verdicts).tolist()
   verdicts = [
     "none" if verdict == "partial" and not r <= PARTIAL else verdict
     for verdict, r in zip(verdicts, recovery.residual, strict=True)
   ]
+  known_to = [f", its pixels known to about {e:.1e}" if e > 0 else "" for e in recovery.error]
   reasons = [
     f"its part of the gradient is determined by linear equations, and left unexplained to {r:.1e}"
+    + known
     if verdict == "certain"
     else recovery.reason
-    for verdict, r in zip(verdicts, recovery.residual, strict=True)
+    for verdict, r, known in zip(verdicts, recovery.residual, known_to, strict=True)
   ]
-  labels = np.asarray(parts.labels)
-  if observation.labels is None and not can_read_labels(model, observation):
-    labels = np.where(parts.known_labels, labels, NO_LABEL)
   return Found(
     by=["closed form"] * len(verdicts),
     images=np.asarray(parts.images),
     verdicts=verdicts,
     residuals=np.asarray(recovery.residual),
     reasons=reasons,
-    labels=labels,
+    labels=np.asarray(parts.labels),
     known_labels=np.asarray(parts.known_labels),
     masks={site: float(np.mean(known)) for site, known in parts.known_masks.items()},
     factor=None,

@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.audit.schema import Finding
@@ -18,11 +17,10 @@ from jaxdia.closed_form import find_chain, is_turned
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
 from jaxdia.core.types import Gradient
-from jaxdia.gradients import layer_gradient
+from jaxdia.gradients import find_rounding, layer_gradient
 from jaxdia.models import DropoutModel
+from jaxdia.updates.gradients import MUCH_ROUNDING
 
-# Types of fewer bits than float32, the coarsest first.
-_HALVES = (jnp.bfloat16, np.float16)
 # Rounding of float32, and of what JAX computes in it.
 _SINGLE = 1e-6
 # Singular values below this share of the largest are rounding.
@@ -80,10 +78,9 @@ def diagnose(
     InputError: no layer of the gradient can be used, or weights are not finite.
   """
   gradient, findings = _usable(observation)
-  kind, level = _precision(gradient)
-  if kind:
-    findings.append(kind)
+  kind, level = find_rounding(gradient)
   rounding = max(rounding, level, _SINGLE)
+  findings += _precision(kind, rounding)
   for look in (_equal_sizes, _weight_decay, _sign, _rank):
     here = dataclasses.replace(observation, gradient=gradient)
     found = look(model, here, rounding)
@@ -118,7 +115,7 @@ def _usable(observation: Observation) -> tuple[Gradient, list[Finding]]:
   left_out = {
     "frozen layer": (
       [path for path in paths if path not in leaves],
-      "there is no gradient of {}; the rest is audited.",
+      "there is no update of {}, or it is exactly zero: taken as frozen; the rest is audited.",
     ),
     "not finite": (broken, "{} has NaN or infinite entries, and is left out."),
     "zero layer": (
@@ -143,21 +140,17 @@ def _usable(observation: Observation) -> tuple[Gradient, list[Finding]]:
   return with_leaves(observation.params, kept), findings
 
 
-def _precision(gradient: Gradient) -> tuple[Finding | None, float]:
-  """Finds values that all have fewer bits than float32."""
-  leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(gradient)]
-  for kind in _HALVES:
-    with np.errstate(over="ignore"):
-      exact = all(np.array_equal(leaf, leaf.astype(kind).astype(np.float32)) for leaf in leaves)
-    if exact:
-      level = float(jnp.finfo(kind).eps) / 2
-      name = np.dtype(kind).name
-      text = (
-        f"all values fit into {name}: each is rounded by up to {level:.1e} of itself, which this"
-        " diagnosis allows for. What linear algebra finds is no more exact than that."
-      )
-      return Finding(name="half precision", effect="noted", text=text, value=level), level
-  return None, 0.0
+def _precision(kind: str | None, rounding: float) -> list[Finding]:
+  """Says of how few bits an update is, by its values or by those that it was made of."""
+  if kind is None and rounding <= MUCH_ROUNDING:
+    return []
+  name = "rounding" if kind is None else "half precision"
+  what = "what was sent has few bits" if kind is None else f"all values fit into {kind}"
+  text = (
+    f"{what}: rounding changed {rounding:.1e} of the gradient, which linear algebra allows for."
+    " What it finds is no more exact than that."
+  )
+  return [Finding(name=name, effect="noted", text=text, value=rounding)]
 
 
 def _equal_sizes(model, observation, rounding):
@@ -299,7 +292,7 @@ def _mode(model: DropoutModel, observation: Observation, rounding: float):
   """
   try:
     chain = find_chain(model.network) if model.rates else None
-  except TypeError:  # of a network that cannot be computed in float64
+  except InputError:  # of a network that cannot be computed in float64
     chain = None
   if chain is None:
     return None, None

@@ -80,7 +80,7 @@ def audit(
       say("nothing sure was found; the opposite sign is tried")
     guess = seen if sign > 0 else negative(seen)
     made: list[Attempt] = []
-    found = _try(key, model, guess, seconds / len(signs), made, say)
+    found = _try(key, model, guess, diagnosis.rounding, seconds / len(signs), made, say)
     attempts += made if sign > 0 else [_of_the_opposite(attempt) for attempt in made]
     if found is not None and (best is None or _sureness(found) > _sureness(best)):
       best, turned = found, sign < 0
@@ -98,12 +98,13 @@ def _try(
   key: Key,
   model: DropoutModel,
   observation: Observation,
+  rounding: float,
   seconds: float,
   attempts: list[Attempt],
   say: Callable[[str], None],
 ) -> Found | None:
   """Tries linear algebra, then a search for what that leaves; notes each attempt."""
-  attempt, recovery, found = by_algebra(key, model, observation)
+  attempt, recovery, found = by_algebra(key, model, observation, rounding)
   attempts.append(attempt)
   say(f"closed form: {attempt.outcome}")
   if seconds > 0 and not (found and set(found.verdicts) == {"certain"}):

@@ -14,11 +14,11 @@ import numpy as np
 
 from jaxdia import data, evaluation, updates
 from jaxdia.attacks import Candidate
-from jaxdia.audit.attempts import NO_LABEL
 from jaxdia.audit.pipeline import Outcome, audit
 from jaxdia.audit.schema import Audit, Finding, Image, Update
 from jaxdia.audit.settings import KINDS, AuditSettings, validate
 from jaxdia.client import Observation, Secret
+from jaxdia.closed_form import NO_LABEL
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz, write_json, write_npz
 from jaxdia.core.trees import digest
@@ -121,13 +121,19 @@ def _read(
   what = "params" if settings.after else "gradient"
   sent = updates.fit(model, updates.read(path), what, by_order=settings.by_order)
   decay = settings.weight_decay
+  assumed: tuple[str, ...] = ()
   if settings.gradient:
     update = updates.from_gradient(before.tree, sent.tree, weight_decay=decay)
   else:
     make = updates.from_weights if settings.after else updates.from_difference
-    rate, steps = settings.learning_rate, settings.local_steps
-    assert rate is not None  # checked with the settings
+    rate, steps = settings.learning_rate or 1.0, settings.local_steps
     update = make(before.tree, sent.tree, rate, local_steps=steps, weight_decay=decay)
+    if settings.learning_rate is None:
+      assumed += (
+        "the learning rate is not known and taken as 1: if a factor of the update is found, it is"
+        " the learning rate.",
+      )
+  assumed += update.assumed
   mean, std = settings.statistics
   observation = Observation(
     params=as_floats(before.tree),
@@ -138,7 +144,8 @@ def _read(
     batch_size=settings.batch_size,
     loss=settings.loss,
   )
-  notes = dict.fromkeys((*before.notes, *sent.notes, *update.notes))
+  # Of frozen layers and rounding the diagnosis says it.
+  notes = dict.fromkeys((*before.notes, *sent.notes, *assumed))
   findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
   name = pathlib.Path(path).name
   return _Seen(name, observation, update.rounding, findings, _digest(settings, observation, truth))

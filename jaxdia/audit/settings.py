@@ -23,6 +23,8 @@ from jaxdia.models.base import check_image_shape
 MODES = ("training", "evaluation")
 # What an update may be given as.
 KINDS = ("after", "difference", "gradient")
+# The statistics of images that are not normalised.
+_MEAN, _STD = (0.0,), (1.0,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class AuditSettings:
     gradient: files of gradients instead.
     by_order: match arrays by their order where names do not tell.
     batch_size: images of one step.
-    learning_rate: of the client, for weights that came back.
+    learning_rate: of the client, for weights that came back; None if it is not known.
     local_steps: of the client between the weights.
     weight_decay: of the client.
     loss: that the client descends.
@@ -113,12 +115,13 @@ class AuditSettings:
         " of weights that came back, and config.gradient is set. Leave them out, or give the file"
         " as config.after or config.difference."
       )
-    if not self.gradient:
-      check_number(
-        "config.learning_rate",
-        self.learning_rate,
-        lambda value: value > 0,
-        "the learning rate of the client, above 0, which weights that came back need",
+    if self.learning_rate is not None:
+      least = "the learning rate of the client, above 0, or nothing if it is not known"
+      check_number("config.learning_rate", self.learning_rate, lambda value: value > 0, least)
+    elif not self.gradient and self.weight_decay:
+      raise InputError(
+        f"config.weight_decay={self.weight_decay} is set without config.learning_rate, by which it"
+        " changed the weights. Leave it out: weight decay is found."
       )
 
   @property
@@ -156,8 +159,8 @@ def default_config() -> ml_collections.ConfigDict:
       "loss": dataclasses.asdict(CROSS_ENTROPY),
       "mode": "training",
       "statistics": config_dict.placeholder(str),
-      "mean": (0.0,),
-      "std": (1.0,),
+      "mean": _MEAN,
+      "std": _STD,
       "labels": config_dict.placeholder(str),
       "seconds": 60.0,
       "truth": config_dict.placeholder(str),
@@ -180,6 +183,11 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
   model, loss = pop_group(fields, "model"), pop_group(fields, "loss")
   files = {kind: _split(fields.pop(kind)) for kind in KINDS}
   named, mean, std = (fields.pop(name) for name in ("statistics", "mean", "std"))
+  if named is not None and (tuple(mean), tuple(std)) != (_MEAN, _STD):
+    raise InputError(
+      f"config.statistics={named} and config.mean={mean}, config.std={std} are both set; expected"
+      " one of them: the name of a data set, or the numbers."
+    )
   statistics = Statistics(mean, std) if named is None else statistics_of(named)
   labels = fields.pop("labels")
   return AuditSettings(

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.client import CROSS_ENTROPY, Loss
+from jaxdia.client import Loss
 from jaxdia.closed_form import chain as chains
 from jaxdia.closed_form import spaces as planes
 from jaxdia.closed_form import sparse
+from jaxdia.closed_form.found import OF_ROUNDING
 from jaxdia.closed_form.structure import Chain, activate
 from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
@@ -75,8 +76,8 @@ def solve(
   gradient: Gradient,
   batch_size: int,
   most_noise: float,
-  loss: Loss = CROSS_ENTROPY,
-  rounding: float = float(np.finfo(np.float32).eps),
+  loss: Loss,
+  rounding: float,
 ) -> Batch:
   """Recovers the samples of a batch from the gradients of a chain of dense layers.
 
@@ -89,14 +90,15 @@ def solve(
     batch_size: of the client.
     most_noise: with more than this no sample is looked for.
     loss: of the client.
-    rounding: unit of the type that the client computed in.
+    rounding: share of the gradient that rounding changed, at least a unit of the type that the
+      client computed in.
 
   Returns:
     The samples that fit the gradient.
   """
   links = chains.links_of(chain)
   rate = model.rates.get(links.sites[0])
-  zeros = (rate or 0.0, chains.may_be_silent(links.silent[0]))
+  zeros = (rate or 0.0, chains.may_be_silent(links.silent[0]), rounding)
   # The gradient of the logits has no more rank than classes but one, so it is used only where the
   # inputs of the last layer are shown by no other.
   spanning = chain.layers if len(chain.layers) == 2 else chain.layers[:-1]
@@ -123,7 +125,7 @@ def solve(
     if known is not None:
       samples = chains.complete(model, links, params, spaces, known, batch_size, loss, rounding)
       samples = jax.tree.map(np.asarray, samples)
-      samples = _distinct(samples)
+      samples = _distinct(samples, max(_BELIEVED, 2 * OF_ROUNDING * rounding))
     if samples is None:
       empty += 1
       continue
@@ -151,21 +153,22 @@ def _candidates(key, spaces, zeros_of, left, effort):
   if left > 1:
     zero = _find_planes(key, first.right.T, first.padding, zeros_of, left, effort)
     return None if zero is None else _see(first, second, zero, zeros_of)
-  return _see(first, second, ~_filled(first.right.T)[None], zeros_of)
+  filled = _filled(first.right.T, zeros_of[-1])
+  return _see(first, second, ~filled[None], zeros_of)
 
 
-def _filled(points):
+def _filled(points, rounding):
   """Returns which of the points are more than rounding."""
   sizes = np.linalg.norm(points, axis=1)
-  return sizes > _EMPTY_COLUMN * np.max(sizes)
+  return sizes > max(_EMPTY_COLUMN, OF_ROUNDING * rounding) * np.max(sizes)
 
 
 def _find_planes(key, points, padding, zeros_of, most, effort):
   """Returns on which hyperplanes many points lie, b[planes, points]; None if there are none."""
-  if not any(zeros_of):
+  rate, silent, rounding = zeros_of
+  if not (rate or silent):
     return None
-  rate, silent = zeros_of
-  filled = _filled(points)
+  filled = _filled(points, rounding)
   counts, dimensions = filled.astype(float), points.shape[1]
   points = points / np.where(filled, np.linalg.norm(points, axis=1), 1)[:, None] * counts[:, None]
   starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))
@@ -176,7 +179,7 @@ def _find_planes(key, points, padding, zeros_of, most, effort):
   )
   # Of the columns that are not empty a sample dropped fewer, as it dropped all of the empty ones.
   share = max(rate * counts.size - np.sum(counts == 0), 1.0) / np.sum(counts)
-  zeros = sparse.examine(points, counts, padding, normals, share, silent)
+  zeros = sparse.examine(points, counts, padding, normals, share, silent, rounding)
   chosen = sparse.distinct(zeros)[:most]
   return np.asarray(zeros.zero)[chosen] | (counts == 0) if len(chosen) else None
 
@@ -224,25 +227,25 @@ def _see(first, second, zero, zeros_of):
   size = next(n for n in (1, 4, 16, 64, 256, len(zero)) if n >= len(zero))
   missing = size - len(zero)
   zero = np.pad(zero, ((0, missing), (0, 0)), mode="edge")
-  if not any(zeros_of):
+  if not any(zeros_of[:2]):
     kept = np.ones(zero.shape)
     return kept[:1], first.right[:1], second.left[: zero.shape[1], 0][None]
   return _refine(first, second, zero, *zeros_of)
 
 
 @jax.jit
-def _refine(first, second, zero, rate, silent):
+def _refine(first, second, zero, rate, silent, rounding):
   off = jnp.zeros(zero.shape[1], bool)  # none is known to be
   return jax.lax.map(
-    lambda one: chains.refine(first, second, one, off, rate, silent), zero, batch_size=64
+    lambda one: chains.refine(first, second, one, off, rate, silent, rounding), zero, batch_size=64
   )
 
 
-def _distinct(samples):
+def _distinct(samples, believed):
   """Returns the samples that are believed, each once; None if there is none."""
   kept: list[int] = []
   masks = samples.kept[0]
-  limit = _GOOD if np.min(samples.residual) < _GOOD else _BELIEVED
+  limit = _GOOD if np.min(samples.residual) < _GOOD else believed
   for i in np.argsort(samples.residual):
     if not samples.residual[i] < limit:
       break

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdia.client import Loss
-from jaxdia.closed_form.found import EXACT
+from jaxdia.closed_form.found import EXACT, OF_ROUNDING
 from jaxdia.closed_form.spaces import (
   Space,
   first_inputs,
@@ -34,6 +34,9 @@ from jaxdia.models import DenseLayer, DropoutModel
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
 _NO_LABEL = 10.0
+# A delta that is smaller, relative to the others, tells nothing of what was dropped; nor does one
+# that is smaller than so many times what rounding changed.
+_LEAST_DELTA = (3e-5, 4)
 # So often what a sample kept is judged by what it would have if it had kept all.
 _TURNS = 4
 # Behind a ReLU no more than this share of the outputs is zero.
@@ -70,6 +73,7 @@ def refine(
   off: jax.Array,
   rate: jax.Array,
   silent: float,
+  rounding: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Finds out what a sample dropped, from both of the gradients that show it.
 
@@ -83,6 +87,7 @@ def refine(
     off: b[n], entries that are zero of themselves, whether dropped or not.
     rate: f[], of dropout.
     silent: see `bounds`, of the entries that are not known to be off.
+    rounding: f[], share of the gradient that rounding changed.
 
   Returns:
     kept f64[n], delta f64[n] and inputs f64[n], the latter two up to scale and sign.
@@ -105,11 +110,12 @@ def refine(
     sizes = joint_sizes(zero.astype(sizes.dtype) / (sizes**2 + epsilon**2))
   on = 1 - off.astype(sizes.dtype)
   least, most = bounds(jnp.sum(on), 0.0, rate, silent)
-  zeros = split_zeros(sizes, on, jnp.maximum(least, 1), most)
+  zeros = split_zeros(sizes, on, jnp.maximum(least, 1), most, rounding)
   chosen = zeros.zero & (zeros.gap > LEAST_GAP)  # a sample may have dropped nothing
   kept = on * (1 - chosen.astype(on.dtype))
   delta, inputs = vectors(1 - kept)
-  return kept, kept * delta, kept * inputs
+  # What only seemed dropped can be seen again in these, so they are not made zero there.
+  return kept, on * delta, on * inputs
 
 
 class Links(NamedTuple):
@@ -202,7 +208,7 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
     active.append((values != 0) | (slope != 0))
     if k:
       rate = None if links.sites[k] is None else model.rates[links.sites[k]]
-      kept, delta = _kept_after(spaces[k : k + 2], delta, active[k], rate)
+      kept, delta = _kept_after(spaces[k : k + 2], delta, active[k], rate, rounding)
     # delta = (next delta @ weights.T) * slope, and the next delta lies in the space of its layer.
     inner = layers[k + 1].weights[: len(values)].T
     within = jnp.eye(len(inner)) if k + 1 == last else spaces[k + 1].right
@@ -213,7 +219,8 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
       # What was kept shows once more, now that the delta is known that would be if all were. What
       # was wrong in the first place is in this delta too, so it is asked again.
       expected = (next_delta @ inner) * slope
-      sure = jnp.abs(expected) > 3e-5 * rms(expected, jnp.ones(len(kept)))
+      least = jnp.maximum(_LEAST_DELTA[0], _LEAST_DELTA[1] * rounding)
+      sure = jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept)))
       kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
     slopes.append(kept * slope)
@@ -244,13 +251,14 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
 
   # If it is of another loss, it is that of no label; but what was found is rounded.
   with_label, without = judge(labelled), judge(sign * delta)
-  told = with_label[-1] <= jnp.maximum(_NO_LABEL * without[-1], EXACT)
+  fits = jnp.maximum(EXACT, OF_ROUNDING * rounding)
+  told = with_label[-1] <= jnp.maximum(_NO_LABEL * without[-1], fits)
   deltas, scale, residual = jax.tree.map(lambda a, b: jnp.where(told, a, b), with_label, without)
   label, scale = jnp.where(told, label, -1), jnp.where(told, scale, jnp.nan)
   return Sample(tuple(inputs), deltas, tuple(masks), tuple(active), label, scale, residual)
 
 
-def _kept_after(spaces, delta, active, rate):
+def _kept_after(spaces, delta, active, rate, rounding):
   """Returns what a sample kept after a layer, and its delta there without rounding elsewhere.
 
   Args:
@@ -258,16 +266,17 @@ def _kept_after(spaces, delta, active, rate):
     delta: f64[n].
     active: b[n], entries that are not zero of themselves.
     rate: f[], of dropout; None if there is none.
+    rounding: f[], share of the gradient that rounding changed.
   """
   kept = active.astype(delta.dtype)
   if rate is None:
     return kept, kept * delta
   least, most = bounds(jnp.sum(kept), 0.0, rate)
-  zeros = split_zeros(delta, kept, jnp.maximum(least, 1), most)
+  zeros = split_zeros(delta, kept, jnp.maximum(least, 1), most, rounding)
   zero = zeros.zero & (zeros.gap > LEAST_GAP)
   if len(spaces) == 1:
     return kept * (1 - zero.astype(delta.dtype)), delta
-  kept, direction, _ = refine(spaces[0], spaces[1], zero | ~active, ~active, rate, 0.0)
+  kept, direction, _ = refine(spaces[0], spaces[1], zero | ~active, ~active, rate, 0.0, rounding)
   return kept, direction * jnp.sum(direction * delta) / jnp.sum(direction**2)
 
 

@@ -6,7 +6,8 @@ all together tell how well it is known (Phong et al. 2018; Geiping et al. 2020).
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ from jaxdia.closed_form.structure import (
   probing_params,
 )
 from jaxdia.core.trees import Path, leaves_by_path
-from jaxdia.gradients import layer_gradient
 from jaxdia.models import Network
 
+# No more kernels with a bias are tried.
+_MOST_PLACES = 8
 # So many entries of the same largest size were clipped to it.
 _CLIPPED = 4
 
@@ -32,18 +34,40 @@ class FirstLayer(NamedTuple):
   """A dense layer that is fed with one row of pixels an image, `factors * pixel + shifts`.
 
   Attributes:
-    path: where its kernel and its bias are.
+    kernel: path of its kernel, which may have any name.
+    bias: path of its bias.
+    turned: whether the kernel is [outputs, inputs].
     pixels: i[inputs], index into the flattened image of each input; 0 for constants.
     factors: f64[inputs], in evaluation mode; 0 for constants.
     shifts: f64[inputs].
     source: the dropout that multiplies its inputs, if any.
   """
 
-  path: Path
+  kernel: Path
+  bias: Path
+  turned: bool
   pixels: np.ndarray
   factors: np.ndarray
   shifts: np.ndarray
   source: Input
+
+  @property
+  def name(self) -> str:
+    """What messages call the layer: what its kernel and its bias lie in, or the kernel."""
+    common = [a for a, b in zip(self.kernel, self.bias, strict=False) if a == b]
+    return "/".join(common or self.kernel)
+
+  def read(self, leaves: Mapping[Path, Any]) -> "Inputs | None":
+    """Returns what a gradient says of its inputs; None if a part of it was not sent.
+
+    Args:
+      leaves: of the gradient, by path.
+    """
+    kernel, bias = leaves.get(self.kernel), leaves.get(self.bias)
+    if kernel is None or bias is None:
+      return None
+    kernel = np.asarray(kernel)
+    return read_inputs(kernel.T if self.turned else kernel, np.asarray(bias))
 
 
 class Inputs(NamedTuple):
@@ -79,16 +103,10 @@ def find_first_layer(network: Network) -> FirstLayer | None:
   size = int(np.prod(model.image_shape))
   drawn = jax.eval_shape(model.init, jax.random.key(0))
   shapes = {path: leaf.shape for path, leaf in leaves_by_path(drawn).items()}
-  paths = [
-    path[:-1]
-    for path, shape in shapes.items()
-    if path[-1] == "kernel"
-    and len(shape) == 2
-    and shape[0] >= size
-    and shapes.get((*path[:-1], "bias")) == shape[1:]
-  ]
-  if not paths:
+  places = _places(shapes, size)
+  if not places:
     return None
+  wanted = {path for kernel, bias, _ in places for path in (kernel, bias)}
   with jax.enable_x64(True):
     params = probing_params(model)
     weights = jnp.asarray(np.random.default_rng(0).standard_normal((1, model.num_classes)))
@@ -96,20 +114,38 @@ def find_first_layer(network: Network) -> FirstLayer | None:
     @jax.jit
     def gradients(params, masks, images):
       gradient = jax.grad(lambda p: jnp.sum(weights * model.apply(p, masks, images)))(params)
-      return {path: layer_gradient(gradient, path) for path in paths}
+      return {path: leaf for path, leaf in leaves_by_path(gradient).items() if path in wanted}
 
-    for path in paths:
-      found = _try(model, params, path, gradients)
+    for place in places:
+      found = _try(model, params, place, gradients)
       if found is not None:
         return found
   return None
 
 
-def _try(model, params, path, gradients) -> FirstLayer | None:
+def _places(shapes, size) -> list[tuple[Path, Path, bool]]:
+  """Returns what may be a kernel and its bias by their shapes, and whether the kernel is turned.
+
+  Those that lie together come first, as by chance others may have these shapes too.
+  """
+  vectors = [(path, shape[0]) for path, shape in shapes.items() if len(shape) == 1]
+  places = []
+  for path, shape in shapes.items():
+    for turned in (False, True):
+      inputs, outputs = (shape if len(shape) == 2 else (0, 0))[:: -1 if turned else 1]
+      if inputs >= size:
+        places += [(path, bias, turned) for bias, count in vectors if count == outputs]
+  together = sorted(places, key=lambda place: place[0][:-1] != place[1][:-1])
+  return together[:_MOST_PLACES]
+
+
+def _try(model, params, place, gradients) -> FirstLayer | None:
+  layer = FirstLayer(*place, *3 * [np.zeros(0)], Input(None, None))
+
   def inputs_of(masks, image):
-    leaves = gradients(params, masks, jnp.asarray(image).reshape(1, *model.image_shape))[path]
-    read = read_inputs(*(np.asarray(leaves[name]) for name in ("kernel", "bias")))
-    return read.values if read.residual < 1e-9 else np.full(len(leaves["kernel"]), np.nan)
+    leaves = gradients(params, masks, jnp.asarray(image).reshape(1, *model.image_shape))
+    read = layer.read(leaves)
+    return read.values if read.residual < 1e-9 else np.full(len(read.values), np.nan)
 
   size = int(np.prod(model.image_shape))
   expected = {s.name: (1 - s.rate) * full_masks(model)[s.name] for s in model.sites}
@@ -128,7 +164,7 @@ def _try(model, params, path, gradients) -> FirstLayer | None:
   if not complete or not close(inputs_of(expected, image), factors * image[pixels] + none):
     return None
   source = find_input(model, inputs_of)
-  return FirstLayer(path, pixels, factors, none, source)
+  return layer._replace(pixels=pixels, factors=factors, shifts=none, source=source)
 
 
 def read_inputs(kernel: np.ndarray, bias: np.ndarray) -> Inputs:

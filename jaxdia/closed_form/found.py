@@ -8,12 +8,15 @@ import numpy as np
 
 from jaxdia.client import Observation
 from jaxdia.closed_form.labels import recover_labels
-from jaxdia.closed_form.parts import Parts, Recovery, Verdict
+from jaxdia.closed_form.parts import NO_LABEL, Parts, Recovery, Verdict
+from jaxdia.closed_form.sparse import MOST_ROUNDING
 from jaxdia.core.errors import InputError
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
 
 # A sample that leaves no more than this of the gradient unexplained, relative, is exact.
 EXACT = 1e-3
+# A sample fits a gradient of which it leaves no more than so many times what rounding changed.
+OF_ROUNDING = 10
 
 
 class Found:
@@ -25,14 +28,18 @@ class Found:
     error: f64[B], likewise.
     scale: likewise.
     note: what is to be said even if all images are exact.
+    rounding: share of the gradient that rounding changed.
+    tolerance: a sample that leaves no more of the gradient unexplained, relative, fits it.
+    determined: b[B], as in `Recovery`.
   """
 
-  def __init__(self, model: DropoutModel, observation: Observation):
+  def __init__(self, model: DropoutModel, observation: Observation, rounding: float):
     """Begins with nothing found but labels.
 
     Args:
       model: the network.
       observation: of one client.
+      rounding: share of the gradient that rounding changed.
     """
     size = observation.batch_size
     self.dtype = observation.dtype
@@ -41,6 +48,9 @@ class Found:
     self.error = np.full(size, np.nan)
     self.scale = math.nan
     self.note = ""
+    self.rounding = rounding
+    self.tolerance = max(EXACT, OF_ROUNDING * rounding)
+    self.determined = np.zeros(size, bool)
     masks = expected_masks(model, size, jnp.float64)
     told = True
     if observation.labels is not None:
@@ -49,7 +59,7 @@ class Found:
       try:
         labels = np.asarray(recover_labels(model, observation))
       except InputError:
-        labels, told = np.zeros(size, np.int32), False  # images are read without them
+        labels, told = np.full(size, NO_LABEL, np.int32), False  # images are read without them
     self.parts = Parts(
       images=np.zeros((size, *model.image_shape)),
       verdict=np.full(size, Verdict.NOT_APPLICABLE, np.int32),
@@ -123,13 +133,22 @@ class Found:
       determined: whether the equations tell all of its pixels.
     """
     self.parts.images[number] = image
-    exact = residual <= EXACT and determined
+    self.determined[number] = determined and residual <= self.tolerance
+    exact = determined and residual <= EXACT and self.rounding <= MOST_ROUNDING
+    if self.determined[number] and not exact and np.isnan(self.error[number]):
+      self.error[number] = residual * np.sqrt(np.mean(np.square(image)))
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
 
   def recovery(self, reason: str) -> Recovery:
     """Returns the result, with the reason why there is not more."""
     parts = jax.tree.map(lambda x: x.astype(self.dtype) if x.dtype == np.float64 else x, self.parts)
-    exact = bool((parts.verdict == Verdict.EXACT).all())
+    if (parts.verdict == Verdict.EXACT).all():
+      reason = ""
+    elif self.determined.all():
+      reason = (
+        f"rounding changed {self.rounding:.1e} of the gradient, so the pixels are known up to a"
+        f" standard error of about {np.nanmax(self.error):.1e}"
+      )
     return Recovery(
-      parts, self.residual, self.note or ("" if exact else reason), self.scale, self.error
+      parts, self.residual, self.note or reason, self.scale, self.error, self.determined
     )

@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxdia.core.types import Array, Images, Labels, Masks
 
+# In place of a label that nothing tells.
+NO_LABEL = -1
+
 
 class Verdict(enum.IntEnum):
   """How well an image of the batch is known."""
@@ -26,7 +29,7 @@ class Parts(NamedTuple):
     verdict: i[B], a `Verdict` on each image.
     masks: {site: f[shape]}, the expected ones where they are not known.
     known_masks: {site: b[shape]}.
-    labels: i[B]; where they are not known, the most likely ones.
+    labels: i[B]; where they are not known, the most likely ones; NO_LABEL if none can be read.
     known_labels: b[B], labels that belong to the image in their place.
     features: {path of a layer: f[B, inputs]}; zeros where not known.
     known_features: {path: b[B]}.
@@ -52,7 +55,11 @@ class Recovery(NamedTuple):
     reason: why there is not more, for a person to read; empty if all is exact.
     scale: by which factor the gradient exceeds that of the loss, 1 up to rounding if it is of that
       loss; NaN where that is not known. Nothing else depends on it.
-    error: f[B], standard error of the pixels of an image, where its equations tell; else NaN.
+    error: f[B], standard error of the pixels of an image, where its equations tell; else NaN. That
+      of an image which only the rounding of the gradient keeps from being exact is rather too
+      large.
+    determined: b[B], images that the equations determine up to the rounding of the gradient: those
+      that are exact, and those that would be but for it.
   """
 
   parts: Parts
@@ -60,6 +67,7 @@ class Recovery(NamedTuple):
   reason: str
   scale: float = math.nan
   error: np.ndarray | float = math.nan
+  determined: np.ndarray | bool = False
 
   def summary(self) -> str:
     """Returns how many images are exact or approximate, and why not more, in one line."""

@@ -24,9 +24,10 @@ from jaxdia.closed_form.parts import Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
-from jaxdia.core.errors import first_line
+from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.trees import leaves_by_path
 from jaxdia.core.types import Key
-from jaxdia.gradients import layer_gradient
+from jaxdia.gradients import find_rounding, layer_gradient
 from jaxdia.models import DropoutModel
 
 # A gradient with so much outside the rank of its batch is not the sum of that many samples.
@@ -38,7 +39,9 @@ _ROUNDING = (6.0, 15.0)
 _MOST_UNCLEAR = 2
 
 
-def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery:
+def recover(
+  key: Key, model: DropoutModel, observation: Observation, rounding: float = 0.0
+) -> Recovery:
   """Recovers what linear algebra can from one client's gradient.
 
   Structures are looked for by calling the network: dense layers up to the logits with
@@ -52,27 +55,31 @@ def recover(key: Key, model: DropoutModel, observation: Observation) -> Recovery
     key: random key, of the starts of the search for sparse factors.
     model: the network.
     observation: of one client, with concrete values.
+    rounding: share of the gradient that is known to be rounding, as `updates` says it of weights.
+      Values that all fit into half precision are seen without it. Beyond `MOST_ROUNDING` no image
+      is called exact; what fits up to this rounding is approximate, with its error.
 
   Returns:
     What was recovered, of the gradient's type, on the host. Labels that are neither granted nor
-    can be read (see `recover_labels`) are 0, and not among the known ones.
+    can be read (see `recover_labels`) are NO_LABEL, and not among the known ones.
 
   Raises:
     InputError: the gradient has the opposite sign; see `check_sign`.
   """
   check_sign(model, observation)
   with jax.enable_x64(True):
-    return _recover(key, model, observation)
+    return _recover(key, model, observation, rounding)
 
 
-def _recover(key, model, observation) -> Recovery:
+def _recover(key, model, observation, rounding) -> Recovery:
   size = observation.batch_size
   gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), observation.gradient)
-  found = Found(model, observation)
+  rounding = max(rounding, find_rounding(gradient).level)
+  found = Found(model, observation, rounding)
   try:
     chain = find_chain(model.network)
-  except TypeError as error:  # as of a loop that carries float32, whatever it is given
-    return found.recovery(f"the network cannot be computed in float64 ({first_line(error)})")
+  except InputError as error:
+    return found.recovery(first_line(error))
   if chain is not None and chain.pixels is None:
     # Of every client, so that all results have the same form.
     convolutions = find_convolutions(model.network, chain.layers[0]) if size == 1 else None
@@ -100,7 +107,7 @@ def _recover(key, model, observation) -> Recovery:
   if size == 1 and found.parts.verdict[0] != Verdict.EXACT:
     reason = _use_first_layer(model, gradient, found) or reason
   if size == 1 and np.isnan(found.scale):
-    found.scale = _scale_by_classifier(model, observation, gradient)
+    found.scale = _scale_by_classifier(model, observation, gradient, found.tolerance)
   if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
     reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
@@ -123,7 +130,7 @@ def _use_patches(patching, gradient, found) -> str:
   if not patches.residual < 1:
     return "the gradient is not that of one image"
   found.set_image(0, patches.image.reshape(found.parts.images.shape[1:]), patches.residual)
-  if patches.kept is not None and patches.residual <= EXACT:
+  if patches.kept is not None and patches.residual <= found.tolerance:
     found.set_mask(patching.site, 0, np.arange(patches.kept.size), patches.kept)
   return f"the patches leave {patches.residual:.1e} of their gradient unexplained"
 
@@ -133,21 +140,19 @@ def _use_first_layer(model, gradient, found) -> str:
   layer = find_first_layer(model.network)
   if layer is None:
     return ""
-  leaves = layer_gradient(gradient, layer.path)
-  if set(leaves) != {"kernel", "bias"}:  # a frozen layer, or one of which a part was sent
+  read, name = layer.read(leaves_by_path(gradient)), layer.name
+  if read is None:  # a frozen layer, or one of which a part was sent
     return ""
-  read = read_inputs(leaves["kernel"], leaves["bias"])
-  name = "/".join(layer.path)
   error = np.linalg.norm(read.errors) / max(np.linalg.norm(read.values), 1e-300)
   if not (read.residual < 1 and error < 1):
     return f"the gradient of {name} is not that of one image"
   known, values, site = layer.factors != 0, read.values, layer.source.site
   if site is not None:
-    kept = _kept_features(values, model.rates[site])
+    kept = _kept_features(values, model.rates[site], found)
     values = values * (1 - model.rates[site])
     if kept is not None:
       known &= kept > 0
-      if read.residual <= EXACT:
+      if read.residual <= found.tolerance:
         found.set_mask(site, 0, layer.source.entries, kept)
   pixels, factors = layer.pixels[known], layer.factors[known]
   image, seen = np.zeros((2, found.parts.images[0].size))
@@ -156,7 +161,7 @@ def _use_first_layer(model, gradient, found) -> str:
   found.residual[0] = read.residual
   found.error[0] = np.sqrt(np.mean(np.square(read.errors[known] / factors)))
   whole = bool(seen.all()) and (site is None or kept is not None)
-  sure = whole and read.checked and error <= EXACT
+  sure = whole and read.checked and error <= found.tolerance
   found.set_image(0, image.reshape(found.parts.images.shape[1:]), read.residual, sure)
   if whole and not read.checked:
     return f"too few outputs of {name} have a gradient to tell whether it is that of one image"
@@ -184,22 +189,21 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   if size > 1 and size >= narrowest:
     return f"a layer of width {narrowest} cannot hold {size} samples apart"
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
-  rounding = float(np.finfo(observation.dtype).eps)
+  rounding = max(found.rounding, float(np.finfo(observation.dtype).eps))
   result = batches.solve(
     key, model, chain, params, gradient, size, _MOST_NOISE, observation.loss, rounding
   )
   samples = result.samples
   count = 0 if samples is None else len(samples.label)
-  if samples is not None and np.min(samples.residual) <= EXACT:
-    told = samples.scale[(samples.residual <= EXACT) & np.isfinite(samples.scale)]
+  if samples is not None and np.min(samples.residual) <= found.tolerance:
+    told = samples.scale[(samples.residual <= found.tolerance) & np.isfinite(samples.scale)]
     found.scale = float(np.median(told)) if told.size else math.nan
   for i in range(count):
     assert samples is not None  # they are counted
     inputs, residual = samples.inputs[0][i], samples.residual[i]
-    exact = residual <= EXACT
     features = inputs[: chain.layers[0].inputs]
     _note_inputs(chain, found, i, features, residual)
-    if not exact:
+    if not residual <= found.tolerance:
       continue
     if samples.label[i] >= 0:
       found.set_label(i, int(samples.label[i]))
@@ -217,10 +221,10 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
         path = chain.layers[k + 1].path
         found.set_features(path, i, samples.inputs[k + 1][i][: chain.layers[k + 1].inputs])
     if chain.inputs[0].site is not None:
-      kept = _kept_features(features, rates[chain.inputs[0].site])
+      kept = _kept_features(features, rates[chain.inputs[0].site], found)
       if kept is not None:
         found.set_mask(chain.inputs[0].site, i, chain.inputs[0].entries, kept)
-  if result.copies is not None and result.copies.residual <= EXACT:
+  if result.copies is not None and result.copies.residual <= found.tolerance:
     inputs, residual, number = result.copies
     for i in range(count, min(count + number, size)):
       _note_inputs(chain, found, i, inputs[: chain.layers[0].inputs], residual)
@@ -267,15 +271,15 @@ def _use_classifier(chain, observation, gradient, rates, found) -> str:
   found.residual[0] = residual
   if residual < 1:
     found.set_features(path, 0, features)
-  if residual <= EXACT and chain.inputs[0].site is not None:
+  if residual <= found.tolerance and chain.inputs[0].site is not None:
     site = chain.inputs[0].site
-    kept = _kept_features(features, rates[site])
+    kept = _kept_features(features, rates[site], found)
     if kept is not None:
       found.set_mask(site, 0, chain.inputs[0].entries, kept)
   return "the classifier is fed with features, not with pixels"
 
 
-def _scale_by_classifier(model, observation, gradient) -> float:
+def _scale_by_classifier(model, observation, gradient, tolerance) -> float:
   """Returns by which factor the gradient of one image exceeds that of the loss; NaN if unknown."""
   leaves = {} if model.classifier is None else layer_gradient(gradient, model.classifier)
   if set(leaves) != {"kernel", "bias"}:
@@ -288,7 +292,7 @@ def _scale_by_classifier(model, observation, gradient) -> float:
   delta = np.asarray(last_delta(logits, jnp.asarray(leaves["bias"]), observation.loss, rounding)[1])
   scale = delta @ leaves["bias"] / (delta @ delta)
   misfit = np.linalg.norm(scale * delta - leaves["bias"]) / np.linalg.norm(leaves["bias"])
-  return float(scale) if max(read.residual, misfit) <= EXACT else math.nan
+  return float(scale) if max(read.residual, misfit) <= tolerance else math.nan
 
 
 def _use_convolutions(
@@ -296,7 +300,7 @@ def _use_convolutions(
 ) -> str:
   """Goes on from the inputs of the first dense layer; returns why there is not more, or nothing."""
   after = chain.layers[0]
-  if not (found.parts.known_features[after.path][0] and found.residual[0] <= EXACT):
+  if not (found.parts.known_features[after.path][0] and found.residual[0] <= found.tolerance):
     return ""
   rates = model.rates
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
@@ -307,7 +311,7 @@ def _use_convolutions(
   source = chain.inputs[0]
   choices = [np.ones(values.size)]
   if source.site is not None:
-    kept = _kept_features(values, rates[source.site])
+    kept = _kept_features(values, rates[source.site], found)
     choices = [] if kept is None else [kept]
   for layer, earlier in zip(
     reversed(convolutions.layers), reversed(convolutions.inputs), strict=True
@@ -369,8 +373,8 @@ def _kept_inputs(before: Before, rate) -> list[np.ndarray]:
   return answers
 
 
-def _kept_features(features, rate):
+def _kept_features(features, rate, found):
   """Returns which inputs of a layer were kept, if those that were dropped stand out."""
   least, most = bounds(features.size, 1.0, rate)
-  zeros = split_zeros(features, np.ones(features.size), least, most)
+  zeros = split_zeros(features, np.ones(features.size), least, most, found.rounding)
   return 1.0 - np.asarray(zeros.zero) if zeros.gap > LEAST_GAP else None

@@ -20,6 +20,9 @@ _SHRINK = 0.9
 LEAST_GAP = 8.0
 # A plane is worth a try from here on: what comes of it is checked against the gradient.
 _CANDIDATE_GAP = 3.0
+# Where rounding changed a larger share of a gradient, as in half precision, no gap is left between
+# zeros and the rest, and nothing is exact.
+MOST_ROUNDING = 1e-4
 
 
 class Zeros(NamedTuple):
@@ -110,27 +113,48 @@ def _least_eigenvector(matrix, padding, start, steps):
   return vector
 
 
-def split_zeros(values: jax.Array, counts: jax.Array, least: jax.Array, most: jax.Array) -> Zeros:
+def split_zeros(
+  values: jax.Array,
+  counts: jax.Array,
+  least: jax.Array,
+  most: jax.Array,
+  rounding: float | jax.Array = 0.0,
+) -> Zeros:
   """Splits entries into zeros and others at the widest gap in the order of their sizes.
+
+  In a gradient of half precision zeros may not be so much smaller than the least of the others that
+  a gap would show. Then the split is the one that makes the entries likeliest as draws from two
+  normal distributions, and what stands for the gap is how much wider the one is than the other.
 
   Args:
     values: f64[n].
     counts: f64[n] or b[n], which entries are looked at; the others are no zeros.
     least: f[], the least number of zeros.
     most: f[], the largest number.
+    rounding: f[], share of the gradient that rounding changed.
 
   Returns:
     The zeros.
   """
   sizes = jnp.where(counts > 0, jnp.abs(values), jnp.inf)
   order = jnp.sort(sizes)
-  floor = 1e-14 * jnp.max(jnp.where(counts > 0, sizes, 0)) + 1e-300
+  noisy = rounding > MOST_ROUNDING
+  floor = jnp.where(noisy, rounding, 1e-14) * jnp.max(jnp.where(counts > 0, sizes, 0)) + 1e-300
   logs = jnp.log(jnp.maximum(order, floor))
   number = jnp.arange(1.0, len(order))  # of zeros, if the gap is after so many
+  allowed = (number >= least) & (number <= most)
   gaps = jnp.where(jnp.isfinite(logs[1:]), logs[1:] - logs[:-1], 0)
-  gaps = jnp.where((number >= least) & (number <= most), gaps, -1)
-  best = jnp.argmax(gaps)
-  return Zeros(sizes <= order[best], jnp.exp(gaps[best]))
+  best = jnp.argmax(jnp.where(allowed, gaps, -1))
+  squares = jnp.where(jnp.isfinite(order), jnp.maximum(order, floor) ** 2, 0)
+  below = jnp.cumsum(squares)[:-1]
+  others = jnp.maximum(jnp.sum(counts > 0) - number, 1)
+  widths = jnp.log(below / number), jnp.log((jnp.sum(squares) - below) / others + floor**2)
+  likelihoods = -(number * widths[0] + others * widths[1])
+  likeliest = jnp.argmax(jnp.where(allowed & jnp.isfinite(logs[1:]), likelihoods, -jnp.inf))
+  wider = (widths[1] - widths[0])[likeliest] / 2
+  fuzzy = noisy & (gaps[best] < jnp.log(LEAST_GAP))
+  split, gap = (jnp.where(fuzzy, a, b) for a, b in ((likeliest, best), (wider, gaps[best])))
+  return Zeros(sizes <= order[split], jnp.exp(gap))
 
 
 @jax.jit
@@ -141,6 +165,7 @@ def examine(
   normals: jax.Array,
   rate: jax.Array,
   silent: jax.Array,
+  rounding: jax.Array,
 ) -> Zeros:
   """Sharpens hyperplanes, and says which points lie on them.
 
@@ -151,6 +176,7 @@ def examine(
     normals: f64[k, rank].
     rate: f[], of dropout: the share of points that lies on the plane of a sample.
     silent: f[], see `bounds`.
+    rounding: f[], see `split_zeros`.
 
   Returns:
     `Zeros` with leading axis k. The gap is less than 1 if no more points lie on the plane
@@ -161,10 +187,10 @@ def examine(
   least, most = bounds(jnp.sum(counts), rank + 2, rate, silent)
 
   def one(q):
-    zeros = split_zeros(points @ q, counts, least, most)
+    zeros = split_zeros(points @ q, counts, least, most, rounding)
     for _ in range(2):
       q = normal(points, zeros.zero, padding)
-      zeros = split_zeros(points @ q, counts, least, most)
+      zeros = split_zeros(points @ q, counts, least, most, rounding)
     return zeros
 
   return jax.lax.map(one, normals, batch_size=64)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
 from jaxdia.core.types import Masks, Params
-from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, model_of
+from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, discovery, model_of
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
 _TOLERANCE = 1e-9
@@ -88,7 +89,8 @@ def probing_params(model: DropoutModel) -> Params:
 
 def model_to_try(network: Network) -> DropoutModel:
   """Returns a network at rates above 0, on which its structure does not depend."""
-  return model_of(network, dict.fromkeys(model_of(network).rates, 0.5))
+  # Of plain functions the rates are no part of the network.
+  return model_of(network, dict.fromkeys(discovery.discover(network, 2).sites, 0.5))
 
 
 @functools.lru_cache
@@ -101,8 +103,12 @@ def find_chain(network: Network) -> Chain | None:
   Returns:
     The longest chain that ends with the classifier; None if the model has no
     known classifier, or it cannot be tapped.
+
+  Raises:
+    InputError: the network cannot be computed in float64, in which its structure is tried.
   """
   model = model_to_try(network)
+  _check_float64(model)
   shapes = leaves_by_path(jax.eval_shape(model.init, jax.random.key(0)))
   layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
   layers = [layer for layer in layers if len(shapes[(*layer.path, "kernel")].shape) == 2]
@@ -121,6 +127,20 @@ def find_chain(network: Network) -> Chain | None:
       links.insert(0, link)
       first -= 1
     return _chain(model, params, layers[first : last + 1], links)
+
+
+def _check_float64(model: DropoutModel) -> None:
+  """Refuses a network such as a loop that carries float32, whatever it is given."""
+
+  def call():
+    images = jnp.zeros((1, *model.image_shape), jnp.float64)
+    return model.apply(probing_params(model), None, images)
+
+  try:
+    with jax.enable_x64(True):
+      jax.eval_shape(call)
+  except TypeError as error:
+    raise InputError(f"the network cannot be computed in float64 ({first_line(error)})") from error
 
 
 @functools.lru_cache

@@ -50,7 +50,8 @@ def evaluate(
     secret: what the attack was after; masks that nobody knows (None) score nothing.
     candidate: what it found; masks that were not searched (None) get no score.
     statistics: what normalised the images.
-    labels: i[B], the labels that the attack found by itself, if it did.
+    labels: i[B], the labels that the attack found by itself, if it did; less than 0 where it
+      found none.
     found: b[B], which images it found; the others get no score but that of their
       labels or, in a batch of one, of their mask. All if None.
     known_masks: {site: b[shape]}, the entries of the masks that it found; all if None.
@@ -69,7 +70,8 @@ def evaluate(
   columns = image_scores(pairs)
   columns["label_accuracy"] = None
   if labels is not None:
-    columns["label_accuracy"] = np.asarray(labels)[order] == np.asarray(secret.labels)
+    labels = np.asarray(labels)[order]
+    columns["label_accuracy"] = np.where(labels < 0, np.nan, labels == np.asarray(secret.labels))
   by_site = {}
   if candidate.masks and secret.masks is not None:
     by_site = mask_diagnostics(model, candidate.masks, secret.masks, order, known_masks)

@@ -19,6 +19,7 @@ from jaxdia.gradients.matching import (
   layer_gradient,
   prepare,
 )
+from jaxdia.gradients.rounding import Rounding, find_rounding
 
 __all__ = [
   "DISTANCES",
@@ -27,11 +28,13 @@ __all__ = [
   "Factors",
   "Method",
   "Prepared",
+  "Rounding",
   "Target",
   "choose_layers",
   "compare",
   "cosine_distance",
   "factorize",
+  "find_rounding",
   "layer_gradient",
   "prepare",
   "squared_l2_distance",

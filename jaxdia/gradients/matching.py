@@ -184,7 +184,7 @@ def compare(
   masks: Masks | None,
   images: Images,
   labels: Labels,
-  loss: Loss = CROSS_ENTROPY,
+  loss: Loss,
 ) -> Comparison:
   """Compares the gradient of a dummy batch with the client's.
 

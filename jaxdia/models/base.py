@@ -252,7 +252,7 @@ class DropoutModel:
 
     def drop_at(call):
       assert masks is not None  # without masks, sites are ignored
-      mask = masks[call.name]
+      mask = jnp.asarray(masks[call.name])
       if mask.shape != call.shape:
         raise InputError(
           f"the mask of site {call.name!r} has shape {mask.shape}; expected {call.shape} for"

@@ -17,6 +17,19 @@ from jaxdia.models.base import DropoutModel, Network
 from jaxdia.models.layers import Entry, shape_before
 
 
+class _Identity:
+  """What tells networks from one another, hashed once: it is asked for at every call."""
+
+  def __init__(self, parts: tuple[Hashable, ...]):
+    self.parts, self._hash = parts, hash(parts)
+
+  def __hash__(self) -> int:
+    return self._hash
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _Identity) and self.parts == other.parts
+
+
 class InstanceNetwork(Network):
   """A network that is given with its weights, as an instance of another library's module.
 
@@ -41,13 +54,23 @@ class InstanceNetwork(Network):
       raise InputError(f"{name} has no parameters, so a client has no gradient to send.")
     self.name, self.image_shape, self.arrays = name, image_shape, dict(arrays)
     self._entries = dict(entries)
-    self._identity = (type(self), image_shape, digest(arrays), *identity)
+    self._identity = _Identity((type(self), image_shape, digest(arrays), *identity))
 
   def __hash__(self) -> int:
     return hash(self._identity)
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, InstanceNetwork) and self._identity == other._identity
+
+  def has_weights(self, arrays: Mapping[str, Any]) -> bool:
+    """Returns whether arrays are the weights that the module was given with.
+
+    Args:
+      arrays: {the library's name: array, or None}.
+    """
+    return arrays.keys() >= self.arrays.keys() and all(
+      np.array_equal(arrays[name], own) for name, own in self.arrays.items()
+    )
 
   def init(self, key: Key) -> Params:
     """Returns the weights that the module was given with, whatever the key."""
@@ -62,7 +85,7 @@ class InstanceNetwork(Network):
       **fields: attributes to change.
     """
     other = copy.copy(self)
-    vars(other).update(fields, _identity=(*self._identity, mode))
+    vars(other).update(fields, _identity=_Identity((*self._identity.parts, mode)))
     return other
 
   def entries(self) -> dict[str, Entry]:
@@ -127,6 +150,11 @@ def from_native(model: DropoutModel, tree: Any, what: str = "params") -> Params:
   network = model.network
   entries, shapes = network.entries(), leaves_by_path(discovery.params_shape(network))
   arrays, is_module = _named_arrays(tree, what)
+  if what == "gradient" and isinstance(network, InstanceNetwork) and network.has_weights(arrays):
+    raise InputError(
+      f"the gradient is the weights of {network.name} themselves. Pass what the library's own"
+      " differentiation returned."
+    )
   if "params" not in {name.partition(".")[0] for name in entries}:  # as Linen's variables
     arrays = {name.removeprefix("params."): array for name, array in arrays.items()}
   for name, array in arrays.items():
@@ -153,6 +181,11 @@ def from_native(model: DropoutModel, tree: Any, what: str = "params") -> Params:
 def _named_arrays(tree: Any, what: str) -> tuple[dict[str, Any], bool]:
   """Returns a tree's arrays by their names, and whether it may hold others besides the params."""
   if isinstance(tree, nnx.Module):
+    if what == "gradient":
+      raise InputError(
+        f"the gradient is the module {type(tree).__name__}, which holds weights; expected the State"
+        " that nnx.grad returns, or a dict of arrays by their names."
+      )
     return _named_arrays(nnx.state(tree, nnx.Param), what)[0], True
   if isinstance(tree, nnx.State):
     tree = nnx.to_pure_dict(tree)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 from flax.core import tracers
 from flax.linen.dtypes import promote_dtype
 
@@ -40,6 +41,12 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
     module = context.module
     if context.method_name != "__call__":
       return next_fun(*args, **kwargs)
+    if isinstance(module, nnx.bridge.ToLinen):
+      raise InputError(
+        f"{'/'.join(module.path) or type(module).__name__} is a module of Flax NNX in a bridge,"
+        " into which nothing is seen. Give the network as a module of NNX to from_nnx, or write the"
+        " layer in Linen."
+      )
     if isinstance(module, nn.Dropout):
       return _dropout(on_site, on_inactive, site_name, next_fun, args, kwargs, module)
     if isinstance(module, nn.MultiHeadDotProductAttention) and module.dropout_rate != 0:

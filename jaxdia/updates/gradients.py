@@ -10,7 +10,7 @@ from jaxdia.core.types import Gradient, Params
 from jaxdia.updates.problems import listed
 
 # A share of the gradient's norm that is worth a note.
-_MUCH_ROUNDING = 1e-3
+MUCH_ROUNDING = 1e-3
 
 
 class Update(NamedTuple):
@@ -23,13 +23,29 @@ class Update(NamedTuple):
       update is exactly zero in all entries.
     rounding: what the rounding of the numbers that were sent adds to the gradient, as a share of
       its norm: about the least residual that the truth itself has.
-    notes: what was assumed, each a sentence.
+    assumed: what was assumed besides, each a sentence.
   """
 
   gradient: Gradient
   frozen: tuple[str, ...]
   rounding: float
-  notes: tuple[str, ...]
+  assumed: tuple[str, ...]
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """All that was assumed, and what limits what the gradient tells, each a sentence."""
+    notes = list(self.assumed)
+    if self.frozen:
+      notes.append(
+        f"there is no update of {listed(self.frozen)}, or it is exactly zero: taken as frozen"
+        " layers."
+      )
+    if self.rounding > MUCH_ROUNDING:
+      notes.append(
+        f"the rounding of what was sent is {self.rounding:.1g} of the gradient, so nothing can be"
+        " exact beyond that."
+      )
+    return tuple(notes)
 
 
 def from_weights(
@@ -123,7 +139,7 @@ def _of_difference(before, differences, errors, learning_rate, local_steps, weig
   return _update(before, gradients, errors, weight_decay, notes)
 
 
-def _update(before, gradients, errors, weight_decay, notes) -> Update:
+def _update(before, gradients, errors, weight_decay, assumed) -> Update:
   """Returns the update of gradients f64 with the squares of their rounding errors, by path."""
   decay = check_number("weight_decay", weight_decay, lambda x: x >= 0, "a number of at least 0")
   leaves = leaves_by_path(before)
@@ -133,11 +149,6 @@ def _update(before, gradients, errors, weight_decay, notes) -> Update:
       "the update is zero in all entries; expected one that a client's training has changed."
       " Compare the weights that the server sent with those that came back."
     )
-  if unchanged := [path for path in gradients if path not in moving]:
-    notes.append(
-      f"the update of {listed('/'.join(path) for path in unchanged)} is exactly zero: taken as"
-      " frozen layers."
-    )
   if decay:  # what decayed weights leave of units without gradient is rounding, and not a gradient
     moving = {path: leaf - decay * _wide(leaves[path]) for path, leaf in moving.items()}
     for path, leaf in moving.items():
@@ -146,18 +157,13 @@ def _update(before, gradients, errors, weight_decay, notes) -> Update:
     sum(np.nansum(errors[path]) for path in moving)
     / sum(np.nansum(np.square(leaf)) for leaf in moving.values())
   )
-  if rounding > _MUCH_ROUNDING:
-    notes.append(
-      f"the rounding of what was sent is {rounding:.1g} of the gradient, so nothing can be exact"
-      " beyond that."
-    )
   is_double = any(np.asarray(leaf).dtype == np.float64 for leaf in leaves.values())
   dtype = np.float64 if is_double else np.float32
   gradient = with_leaves(
     before, {path: moving[path].astype(dtype) if path in moving else None for path in leaves}
   )
   frozen = tuple("/".join(path) for path in leaves if path not in moving)
-  return Update(gradient, frozen, float(rounding), tuple(notes))
+  return Update(gradient, frozen, float(rounding), tuple(assumed))
 
 
 def _pairs(before: Params, other: Any) -> dict[Path, tuple[np.ndarray, np.ndarray]]:

@@ -44,7 +44,7 @@ class Fit(NamedTuple):
       a gradient that is None was not sent: its layer is frozen.
     frozen: paths of these leaves.
     extra: arrays that are no params, by their names, such as running averages of BatchNorm.
-    notes: what was assumed, each a sentence.
+    notes: what was assumed, each a sentence; of frozen layers `Update` says it.
   """
 
   tree: Params
@@ -103,7 +103,6 @@ def fit(
   frozen = tuple("/".join(path) for path in leaves if path not in found)
   if frozen:
     problems.check_missing(what, leaves, found, extra)
-    notes.append(f"no gradient was sent of {problems.listed(frozen)}: taken as frozen layers.")
   constants = [parts_of(name) for name in model.network.constants()]
   fixed = [name for name in extra if any(parts_of(name)[-len(c) :] == c for c in constants)]
   if fixed:

@@ -1,0 +1,157 @@
+"""One command answers for each library and form of an update: of MNIST digits, in minutes."""
+
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import pytest
+from adapter_cases import LIBRARIES
+from experiment_cases import ROOT
+
+from jaxdia import data, models
+from jaxdia.audit.schema import Audit
+from jaxdia.models.entries import arrays_of
+
+SIZES = (784, 512, 512, 10)
+NETS = """
+import jax
+import jax.numpy as jnp
+
+SIZES = (784, 512, 512, 10)
+
+
+def linen():
+  from flax import linen as nn
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+      x = x.reshape(len(x), -1)
+      for size in SIZES[1:-1]:
+        x = jax.nn.gelu(nn.Dense(size)(x), approximate=False)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+      return nn.Dense(SIZES[-1])(x)
+
+  return Net()
+
+
+def nnx():
+  from flax import nnx
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      pairs = list(zip(SIZES[:-1], SIZES[1:]))
+      self.hidden = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in pairs[:-1]])
+      self.drop = nnx.Dropout(0.5, rngs=rngs)
+      self.out = nnx.Linear(*pairs[-1], rngs=rngs)
+
+    def __call__(self, x):
+      x = x.reshape(len(x), -1)
+      for layer in self.hidden:
+        x = self.drop(jax.nn.gelu(layer(x), approximate=False))
+      return self.out(x)
+
+  return Net(nnx.Rngs(0))
+
+
+def equinox():
+  import equinox as eqx
+
+  keys, layers = jax.random.split(jax.random.key(0), 3), [eqx.nn.Lambda(jnp.ravel)]
+  gelu = eqx.nn.Lambda(lambda x: jax.nn.gelu(x, approximate=False))
+  for key, n, m in zip(keys, SIZES[:-1], SIZES[1:]):
+    layers += [eqx.nn.Linear(n, m, key=key), gelu, eqx.nn.Dropout(0.5)]
+  return eqx.nn.Sequential(layers[:-2])
+
+
+def torch():
+  import torch
+  from torch import nn
+
+  torch.manual_seed(0)
+  layers = [nn.Flatten()]
+  for n, m in zip(SIZES[:-1], SIZES[1:]):
+    layers += [nn.Linear(n, m), nn.GELU(), nn.Dropout(0.5)]
+  return nn.Sequential(*layers[:-2])
+"""
+
+
+def _loss(logits, labels):
+  return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels])
+
+
+def _own_gradient(library, module, params, images, labels):
+  """Computes the gradient of a training step as users of a library do, with its own dropout."""
+  if library == "linen":
+    rngs = {"dropout": jax.random.key(7)}
+    return jax.grad(lambda p: _loss(module.apply({"params": p}, images, rngs=rngs), labels))(params)
+  if library == "nnx":
+    from flax import nnx
+
+    return nnx.grad(lambda m: _loss(m(images), labels))(module)
+  if library == "equinox":
+    import equinox as eqx
+
+    keys = jax.random.split(jax.random.key(7), len(images))
+    batch = images.transpose(0, 3, 1, 2)
+    outputs = lambda m: jax.vmap(lambda x, key: m(x, key=key))(batch, keys)  # noqa: E731
+    return eqx.filter_grad(lambda m: _loss(outputs(m), labels))(module)
+  import torch
+
+  outputs = module(torch.from_numpy(np.array(images.transpose(0, 3, 1, 2))))
+  torch.nn.functional.cross_entropy(outputs, torch.from_numpy(np.array(labels)).long()).backward()
+  return {name: x.grad for name, x in module.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_batch_of_four_digits_is_answered_by_one_command(tmp_path, library, capsys):
+  """Prints the seconds, which stand in docs/audit.md."""
+  for name in {"equinox": ("equinox",), "torch": ("torch", "torchax")}.get(library, ()):
+    pytest.importorskip(name)
+  (tmp_path / "digits_nets.py").write_text(NETS)
+  space: dict = {}
+  exec(NETS, space)
+  module = space[library]()
+  victims = data.load("samples:mnist", 4)
+  images = jnp.asarray(data.normalize(victims.images, victims.statistics), jnp.float32)
+  labels = jnp.asarray(victims.labels, jnp.int32)
+  model = models.from_module(module, (28, 28, 1))
+  before = model.init(jax.random.key(0))
+  own = _own_gradient(library, module, before, images, labels)
+  gradient = models.from_native(model, own, "gradient")
+  after = jax.tree.map(lambda w, g: w - 0.1 * g, before, gradient)
+  for name, tree in (("before", before), ("gradient", gradient), ("after", after)):
+    arrays = arrays_of(model.network.entries(), tree)
+    np.savez(tmp_path / f"{name}.npz", **{k: np.asarray(v) for k, v in arrays.items()})
+  np.savez(tmp_path / "truth.npz", images=victims.images, labels=victims.labels)
+  for kind, known in (("gradient", []), ("after", ["--config.learning_rate=0.1"])):
+    command = [
+      *(sys.executable, ROOT / "launch" / "audit.py", "--config=configs/audit.py", *known),
+      *(f"--config.model.name=digits_nets:{library}", "--config.batch_size=4"),
+      *(f"--config.before={tmp_path}/before.npz", f"--config.{kind}={tmp_path}/{kind}.npz"),
+      *("--config.statistics=mnist", f"--config.truth={tmp_path}/truth.npz"),
+      f"--workdir={tmp_path / kind}",
+    ]
+    paths = f"{tmp_path}:{ROOT}"
+    empty = {"PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / f"cache_{kind}")}
+    start = time.monotonic()
+    done = subprocess.run(
+      list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, **empty}
+    )
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    (update,) = msgspec.json.decode(
+      (tmp_path / kind / "audit.json").read_bytes(), type=Audit
+    ).updates
+    worst = max(image.scores["mse"] for image in update.images)
+    with capsys.disabled():
+      print(
+        f"\n{library}, {kind}: {update.count('certain')} of 4, MSE {worst:.1e}, {seconds:.0f} s"
+      )
+    assert update.count("certain") == 4 and worst < 1e-10 and seconds < 120
