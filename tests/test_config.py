@@ -60,6 +60,7 @@ def test_every_config_is_valid(file):
     ({"engine.lanes": 0}, "config.engine.lanes is 0"),
     ({"engine.chunk": 0}, "config.engine.chunk is 0"),
     ({"engine.matching": "fast"}, "config.engine.matching: 'fast'. Choose one of: auto"),
+    ({"engine.convolve": "fft"}, "config.engine.convolve: 'fft'. Choose one of: auto"),
     ({"precision": "bfloat16"}, "config.precision: 'bfloat16'. Did you mean 'float"),
     ({"engine.checkpoint_seconds": -1.0}, "checkpoint_seconds is -1.0"),
     ({"engine.checkpoint_seconds": float("nan")}, "checkpoint_seconds is nan"),

@@ -101,7 +101,7 @@ def _match(name, convolve, method):
     target = prepare(model, observation, method).target
 
     def distance(images):
-      comparison = compare(model, params, target, secret.masks, images, labels)
+      comparison = compare(model, params, target, secret.masks, images, labels, observation.loss)
       return comparison.inner, comparison
 
     start = jax.random.normal(jax.random.key(3), shape, jnp.float64)

@@ -83,7 +83,9 @@ def _begun(workdir, monkeypatch):
   return config
 
 
-@pytest.mark.parametrize(("field", "value"), [("lanes", 3), ("matching", "formed")])
+@pytest.mark.parametrize(
+  ("field", "value"), [("lanes", 3), ("matching", "formed"), ("convolve", "product")]
+)
 def test_an_interrupted_run_goes_on_with_the_engine_that_it_was_begun_with(
   field, value, tmp_path, monkeypatch
 ):

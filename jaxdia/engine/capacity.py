@@ -54,15 +54,21 @@ def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
   masks = model.mask_shapes(observation.batch_size)
   entries = sum(int(np.prod(shape)) for shape in masks.values())
   formed = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
-  thin = 0
-  for layer in choose_layers(model, observation.batch_size, "auto"):
+  thin = patches = 0
+  factored = choose_layers(model, observation.batch_size, "auto")
+  for layer in factored:
     formed -= layer.inputs * layer.outputs
     thin += sum(layer.rows) * (layer.inputs + layer.outputs)
+  as_products = model.as_products() - {layer.path for layer in factored}
+  for layer in model.products(observation.batch_size):
+    if layer.path in as_products:
+      patches += sum(layer.rows) * layer.inputs
   # Of what is formed, the target and about four arrays for the dummy gradient and its derivative;
   # of what is thin, the factors and about as many for what passes the layer; of the masks about
-  # eight for the search; and the recorded images.
+  # eight for the search; of the patches of a convolution those of its inputs and of a derivative;
+  # and the recorded images.
   pixels = RECORDED * observation.batch_size * int(np.prod(model.image_shape))
-  return observation.dtype.itemsize * (5 * formed + 5 * thin + 8 * entries + pixels)
+  return observation.dtype.itemsize * (5 * formed + 5 * thin + 8 * entries + 2 * patches + pixels)
 
 
 def halve_lanes(lanes: int, error: jax.errors.JaxRuntimeError) -> int:

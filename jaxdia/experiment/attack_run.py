@@ -1,6 +1,7 @@
 """One attack on all gradients of an experiment: its trials, and what they found."""
 
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 import time
@@ -70,7 +71,8 @@ class AttackRun:
       InputError: the attack cannot be run on this network.
     """
     self.name = name
-    self.attack: Attack = CATALOGUE[name].build(clients.model, settings.attacks[name])
+    model = dataclasses.replace(clients.model, convolve=settings.engine.convolve)
+    self.attack: Attack = CATALOGUE[name].build(model, settings.attacks[name])
     _check_labels(self.attack, settings.data.batch_size)
     self.restarts = settings.restarts if self.attack.max_iterations else 1  # or all were the same
     self.images: np.ndarray | None = None

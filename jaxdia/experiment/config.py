@@ -13,8 +13,8 @@ from jaxdia.attacks import CATALOGUE, AttackSettings
 from jaxdia.client import defences
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.data import STATISTICS
-from jaxdia.gradients import METHODS
-from jaxdia.models import MODELS, check_rate
+from jaxdia.gradients import METHODS, Method
+from jaxdia.models import CONVOLVE, MODELS, Convolve, check_rate
 
 # Products of fewer bits are not among them: see ARCHITECTURE.md.
 PRECISIONS = ("float32", "float64")
@@ -101,8 +101,8 @@ class ModelSettings:
 class EngineSettings:
   """How the trials are run.
 
-  Results are exactly the same with the same `lanes`, `matching` and devices. With others
-  they are equal but for rounding, which a long search amplifies: two trials may end at other
+  Results are exactly the same with the same `lanes`, `matching`, `convolve` and devices. With
+  others they are equal but for rounding, which a long search amplifies: two trials may end at other
   points. So a work directory keeps those that it was begun with (`jaxdia.experiment.store`).
 
   Attributes:
@@ -110,20 +110,24 @@ class EngineSettings:
     chunk: steps between two looks at the lanes; None chooses about a second.
     matching: how the kernel gradients of dense layers are compared: "formed",
       "factored", or "auto", which chooses the cheaper way for each layer.
+    convolve: how attacks compute convolutions: "native", as a "product" of patches, or "auto",
+      which chooses for each layer and device; see `jaxdia.models.DropoutModel`.
     checkpoint_seconds: how often running trials are saved.
   """
 
   lanes: int | None = None
   chunk: int | None = None
-  matching: str = "auto"
+  matching: Method = "auto"
+  convolve: Convolve = "auto"
   checkpoint_seconds: float = 30.0
 
   def __post_init__(self):
     for name in ("lanes", "chunk"):
       if getattr(self, name) is not None:
         check_count(f"config.engine.{name}", getattr(self, name), 1)
-    if self.matching not in METHODS:
-      raise unknown("value of config.engine.matching:", self.matching, METHODS)
+    for name, choices in (("matching", METHODS), ("convolve", CONVOLVE)):
+      if getattr(self, name) not in choices:
+        raise unknown(f"value of config.engine.{name}:", getattr(self, name), choices)
     check_number(
       "config.engine.checkpoint_seconds",
       self.checkpoint_seconds,

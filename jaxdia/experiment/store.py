@@ -1,10 +1,10 @@
 """The work directory of an experiment: whose it is, and what lies in it.
 
 `config.json` says what identifies the run: all settings that change results, and in its group
-`engine` the number of devices, `matching`, and for each attack the number of lanes. With these
-the numbers are exactly the same; with others they are equal but for rounding, which a long
-search amplifies. They are fixed by the first session and kept by those that go on, in either
-precision: other lanes or another `matching` are refused, and of more devices only so many are
+`engine` the number of devices, `matching`, `convolve`, and for each attack the number of lanes.
+With these the numbers are exactly the same; with others they are equal but for rounding, which a
+long search amplifies. They are fixed by the first session and kept by those that go on, in either
+precision: other lanes or other ways to compute are refused, and of more devices only so many are
 used. Where the lanes did not fit into the memory, `halved` says in how many a run goes on, without
 trying the others again. Only of fewer devices, or others, nothing can be kept; that is said, and
 each row of the results tells by its `session` what made it.
@@ -89,11 +89,13 @@ class Store:
       say: called with a line if it runs on other devices than the first session.
 
     Raises:
-      InputError: other lanes or another `matching` are asked for than it was begun with.
+      InputError: other lanes, or another `matching` or `convolve`, are asked for than it was begun
+        with.
     """
     fixed = self._engine
-    matching = self._asked.matching
-    for what, there, here in [("matching", fixed["matching"], matching), ("lanes", lanes, asked)]:
+    # What was begun before there were products had convolutions as they are.
+    ways = [(x, fixed.get(x, "native"), getattr(self._asked, x)) for x in ("matching", "convolve")]
+    for what, there, here in [*ways, ("lanes", lanes, asked)]:
       if there != here:
         raise InputError(
           f"the work directory {self._workdir} was begun with config.engine.{what}={there}; with"
@@ -205,6 +207,7 @@ class Store:
     if not found:
       return {
         "matching": self._asked.matching,
+        "convolve": self._asked.convolve,
         "devices": len(jax.local_devices()),
         "device": device_name(),
         "lanes": {},

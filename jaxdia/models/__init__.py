@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING, Any
 from jaxdia.models.base import (
   DropoutModel,
   Network,
-  batch_axes,
   check_rate,
-  drop,
-  expected_masks,
   model_of,
-  read_masks,
-  sample_masks,
 )
+from jaxdia.models.convolutions import CONVOLVE, Convolve
 from jaxdia.models.create import create
 from jaxdia.models.entries import from_native
 from jaxdia.models.evaluation import evaluation_mode
 from jaxdia.models.flax import from_flax
 from jaxdia.models.flax_variables import batch_moments
 from jaxdia.models.functions import from_functions
-from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
+from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps, drop
+from jaxdia.models.masks import batch_axes, expected_masks, read_masks, sample_masks
 from jaxdia.models.modules import from_module, library_of
 from jaxdia.models.nnx import from_nnx
 from jaxdia.models.reference import params_of_reference
@@ -34,8 +31,10 @@ if TYPE_CHECKING:
   from jaxdia.models.pytorch import from_torch as from_torch
 
 __all__ = [
+  "CONVOLVE",
   "MODELS",
   "Convolution",
+  "Convolve",
   "DenseLayer",
   "DropoutModel",
   "Entry",

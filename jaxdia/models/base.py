@@ -13,16 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
-from jaxdia.core.errors import InputError, check_number
+from jaxdia.core.errors import InputError, check_number, unknown
 from jaxdia.core.precision import full_precision, usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree
-from jaxdia.core.types import Array, Images, Key, Logits, Masks, Number, Params
+from jaxdia.core.types import Images, Key, Logits, Masks, Number, Params
 from jaxdia.models import discovery
-from jaxdia.models.convolutions import Convolve, is_faster_as_product
+from jaxdia.models.convolutions import CONVOLVE, Convolve, is_faster_as_product
 from jaxdia.models.hooks import Hooks, ignore_sites
-from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps
+from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps, drop
 
 
 class Network(abc.ABC):
@@ -86,6 +85,8 @@ class DropoutModel:
   convolve: Convolve = static(default="auto")
 
   def __post_init__(self):
+    if self.convolve not in CONVOLVE:
+      raise unknown("way to convolve:", self.convolve, CONVOLVE)
     sites = discovery.discover(self.network, 2).sites
     if set(self.rates) != set(sites):
       raise InputError(
@@ -229,7 +230,7 @@ class DropoutModel:
     logits = self._call(params, masks, images, tap)
     return logits, {path: tuple(inputs) for path, inputs in inputs_of.items()}
 
-  def _as_products(self) -> set[Path]:
+  def as_products(self) -> set[Path]:
     """Returns the paths of the convolutions that are computed as products."""
     found = discovery.discover(self.network, 1).convolutions if self.convolve != "native" else {}
     if self.convolve == "product":
@@ -262,7 +263,7 @@ class DropoutModel:
       return drop(call.inputs, mask.astype(call.inputs.dtype), self.rates[call.name])
 
     leaves = leaves_by_path(params)
-    as_products = self._as_products()
+    as_products = self.as_products()
 
     def compute(layer, inputs, outputs, nested):
       if layer.path in as_products and not nested:
@@ -309,114 +310,6 @@ def model_of(network: Network, rates: Mapping[str, float] | None = None) -> Drop
   if rates is None:
     return DropoutModel(network, {site: rate for site, (rate, _) in found.sites.items()})
   return DropoutModel(network, dict(rates))
-
-
-def drop(
-  inputs: Float[Array, "*shape"], mask: Float[Array, "..."], rate: Number
-) -> Float[Array, "*shape"]:
-  """Applies one dropout mask: the only place that scales by 1 / (1 - rate).
-
-  Args:
-    inputs: f[...], the activations.
-    mask: f[...], of the same rank, and 1 or equal to `inputs` along each axis; 1 = kept, 0 =
-      dropped, and what an attack tries lies between.
-    rate: the probability of an entry to be dropped.
-
-  Returns:
-    f[...]: with the expected mask, 1 - rate, exactly the inputs.
-  """
-  # The division comes first so that the expected mask gives a factor of exactly 1.
-  return inputs * (mask / jnp.asarray(1 - rate, mask.dtype))
-
-
-def sample_masks(key: Key, model: DropoutModel, batch_size: int, dtype=jnp.float32) -> Masks:
-  """Draws masks as training does: each entry is kept with probability 1 - rate.
-
-  Args:
-    key: random key.
-    model: whose sites to draw for.
-    batch_size: number of images.
-    dtype: floating-point type of the masks.
-
-  Returns:
-    {site name: f[shape]} of zeros and ones, for every type the same ones, but for the rounding
-    of rates that are arrays.
-  """
-  shapes = model.mask_shapes(batch_size)
-  return {
-    site.name: jax.random.bernoulli(
-      jax.random.fold_in(key, i), jnp.asarray(1 - site.rate, jnp.float32), shapes[site.name]
-    ).astype(dtype)
-    for i, site in enumerate(model.sites)
-  }
-
-
-def expected_masks(model: DropoutModel, batch_size: int, dtype=jnp.float32) -> Masks:
-  """Returns the masks that make every site the identity: the evaluation mode.
-
-  Args:
-    model: whose sites to fill.
-    batch_size: number of images.
-    dtype: floating-point type of the masks.
-
-  Returns:
-    {site name: f[shape]}, everywhere 1 - rate.
-  """
-  shapes = model.mask_shapes(batch_size)
-  return {s.name: jnp.full(shapes[s.name], 1 - s.rate, dtype) for s in model.sites}
-
-
-def read_masks(model: DropoutModel, params: Params, images: Images, rngs: Any = None) -> Masks:
-  """Returns the masks that a network's own library draws in a training step.
-
-  With them a gradient that was computed by the library alone can be scored, or given to the
-  well-informed attacker.
-
-  Args:
-    model: of `from_flax`, `from_nnx`, `from_equinox` or `from_torch`.
-    params: of the step.
-    images: f[B, H, W, C], of the step.
-    rngs: Flax Linen: as they were given to `module.apply`. Flax NNX: the module as it was before
-      the step, as its streams of random numbers are part of it. Equinox: the keys of the images,
-      key[B]. PyTorch: what was given to `torch.manual_seed` before the step, on a CPU.
-
-  Returns:
-    {site: f[shape]} of zeros and ones.
-
-  Raises:
-    InputError: the model is of plain functions, whose library is not known.
-  """
-  masks: Masks = {}
-
-  def read(call):
-    if call.draw is None:
-      raise InputError(
-        f"{model.network.name} is no network of a library that draws masks; expected a model of"
-        " from_flax, from_nnx, from_equinox or from_torch."
-      )
-    masks[call.name] = call.draw().astype(call.inputs.dtype)
-    return drop(call.inputs, masks[call.name], call.rate)
-
-  with full_precision(), usual_promotion():
-    model.network.call(params, images, Hooks(read), rngs)
-  return masks
-
-
-def batch_axes(model: DropoutModel) -> dict[str, int | None]:
-  """Returns for each site the axis of its mask that grows with the batch.
-
-  Args:
-    model: whose sites to look at.
-
-  Returns:
-    {site name: axis}, None where all images share one mask.
-  """
-  one, two = model.mask_shapes(1), model.mask_shapes(2)
-  grows = {
-    name: [axis for axis, (a, b) in enumerate(zip(one[name], two[name], strict=True)) if a != b]
-    for name in one
-  }
-  return {name: axes[0] if axes else None for name, axes in grows.items()}
 
 
 def check_image_shape(image_shape: Any) -> tuple[int, int, int]:

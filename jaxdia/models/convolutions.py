@@ -8,6 +8,7 @@ convolution is a dense layer whose inputs are patches, with a row for each image
 
 import dataclasses
 import functools
+import typing
 from typing import Literal
 
 import jax
@@ -19,6 +20,7 @@ from jaxdia.core.types import Array, Params
 
 # How convolutions are computed; "auto" is by what is faster.
 Convolve = Literal["auto", "native", "product"]
+CONVOLVE = typing.get_args(Convolve)
 
 # Paddings of Flax that are no zeros, and NumPy's names for them.
 _WRAPPING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}

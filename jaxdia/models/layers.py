@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxdia.core.trees import Path
@@ -123,3 +124,21 @@ def shape_before(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[
 
 # {path of a layer: one array for each of its calls}
 Taps = dict[Path, tuple[Float[Array, "..."], ...]]
+
+
+def drop(
+  inputs: Float[Array, "*shape"], mask: Float[Array, "..."], rate: Number
+) -> Float[Array, "*shape"]:
+  """Applies one dropout mask: the only place that scales by 1 / (1 - rate).
+
+  Args:
+    inputs: f[...], the activations.
+    mask: f[...], of the same rank, and 1 or equal to `inputs` along each axis; 1 = kept, 0 =
+      dropped, and what an attack tries lies between.
+    rate: the probability of an entry to be dropped.
+
+  Returns:
+    f[...]: with the expected mask, 1 - rate, exactly the inputs.
+  """
+  # The division comes first so that the expected mask gives a factor of exactly 1.
+  return inputs * (mask / jnp.asarray(1 - rate, mask.dtype))

@@ -105,7 +105,7 @@ class _Study:
     of_cells: Any = config.base
     base = json.loads(of_cells.to_json_best_effort())
     # Of the engine, what changes results by rounding.
-    base["engine"] = {name: base["engine"].get(name) for name in ("lanes", "matching")}
+    base["engine"] = {name: base["engine"].get(name) for name in ("lanes", "matching", "convolve")}
     pending = [
       StudyCell(name=cell.name, overrides=cell.overrides, status="pending") for cell in cells
     ]
