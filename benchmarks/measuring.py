@@ -36,7 +36,13 @@ class Timing:
 
 
 def make_problems(
-  name: str, dataset: str, count: int, batch_size: int = 1, image_size: int | None = None, **options
+  name: str,
+  dataset: str,
+  count: int,
+  batch_size: int = 1,
+  image_size: int | None = None,
+  dropout_rate: float = 0.5,
+  **options,
 ) -> tuple[DropoutModel, list[Observation]]:
   """Returns a network at random weights and the gradients of some clients.
 
@@ -46,13 +52,14 @@ def make_problems(
     count: number of clients, each with masks of its own.
     batch_size: images of each.
     image_size: side in pixels to scale to.
+    dropout_rate: of the network.
     **options: of the network.
   """
   if dataset == "imagenet":
     image_size = image_size or 224
   victims = data.load(f"samples:{dataset}", 20, image_size=image_size)
   images = data.normalize(victims.images, victims.statistics)
-  model = models.create(name, images.shape[1:], victims.num_classes, 0.5, **options)
+  model = models.create(name, images.shape[1:], victims.num_classes, dropout_rate, **options)
   params = jax.jit(model.init)(jax.random.key(0))
   observations = []
   for i in range(count):
@@ -117,8 +124,9 @@ def lanes_timer(
   seconds: float,
   method: gradients.Method = "auto",
   recorded: Sequence[int] = (),
+  name: str = "dia",
 ) -> Callable[[], Timing]:
-  """Returns a function that times iterations of DIA on full lanes.
+  """Returns a function that times iterations of an attack on full lanes.
 
   Args:
     model: the network.
@@ -128,9 +136,10 @@ def lanes_timer(
     seconds: about how long each timing takes.
     method: how gradients are compared.
     recorded: iterations after which images are kept.
+    name: of the attack.
   """
   start = time.perf_counter()
-  attack = attacks.dia(model, **ENDLESS)
+  attack = attacks.create(name, model, **ENDLESS)
   keys = [jax.random.key(lane) for lane in range(lanes)]
   program, state = fill_lanes(attack, observations, keys, devices, method, recorded)
   state, _ = program.advance(state, 1)
