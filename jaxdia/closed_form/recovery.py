@@ -28,7 +28,7 @@ from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.trees import leaves_by_path
 from jaxdia.core.types import Key
 from jaxdia.gradients import find_rounding, layer_gradient
-from jaxdia.models import DropoutModel
+from jaxdia.models import DenseLayer, DropoutModel
 
 # A gradient with so much outside the rank of its batch is not the sum of that many samples.
 _MOST_NOISE = 0.1
@@ -87,12 +87,12 @@ def _recover(key, model, observation, rounding) -> Recovery:
       found.declare_features(layer)
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)):
     return found.recovery("the gradient has NaN or infinite entries")
-  frozen = (
-    [layer for layer in chain.layers if not layer_gradient(gradient, layer.path)] if chain else []
-  )
+  frozen = _frozen(chain, observation.params, gradient)
   reason = _why_no_chain(model)
   if frozen:
-    reason = f"the layer {'/'.join(frozen[0].path)} is frozen: no gradient of it was sent"
+    reason = (
+      f"the layer {'/'.join(frozen[0].path)} is frozen: no gradient of it was sent, or a part"
+    )
   elif chain is not None:
     reason = _use_chain(key, model, chain, observation, gradient, found)
     if size == 1 and chain.pixels is None and convolutions is not None:
@@ -111,6 +111,19 @@ def _recover(key, model, observation, rounding) -> Recovery:
   if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
     reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
+
+
+def _frozen(chain: Chain | None, params, gradient) -> list[DenseLayer]:
+  """Returns the layers of a chain whose gradient is needed, and of which it lacks something."""
+  if chain is None:
+    return []
+  # Of three layers or more the last is passed by its weights alone.
+  needed = chain.layers if len(chain.layers) < 3 else chain.layers[:-1]
+  return [
+    layer
+    for layer in needed
+    if set(layer_gradient(gradient, layer.path)) != set(layer_gradient(params, layer.path))
+  ]
 
 
 def _why_no_chain(model: DropoutModel) -> str:
