@@ -25,10 +25,10 @@ from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import InputError, first_line
-from jaxdia.core.trees import leaves_by_path
+from jaxdia.core.trees import Path, leaves_by_path
 from jaxdia.core.types import Key
 from jaxdia.gradients import find_rounding, layer_gradient
-from jaxdia.models import DenseLayer, DropoutModel
+from jaxdia.models import DropoutModel
 
 # A gradient with so much outside the rank of its batch is not the sum of that many samples.
 _MOST_NOISE = 0.1
@@ -90,9 +90,7 @@ def _recover(key, model, observation, rounding) -> Recovery:
   frozen = _frozen(chain, observation.params, gradient)
   reason = _why_no_chain(model)
   if frozen:
-    reason = (
-      f"the layer {'/'.join(frozen[0].path)} is frozen: no gradient of it was sent, or a part"
-    )
+    reason = f"the layer {'/'.join(frozen[0])} is frozen: no gradient of it was sent, or a part"
   elif chain is not None:
     reason = _use_chain(key, model, chain, observation, gradient, found)
     if size == 1 and chain.pixels is None and convolutions is not None:
@@ -113,14 +111,14 @@ def _recover(key, model, observation, rounding) -> Recovery:
   return found.recovery(reason)
 
 
-def _frozen(chain: Chain | None, params, gradient) -> list[DenseLayer]:
-  """Returns the layers of a chain whose gradient is needed, and of which it lacks something."""
+def _frozen(chain: Chain | None, params, gradient) -> list[Path]:
+  """Returns the paths of layers of a chain of whose gradient something is needed and missing."""
   if chain is None:
     return []
   # Of three layers or more the last is passed by its weights alone.
   needed = chain.layers if len(chain.layers) < 3 else chain.layers[:-1]
   return [
-    layer
+    layer.path
     for layer in needed
     if set(layer_gradient(gradient, layer.path)) != set(layer_gradient(params, layer.path))
   ]
