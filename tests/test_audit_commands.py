@@ -1,9 +1,9 @@
 """One command answers for each library and form of an update: of MNIST digits, in minutes."""
 
+import importlib.util
 import os
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -108,12 +108,19 @@ def _own_gradient(library, module, params, images, labels):
   return {name: x.grad for name, x in module.named_parameters()}
 
 
+def _processor_seconds():
+  """Returns those of finished processes: what is waited for at most, whatever else runs."""
+  times = os.times()
+  return times.children_user + times.children_system
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_batch_of_four_digits_is_answered_by_one_command(tmp_path, library, capsys):
-  """Prints the seconds, which stand in docs/audit.md."""
-  for name in {"equinox": ("equinox",), "torch": ("torch", "torchax")}.get(library, ()):
-    pytest.importorskip(name)
+  """Prints the seconds of a processor."""
+  needed = {"equinox": ("equinox",), "torch": ("torch", "torchax")}.get(library, ())
+  if any(importlib.util.find_spec(name) is None for name in needed):
+    pytest.skip(f"{library} is not installed")
   (tmp_path / "digits_nets.py").write_text(NETS)
   space: dict = {}
   exec(NETS, space)
@@ -140,11 +147,11 @@ def test_a_batch_of_four_digits_is_answered_by_one_command(tmp_path, library, ca
     ]
     paths = f"{tmp_path}:{ROOT}"
     empty = {"PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / f"cache_{kind}")}
-    start = time.monotonic()
+    start = _processor_seconds()
     done = subprocess.run(
       list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, **empty}
     )
-    seconds = time.monotonic() - start
+    seconds = _processor_seconds() - start
     assert done.returncode == 0, done.stderr
     (update,) = msgspec.json.decode(
       (tmp_path / kind / "audit.json").read_bytes(), type=Audit

@@ -1,4 +1,4 @@
-"""Closed forms of gradients of few bits: as many images as of float32, and none called exact."""
+"""Closed forms of gradients that lack something: bits, of which nothing is exact, or layers."""
 
 import dataclasses
 
@@ -47,6 +47,20 @@ def test_a_level_that_is_told_is_a_level_that_is_seen():
   told = recover(jax.random.key(0), model, observation, 10 * MOST_ROUNDING)
   assert (told.parts.verdict == Verdict.APPROXIMATE).all() and np.all(told.determined)
   np.testing.assert_allclose(told.parts.images, plain.parts.images, atol=1e-4)
+
+
+def test_a_frozen_classifier_hides_nothing_and_half_a_layer_is_said():
+  model = make_model(hidden_sizes=(128, 96), use_bias=True)
+  observation, secret = observe_victims(model, 2)
+  (last,), gradient = model.classifier, observation.gradient
+  frozen = dataclasses.replace(observation, gradient=gradient | {last: None})
+  recovery = recover(jax.random.key(0), model, frozen)
+  assert (recovery.parts.verdict == Verdict.EXACT).all(), recovery.summary()
+  assert sorted(recovery.parts.labels) == sorted(np.asarray(secret.labels))
+  part = gradient["hidden_0"] | {"bias": None}
+  half = dataclasses.replace(observation, gradient=gradient | {"hidden_0": part})
+  recovery = recover(jax.random.key(0), model, half)
+  assert not recovery.parts.verdict.any() and "hidden_0 is frozen" in recovery.reason
 
 
 def test_noise_of_a_millionth_leaves_images_exact():

@@ -185,7 +185,9 @@ def _found_by_algebra(recovery: Recovery) -> Found:
     "none" if verdict == "partial" and not r <= PARTIAL else verdict
     for verdict, r in zip(verdicts, recovery.residual, strict=True)
   ]
-  known_to = [f", its pixels known to about {e:.1e}" if e > 0 else "" for e in recovery.error]
+  known_to = [
+    f", its pixels known to about {e:.1e}" if e > 0 else "" for e in np.atleast_1d(recovery.error)
+  ]
   reasons = [
     f"its part of the gradient is determined by linear equations, and left unexplained to {r:.1e}"
     + known

@@ -140,11 +140,14 @@ def _places(shapes, size) -> list[tuple[Path, Path, bool]]:
 
 
 def _try(model, params, place, gradients) -> FirstLayer | None:
-  layer = FirstLayer(*place, *3 * [np.zeros(0)], Input(None, None))
+  kernel, bias, turned = place
+  nothing = np.zeros(0)
+  layer = FirstLayer(kernel, bias, turned, nothing, nothing, nothing, Input())
 
   def inputs_of(masks, image):
     leaves = gradients(params, masks, jnp.asarray(image).reshape(1, *model.image_shape))
     read = layer.read(leaves)
+    assert read is not None  # all of them were asked for
     return read.values if read.residual < 1e-9 else np.full(len(read.values), np.nan)
 
   size = int(np.prod(model.image_shape))

@@ -25,7 +25,7 @@ from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import InputError, first_line
-from jaxdia.core.trees import leaves_by_path
+from jaxdia.core.trees import Path, leaves_by_path
 from jaxdia.core.types import Key
 from jaxdia.gradients import find_rounding, layer_gradient
 from jaxdia.models import DropoutModel
@@ -87,12 +87,10 @@ def _recover(key, model, observation, rounding) -> Recovery:
       found.declare_features(layer)
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)):
     return found.recovery("the gradient has NaN or infinite entries")
-  frozen = (
-    [layer for layer in chain.layers if not layer_gradient(gradient, layer.path)] if chain else []
-  )
+  frozen = _frozen(chain, observation.params, gradient)
   reason = _why_no_chain(model)
   if frozen:
-    reason = f"the layer {'/'.join(frozen[0].path)} is frozen: no gradient of it was sent"
+    reason = f"the layer {'/'.join(frozen[0])} is frozen: no gradient of it was sent, or a part"
   elif chain is not None:
     reason = _use_chain(key, model, chain, observation, gradient, found)
     if size == 1 and chain.pixels is None and convolutions is not None:
@@ -111,6 +109,19 @@ def _recover(key, model, observation, rounding) -> Recovery:
   if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
     reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
+
+
+def _frozen(chain: Chain | None, params, gradient) -> list[Path]:
+  """Returns the paths of layers of a chain of whose gradient something is needed and missing."""
+  if chain is None:
+    return []
+  # Of three layers or more the last is passed by its weights alone.
+  needed = chain.layers if len(chain.layers) < 3 else chain.layers[:-1]
+  return [
+    layer.path
+    for layer in needed
+    if set(layer_gradient(gradient, layer.path)) != set(layer_gradient(params, layer.path))
+  ]
 
 
 def _why_no_chain(model: DropoutModel) -> str:
