@@ -128,6 +128,13 @@ def _read(
     rate, steps = settings.learning_rate, settings.local_steps
     assert rate is not None  # checked with the settings
     update = make(before.tree, sent.tree, rate, local_steps=steps, weight_decay=decay)
+  new = updates.find_averages(
+    model,
+    before.extra,
+    {} if settings.gradient else sent.extra,
+    is_difference=bool(settings.difference),
+    local_steps=settings.local_steps,
+  )
   mean, std = settings.statistics
   observation = Observation(
     params=as_floats(before.tree),
@@ -137,8 +144,9 @@ def _read(
     std=std,
     batch_size=settings.batch_size,
     loss=settings.loss,
+    averages=new.averages,
   )
-  notes = dict.fromkeys((*before.notes, *sent.notes, *update.notes))
+  notes = dict.fromkeys((*before.notes, *sent.notes, *update.notes, *new.notes))
   findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
   name = pathlib.Path(path).name
   return _Seen(name, observation, update.rounding, findings, _digest(settings, observation, truth))
@@ -162,7 +170,8 @@ def _digest(settings: AuditSettings, observation: Observation, truth: Secret | N
     del known[name]
   sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
   scored = None if truth is None else (truth.images, truth.labels)
-  sha.update(digest((observation.params, observation.gradient, scored)).encode())
+  seen = (observation.params, observation.gradient, scored, observation.averages)
+  sha.update(digest(seen).encode())
   return sha.hexdigest()
 
 

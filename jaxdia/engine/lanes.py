@@ -19,6 +19,7 @@ from jaxdia.attacks import Attack, Best, State, Status, project
 from jaxdia.core.trees import shapes_of
 from jaxdia.core.types import Labels, Params
 from jaxdia.gradients import Prepared, Target
+from jaxdia.models import Averages
 
 
 class Slot(NamedTuple):
@@ -29,12 +30,14 @@ class Slot(NamedTuple):
     labels: i[B] if the observation grants them.
     mean: f[C] or f[1], statistics of the images.
     std: f[C] or f[1].
+    averages: of BatchNorm, if the observation has them.
   """
 
   target: Target
   labels: Labels | None
   mean: jax.Array
   std: jax.Array
+  averages: dict[str, Averages] | None
 
 
 class Lane(NamedTuple):

@@ -300,7 +300,7 @@ class Loop:
     if params not in self._params_digests:
       self._params_digests[params] = checkpoint.digest(self._kinds[params])
     seen = self._observe(job)[0]
-    observed = (seen.gradient, seen.labels, seen.mean, seen.std)
+    observed = (seen.gradient, seen.labels, seen.mean, seen.std, seen.averages)
     key = jax.random.key_data(trial_key(task.key, job))
     trial = (task.attack, key, observed, told_of(task, job.observation))
     return checkpoint.digest(trial, self._params_digests[params], repr(self._recorded).encode())

@@ -191,7 +191,7 @@ class DropoutModel:
     logits = self._call(params, masks, images, tap)
     return logits, {path: tuple(inputs) for path, inputs in inputs_of.items()}
 
-  def _call(self, params, masks, images, on_linear) -> Logits:
+  def _call(self, params, masks, images, on_linear, run=None) -> Any:
     name = self.network.name
     if masks is not None and set(masks) != set(self.rates):
       raise InputError(
@@ -212,7 +212,7 @@ class DropoutModel:
 
     hooks = Hooks(ignore_sites if masks is None else drop_at, on_linear)
     with full_precision(), usual_promotion():
-      return self.network.call(params, images, hooks)
+      return (run or self.network.call)(params, images, hooks)
 
 
 def model_of(network: Network, rates: Mapping[str, float] | None = None) -> DropoutModel:
