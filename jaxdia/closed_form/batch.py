@@ -31,6 +31,8 @@ _EMPTY_COLUMN = 1e-4
 # The first singular value beyond the batch size is rounding (or noise), and so are those that are
 # not a few times as large. In a layer too narrow to have one, it is a share of the largest.
 _ABOVE_ROUNDING, _NO_DIMENSION = 8.0, 1e-6
+# Rounding of float32 is less than this share of the largest.
+_MOST_ROUNDING = 1e-7
 
 
 class Copies(NamedTuple):
@@ -52,8 +54,8 @@ class Batch(NamedTuple):
 
   Attributes:
     samples: with leading axis k, at most the batch size.
-    noise: f[], first singular value beyond the batch size by the last within, over the
-      layers: 1e-8 or so for an exact gradient, 1 for one that has not the rank of the batch.
+    noise: f[], first singular value beyond the batch size by the last that counts, the most of
+      all layers: 1e-8 or so for an exact gradient, 1 for one that has not the rank of the batch.
     rank: the least number of dimensions that the gradient of a layer has: fewer than images if
       some coincide, or leave next to nothing.
     rounds: how often was searched.
@@ -141,8 +143,11 @@ def _rank(matrix: np.ndarray, most: int) -> tuple[int, float]:
   if len(values) <= most:
     return int(np.sum(values > hardly)), 0.0
   rest = values[most]
-  noise = rest / max(values[most - 1], hardly, 1e-300)
-  return int(np.sum(values[:most] > _ABOVE_ROUNDING * rest)), float(noise)
+  rank = int(np.sum(values[:most] > _ABOVE_ROUNDING * rest))
+  # Of an exact gradient samples may be lost in rounding; of another, the first to be left out is
+  # about as large as the last that is not.
+  least = values[rank - 1] if 0 < rest < _MOST_ROUNDING * values[0] else values[most - 1]
+  return rank, float(rest / max(least, 1e-300))
 
 
 def _candidates(key, spaces, zeros_of, left, effort):
