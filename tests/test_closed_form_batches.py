@@ -1,13 +1,17 @@
-"""Batches with blank images, or of fewer images than were named."""
+"""Batches with images that leave little or nothing, or of fewer images than were named."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from jaxdia import models
 from jaxdia.client import observe
 from jaxdia.closed_form import Verdict, recover
+from jaxdia.closed_form.batch import _rank
 
 
 def seen(images, **options):
@@ -43,3 +47,37 @@ def test_a_smaller_batch_than_was_named_is_found_whole_and_nothing_else():
   assert missing(recovery, images) == []
   assert np.sum(recovery.parts.verdict == Verdict.EXACT) == 3
   assert abs(recovery.scale - 2) < 1e-2  # a mean of 3 is twice a sixth of their sum
+
+
+def test_images_that_leave_next_to_nothing_hide_no_other():
+  """As at trained weights, where images that are learnt have a loss of nearly zero."""
+  weights = jnp.array([1.0, 0.03, 4e-6, 2e-6, 1e-6, 5e-7])
+
+  def weighted(logits, targets):
+    return jnp.mean(weights * optax.softmax_cross_entropy(logits, targets))
+
+  images = np.random.default_rng(0).uniform(size=(6, 6, 6, 1))
+  model = models.create("mlp", (6, 6, 1), 10, 0.5, hidden_sizes=(128, 128))
+  params, labels = model.init(jax.random.key(0)), np.arange(6)
+  observation, _ = observe(
+    jax.random.key(1), model, params, images, labels, reveal_labels=False, loss=weighted
+  )
+  recovery = recover(jax.random.key(0), model, observation)
+  assert not {0, 1} & set(missing(recovery, images)), recovery.reason
+
+
+@pytest.mark.parametrize(
+  "sizes, rank",
+  [
+    ([1, 0.1, 1e-2], 3),
+    ([1, 0.1, 1.2e-6, 9e-7], 4),  # the smallest are learnt, and still more than rounding
+    ([1, 0.1, 1e-11, 1e-12], 2),  # and here they are not
+  ],
+)
+def test_the_rank_is_what_stands_out_of_the_rounding(sizes, rank):
+  rng = np.random.default_rng(0)
+  inputs, deltas = (rng.normal(size=(len(sizes), n)) for n in (60, 90))
+  matrix = np.einsum("b,bi,bj->ij", sizes, inputs, deltas).astype(np.float32).astype(np.float64)
+  found, noise = _rank(matrix, len(sizes))
+  assert found == rank and noise < 0.1
+  assert _rank(matrix + 1e-2 * rng.normal(size=matrix.shape), len(sizes))[1] > 0.1

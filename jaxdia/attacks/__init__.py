@@ -14,6 +14,7 @@ from jaxdia.attacks.catalogue import (
   wiig,
 )
 from jaxdia.attacks.objective import (
+  average_distance,
   complete,
   feature_distance,
   mask_prior,
@@ -54,6 +55,7 @@ __all__ = [
   "Terms",
   "Told",
   "closed_form",
+  "average_distance",
   "complete",
   "create",
   "dia",

@@ -17,7 +17,7 @@ from jaxdia.attacks.protocol import (
   Terms,
   Told,
 )
-from jaxdia.attacks.search import Search
+from jaxdia.attacks.search import Search, check_averages
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Recovery, recover_labels
@@ -73,7 +73,7 @@ class ClosedForm(Attack):
     """Changes nothing."""
     del observation
     none = jnp.zeros((), state.candidate.images.dtype)
-    return state, Info(none, Terms(none, none, none, none), none)
+    return state, Info(none, Terms(*[none] * len(Terms._fields)), none)
 
 
 @value_tree
@@ -93,6 +93,7 @@ class Hybrid(Search):
 
   def init(self, key: Key, observation: Observation, told: Told = NOT_TOLD) -> State:
     """Starts from what was recovered, and from random values elsewhere; see `Attack.init`."""
+    check_averages(self, observation)
     parts, drawn = _parts_of(told), self.draw(key, observation)
     found = (parts.verdict > 0)[:, None, None, None]
     masks = jax.tree.map(jnp.where, parts.known_masks, parts.masks, drawn.masks)

@@ -9,7 +9,7 @@ from jaxdia.client import Observation
 from jaxdia.closed_form import Parts
 from jaxdia.core.types import Images, Labels, Masks, Scalar
 from jaxdia.gradients import DISTANCES, Prepared, compare, prepare, suits
-from jaxdia.models import DropoutModel
+from jaxdia.models import DropoutModel, averages_after
 
 
 def total_variation(images: Images) -> Scalar:
@@ -83,6 +83,33 @@ def feature_distance(
   return total / jnp.maximum(count, 1)
 
 
+def average_distance(
+  model: DropoutModel, observation: Observation | Prepared, masks: Masks | None, images: Images
+) -> Scalar:
+  """Returns how far the running averages after a step are from those that the client sent.
+
+  Args:
+    model: the network.
+    observation: gives the parameters, and the averages before and after the step.
+    masks: of the step.
+    images: f[B, H, W, C], normalised.
+
+  Returns:
+    f[], the mean over the arrays of |a - a'|² / |a - b|², b being the averages before the step, so
+    that the momentum of the averages has no part in it. Arrays that did not change are left out.
+  """
+  assert observation.averages is not None  # checked at the start of the search
+  before = {name: pair.before for name, pair in observation.averages.items()}
+  found = averages_after(model, observation.params, masks, images, before)
+  total, count = jnp.zeros((), images.dtype), jnp.zeros((), images.dtype)
+  for name, pair in observation.averages.items():
+    size = jnp.sum((pair.after - pair.before) ** 2)
+    off = jnp.sum((pair.after - found[name].astype(images.dtype)) ** 2)
+    total += jnp.where(size > 0, off / jnp.where(size > 0, size, 1), 0)
+    count += size > 0
+  return total / jnp.maximum(count, 1)
+
+
 def complete(candidate: Candidate, known: Known) -> tuple[Masks | None, Labels]:
   """Returns the masks and labels under which a candidate's gradient is taken.
 
@@ -136,6 +163,9 @@ def objective(
     feature_distance=feature_distance(model, observation, candidate, parts)
     if weight is not None
     else zero,
+    average_distance=average_distance(model, observation, masks, candidate.images)
+    if settings.average_weight is not None
+    else zero,
   )
   value = (
     terms.distance
@@ -144,4 +174,6 @@ def objective(
   )
   if weight is not None:
     value += weight * terms.feature_distance
+  if settings.average_weight is not None:
+    value += settings.average_weight * terms.average_distance
   return value, terms

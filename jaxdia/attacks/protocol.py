@@ -118,6 +118,7 @@ class Terms(NamedTuple):
   total_variation: Scalar
   mask_prior: Scalar
   feature_distance: Scalar
+  average_distance: Scalar
 
 
 class Info(NamedTuple):

@@ -20,12 +20,12 @@ from jaxdia.attacks.protocol import (
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Verdict, recover_labels
-from jaxdia.core.errors import InputError
+from jaxdia.core.errors import InputError, unknown
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Key
 from jaxdia.gradients import Prepared, prepare, suits
-from jaxdia.models import DropoutModel, sample_masks
+from jaxdia.models import DropoutModel, averages_after, follows_averages, sample_masks
 
 
 @value_tree
@@ -54,6 +54,7 @@ class Search(Attack):
     Raises:
       InputError: it needs labels or masks that it is not told.
     """
+    check_averages(self, observation)
     masks = told.masks if self.masks == "known" else None
     if self.masks == "known" and masks is None:
       raise InputError(
@@ -166,6 +167,41 @@ class Search(Attack):
     status = jnp.select(list(ends.values()), statuses, state.status)
     after = State(candidate, state.known, optimizer, plateau, best, iteration, status)
     return _where(state.status == int(Status.RUNNING), after, state), Info(value, terms, rate)
+
+
+def check_averages(attack: Attack, observation: Observation) -> None:
+  """Refuses an observation without the running averages that an attack compares.
+
+  Args:
+    attack: any.
+    observation: of the client.
+
+  Raises:
+    InputError: there are none, they are of another network, or it is not known how it makes them.
+  """
+  weight, network = attack.settings.average_weight, attack.model.network
+  if weight is None:
+    return
+  if not follows_averages(attack.model):
+    raise InputError(
+      f"attack.average_weight is {weight}, but {network.name} has no running averages that can be"
+      " followed; those of Flax Linen can. Leave the weight out."
+    )
+  if not observation.averages:
+    raise InputError(
+      f"attack.average_weight is {weight}, but the observation has no running averages. Pass those"
+      " before and after the step as averages of the Observation, or leave the weight out."
+    )
+  images = jnp.zeros((observation.batch_size, *attack.model.image_shape), observation.dtype)
+  own = jax.eval_shape(averages_after, attack.model, observation.params, None, images, {})
+  for name, pair in observation.averages.items():
+    if name not in own:
+      raise unknown(f"running averages of {network.name}:", name, own)
+    if own[name].shape != pair.after.shape:
+      raise InputError(
+        f"the averages {name!r} of the observation have shape {pair.after.shape}; expected"
+        f" {own[name].shape} as in {network.name}."
+      )
 
 
 def project(observation: Observation | Prepared, candidate: Candidate) -> Candidate:

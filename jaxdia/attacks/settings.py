@@ -44,6 +44,8 @@ class AttackSettings:
     mask_weight: of the mask prior.
     feature_weight: of the distance from features that the closed form recovered, for attacks
       that start from one; None does without.
+    average_weight: of the distance from the running averages that BatchNorm has after the step,
+      where the observation has them; None does without.
     max_iterations: the trial ends after so many.
     patience: the trial ends after so many without improvement.
     plateau_patience: of the schedule "plateau".
@@ -62,6 +64,7 @@ class AttackSettings:
   tv_weight: float = 1e-5
   mask_weight: float = 1e-4
   feature_weight: float | None = None
+  average_weight: float | None = None
   max_iterations: int = static(default=20_000)
   patience: int = 4_000
   plateau_patience: int = 800
@@ -77,8 +80,9 @@ class AttackSettings:
       self._convert(name, check_count, 1, _MAX_COUNT)
     if self.round_masks_after is not None:
       self._convert("round_masks_after", check_count, 0, self.max_iterations - 1)
-    for name in ("tv_weight", "mask_weight", "feature_weight", "tolerance"):
-      if getattr(self, name) is not None or name != "feature_weight":
+    left_out = [n for n in ("feature_weight", "average_weight") if getattr(self, n) is None]
+    for name in ("tv_weight", "mask_weight", "feature_weight", "average_weight", "tolerance"):
+      if name not in left_out:
         self._convert(name, check_number, lambda v: v >= 0, "a finite number of at least 0")
     above_0 = (lambda v: v > 0), "a finite number above 0"
     self._convert("learning_rate", check_number, *above_0)

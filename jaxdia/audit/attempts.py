@@ -27,6 +27,8 @@ PARTIAL = 0.5
 _AGREE = (0.8, 0.4)
 # A trial takes at least so long, whatever is left.
 _LEAST_SECONDS = 1.0
+# Of running averages that came with an update; docs/models.md has what it is worth.
+_AVERAGE_WEIGHT = 0.1
 # Folded into the key of an update, for searches; closed forms use the key itself.
 _SEARCH = 1
 
@@ -337,7 +339,8 @@ def choose_attack(
   name = "dia" if model.rates else "ig"
   if labels != "free" and recovery is not None and _gave_something(recovery):
     name = "hybrid"
-  return name, attacks.create(name, model, labels=labels)
+  weight = _AVERAGE_WEIGHT if observation.averages else None
+  return name, attacks.create(name, model, labels=labels, average_weight=weight)
 
 
 def can_read_labels(model: DropoutModel, observation: Observation) -> bool:

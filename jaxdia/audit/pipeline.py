@@ -1,5 +1,6 @@
 """The audit of one update: diagnosis, then what can be tried on it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,8 +70,11 @@ def audit(
     say(f"{finding.name}: {finding.text}")
   if diagnosis.stops:
     return Outcome(findings, [], None)
-  model = model if diagnosis.training else evaluation_mode(model)
   seen = diagnosis.observation
+  if not diagnosis.training:
+    model, seen = evaluation_mode(model), dataclasses.replace(seen, averages=None)
+  elif seen.averages:
+    say(f"the search compares {len(seen.averages)} running averages too")
   # Each of these may be what the client computed; the stated one is tried first.
   signs = (1,) if tells_sign(model, seen) else (1, -1)
   attempts: list[Attempt] = []

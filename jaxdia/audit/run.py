@@ -134,6 +134,13 @@ def _read(
         " the learning rate.",
       )
   assumed += update.assumed
+  new = updates.find_averages(
+    model,
+    before.extra,
+    {} if settings.gradient else sent.extra,
+    is_difference=bool(settings.difference),
+    local_steps=settings.local_steps,
+  )
   mean, std = settings.statistics
   observation = Observation(
     params=as_floats(before.tree),
@@ -143,9 +150,10 @@ def _read(
     std=std,
     batch_size=settings.batch_size,
     loss=settings.loss,
+    averages=new.averages,
   )
   # Of frozen layers and rounding the diagnosis says it.
-  notes = dict.fromkeys((*before.notes, *sent.notes, *assumed))
+  notes = dict.fromkeys((*before.notes, *sent.notes, *assumed, *new.notes))
   findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
   name = pathlib.Path(path).name
   return _Seen(name, observation, update.rounding, findings, _digest(settings, observation, truth))
@@ -169,7 +177,8 @@ def _digest(settings: AuditSettings, observation: Observation, truth: Secret | N
     del known[name]
   sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
   scored = None if truth is None else (truth.images, truth.labels)
-  sha.update(digest((observation.params, observation.gradient, scored)).encode())
+  seen = (observation.params, observation.gradient, scored, observation.averages)
+  sha.update(digest(seen).encode())
   return sha.hexdigest()
 
 

@@ -12,6 +12,7 @@ from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
+from jaxdia.models import Averages
 
 _FLOATS = (jnp.float32, jnp.float64)
 
@@ -33,6 +34,8 @@ class Observation:
     batch_size: number of images in the client's batch, B.
     loss: what the client descends, which the server chose; the name of one or a function is
       converted, see `Loss`.
+    averages: {name: `Averages`} of BatchNorm before and after the step, named as
+      `model.network.constants()` names them, where the client sent those after it; else None.
 
   Raises:
     InputError: the gradient is not one of these params, or labels or statistics are not those of
@@ -46,6 +49,7 @@ class Observation:
   std: jax.Array
   batch_size: int = static()
   loss: Loss = static(default=CROSS_ENTROPY)
+  averages: dict[str, Averages] | None = None
 
   def __post_init__(self):
     size = check_count("batch_size of the observation", self.batch_size, 1)
@@ -59,6 +63,7 @@ class Observation:
       "std": _as_array(self.std, dtype),
       "batch_size": size,
       "loss": as_loss(self.loss),
+      "averages": _fit_averages(self.averages, dtype),
     }
     if fields["mean"].ndim != 1 or fields["mean"].shape != fields["std"].shape:
       raise InputError(
@@ -89,6 +94,25 @@ class Secret:
   images: Images
   labels: Labels
   masks: Masks | None
+
+
+def _fit_averages(averages: Any, dtype: Any) -> dict[str, Averages] | None:
+  """Returns running averages as arrays of the params' type."""
+  if averages is None:
+    return None
+  fitted = {}
+  for name, (before, after) in averages.items():
+    before, after = _as_array(before, dtype), _as_array(after, dtype)
+    if before.shape != after.shape:
+      raise InputError(
+        f"the averages {name!r} have the shape {before.shape} before the step and {after.shape}"
+        " after it; expected one shape."
+      )
+    for array in (before, after):
+      if _is_concrete(array) and not np.isfinite(np.asarray(array)).all():
+        raise InputError(f"the averages {name!r} are not finite. Leave them out.")
+    fitted[name] = Averages(before, after)
+  return fitted
 
 
 def _is_concrete(array: Any) -> bool:

@@ -29,8 +29,11 @@ _GOOD, _BELIEVED = 1e-4, 0.02
 _EMPTY_ROUNDS = 3
 # A column that all samples dropped is rounding; in size, relative to the usual one.
 _EMPTY_COLUMN = 1e-4
-# A singular value that is less than this share of the largest is rounding.
-_NO_DIMENSION = 1e-6
+# The first singular value beyond the batch size is rounding (or noise), and so are those that are
+# not a few times as large. In a layer too narrow to have one, it is a share of the largest.
+_ABOVE_ROUNDING, _NO_DIMENSION = 8.0, 1e-6
+# Rounding of float32 is less than this share of the largest.
+_MOST_ROUNDING = 1e-7
 
 
 class Copies(NamedTuple):
@@ -52,9 +55,8 @@ class Batch(NamedTuple):
 
   Attributes:
     samples: with leading axis k, at most the batch size.
-    noise: f[], least singular value that is left out by the largest that is kept, over
-      the layers: 1e-8 or so for an exact gradient, 1 for one that has not the rank of
-      the batch.
+    noise: f[], first singular value beyond the batch size by the last that counts, the most of
+      all layers: 1e-8 or so for an exact gradient, 1 for one that has not the rank of the batch.
     rank: the least number of dimensions that the gradient of a layer has: fewer than images if
       some coincide, or leave next to nothing.
     rounds: how often was searched.
@@ -104,18 +106,13 @@ def solve(
   spanning = chain.layers if len(chain.layers) == 2 else chain.layers[:-1]
   matrices = [np.asarray(x.weights) for x in planes.layers_of(spanning, gradient)]
   # Each by itself: an image that is there twice has one dimension before dropout, and two after it.
-  ranks = [_rank(matrix, batch_size) for matrix in matrices]
-  rank = min(ranks)
-  found, noise, empty, rounds, copies = [], 0.0, 0, 0, None
-  while min(ranks) > 0 and empty < _EMPTY_ROUNDS:
-    spanned = [
+  ranks, noises = zip(*(_rank(matrix, batch_size) for matrix in matrices), strict=True)
+  rank, noise = min(ranks), max(noises)
+  found, empty, rounds, copies = [], 0, 0, None
+  while noise <= most_noise and min(ranks) > 0 and empty < _EMPTY_ROUNDS:
+    spaces = tuple(
       planes.span(matrix, n, batch_size) for matrix, n in zip(matrices, ranks, strict=True)
-    ]
-    spaces = tuple(space for space, _ in spanned)
-    if not rounds:
-      noise = max(rest for _, rest in spanned)
-      if noise > most_noise:
-        break
+    )
     if ranks[0] == 1 < ranks[1]:
       copies = _find_copies(key, model, links, params, spaces, zeros, noise, ranks[1])
       break
@@ -141,10 +138,18 @@ def solve(
   return Batch(samples, noise, rank, rounds, copies)
 
 
-def _rank(matrix: np.ndarray, most: int) -> int:
-  """Returns the numerical rank of a matrix, or `most` if it is higher."""
-  values = np.linalg.svd(matrix, compute_uv=False)[:most]
-  return int(np.sum(values > _NO_DIMENSION * values[0]))
+def _rank(matrix: np.ndarray, most: int) -> tuple[int, float]:
+  """Returns the numerical rank of a matrix, or `most` if it is higher, and `Batch.noise`."""
+  values = np.linalg.svd(matrix, compute_uv=False)
+  hardly = _NO_DIMENSION * values[0]
+  if len(values) <= most:
+    return int(np.sum(values > hardly)), 0.0
+  rest = values[most]
+  rank = int(np.sum(values[:most] > _ABOVE_ROUNDING * rest))
+  # Of an exact gradient samples may be lost in rounding; of another, the first to be left out is
+  # about as large as the last that is not.
+  least = values[rank - 1] if 0 < rest < _MOST_ROUNDING * values[0] else values[most - 1]
+  return rank, float(rest / max(least, 1e-300))
 
 
 def _candidates(key, spaces, zeros_of, left, effort):

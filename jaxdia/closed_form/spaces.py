@@ -60,25 +60,20 @@ def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
   return tuple(layers)
 
 
-def span(matrix: np.ndarray, rank: int, size: int) -> tuple[Space, float]:
-  """Returns the space of a gradient, and how much lies outside.
+def span(matrix: np.ndarray, rank: int, size: int) -> Space:
+  """Returns the space of a gradient.
 
   Args:
     matrix: f64[inputs, outputs].
     rank: dimensions that are used.
     size: dimensions in all, so that shapes need not change with the rank.
-
-  Returns:
-    The space; and the largest singular value left out by the least one kept.
   """
   left, values, right = np.linalg.svd(matrix, full_matrices=False)
-  rest = values[rank] if len(values) > rank else 0.0
-  rest = rest / max(values[min(rank, len(values)) - 1], 1e-300)
   unused = np.arange(size) >= rank
   left = np.where(unused, 0, _resize(left, size, 1))
   right = np.where(unused[:, None], 0, _resize(right, size, 0))
   values = np.where(unused, 1, _resize(values, size, 0))
-  return Space(left, values, right, unused.astype(float)), float(rest)
+  return Space(left, values, right, unused.astype(float))
 
 
 def _resize(array, size, axis):

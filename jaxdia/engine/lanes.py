@@ -20,6 +20,7 @@ from jaxdia.attacks import Attack, Best, State, Status, project
 from jaxdia.core.trees import shapes_of
 from jaxdia.core.types import Array, Labels, Params
 from jaxdia.gradients import Prepared, Target
+from jaxdia.models import Averages
 
 Recording = Float[np.ndarray, "recorded batch height width channels"]
 
@@ -32,12 +33,14 @@ class Slot(NamedTuple):
     labels: i[B] if the observation grants them.
     mean: f[C] or f[1], statistics of the images.
     std: f[C] or f[1].
+    averages: of BatchNorm, if the observation has them.
   """
 
   target: Target
   labels: Labels | None
   mean: Float[Array, "*slot channels"]
   std: Float[Array, "*slot channels"]
+  averages: dict[str, Averages] | None
 
 
 class Lane(NamedTuple):

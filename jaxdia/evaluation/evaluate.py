@@ -67,11 +67,12 @@ def evaluate(
   originals, images = as_float(secret.images), as_float(candidate.images)
   order = assign(images, originals, found)
   pairs = pair(originals, images[order], statistics, pool)
-  columns = image_scores(pairs)
+  columns: dict[str, Any] = image_scores(pairs)
   columns["label_accuracy"] = None
   if labels is not None:
-    labels = np.asarray(labels)[order]
-    columns["label_accuracy"] = np.where(labels < 0, np.nan, labels == np.asarray(secret.labels))
+    found_labels = np.asarray(labels)[order]
+    right = found_labels == np.asarray(secret.labels)
+    columns["label_accuracy"] = np.where(found_labels < 0, np.nan, right)
   by_site = {}
   if candidate.masks and secret.masks is not None:
     by_site = mask_diagnostics(model, candidate.masks, secret.masks, order, known_masks)

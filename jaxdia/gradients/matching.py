@@ -24,7 +24,7 @@ from jaxdia.core.precision import full_precision
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import Array, Gradient, Images, Labels, Masks, Params, Scalar
 from jaxdia.gradients.distances import Comparison
-from jaxdia.models import DenseLayer, DropoutModel
+from jaxdia.models import Averages, DenseLayer, DropoutModel
 
 Method = Literal["auto", "formed", "factored"]
 METHODS = typing.get_args(Method)
@@ -68,6 +68,7 @@ class Prepared:
     std: as in the observation.
     batch_size: as in the observation.
     loss: as in the observation.
+    averages: as in the observation.
   """
 
   params: Params
@@ -77,6 +78,7 @@ class Prepared:
   std: jax.Array
   batch_size: int = static()
   loss: Loss = static(default=CROSS_ENTROPY)
+  averages: dict[str, Averages] | None = None
 
 
 def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple[DenseLayer, ...]:
@@ -135,7 +137,8 @@ def prepare(
     kernel = kernel.reshape(layer.inputs, layer.outputs)  # it may have more axes than a matrix
     factors = factorize(kernel, sum(layer.rows)) if compress else None
     kernels[layer.path] = kernel if factors is None else factors
-  fields = {name: getattr(observation, name) for name in ("params", "labels", "mean", "std")}
+  names = ("params", "labels", "mean", "std", "averages")
+  fields = {name: getattr(observation, name) for name in names}
   target = Target(gradient, kernels, squared_norm)
   facts = {"batch_size": observation.batch_size, "loss": observation.loss}
   return Prepared(target=target, **facts, **fields)

@@ -6,6 +6,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxdia.models.averages import Averages, averages_after, follows_averages
 from jaxdia.models.base import (
   DropoutModel,
   Network,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
   "CONVOLVE",
   "MODELS",
+  "Averages",
   "Convolution",
   "Convolve",
   "DenseLayer",
@@ -41,6 +43,7 @@ __all__ = [
   "Network",
   "Site",
   "Taps",
+  "averages_after",
   "batch_axes",
   "batch_moments",
   "check_rate",
@@ -48,6 +51,7 @@ __all__ = [
   "drop",
   "evaluation_mode",
   "expected_masks",
+  "follows_averages",
   "from_flax",
   "from_functions",
   "from_module",

@@ -243,7 +243,7 @@ class DropoutModel:
       if is_faster_as_product(convolution, shapes[(*path, "kernel")].shape, platform)
     }
 
-  def _call(self, params, masks, images, on_linear) -> Logits:
+  def _call(self, params, masks, images, on_linear, run=None) -> Any:
     name = self.network.name
     if masks is not None and set(masks) != set(self.rates):
       raise InputError(
@@ -275,7 +275,7 @@ class DropoutModel:
     hook = compute if as_products else on_linear
     hooks = Hooks(ignore_sites if masks is None else drop_at, hook)
     with full_precision(), usual_promotion():
-      return self.network.call(params, images, hooks)
+      return (run or self.network.call)(params, images, hooks)
 
 
 def model_of(network: Network, rates: Mapping[str, float] | None = None) -> DropoutModel:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.trees import Constants, leaves_by_name
+from jaxdia.core.trees import Constants, leaves_by_name, leaves_by_path, with_leaves
 from jaxdia.core.types import Images, Key, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
@@ -96,16 +96,29 @@ class FlaxNetwork(Network):
 
   def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
+    return self._step(params, images, hooks, self.collections.tree, rngs)[0]
+
+  def constants_after(
+    self, params: Params, images: Images, hooks: Hooks, before: Mapping[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    """Returns what a step makes of the other collections, such as running averages, by name."""
+    others = self.collections.tree
+    given = {
+      path: before.get(".".join(path), leaf) for path, leaf in leaves_by_path(others).items()
+    }
+    return leaves_by_name(self._step(params, images, hooks, with_leaves(others, given), None)[1])
+
+  def _step(self, params, images, hooks, others, rngs):
+    """Returns logits, and the other collections after the step."""
     # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
     rngs = rngs or dict.fromkeys(("params", "dropout"), jax.random.key(0))
     with nn.intercept_methods(interceptor(hooks)):
       options = {"rngs": rngs, **self.kwargs}
-      others = self.collections.tree
       if not others:
-        return self.module.apply({"params": params}, images, **options)
+        return self.module.apply({"params": params}, images, **options), {}
       # In training a module writes what follows from the step, such as new averages.
       variables = {"params": params, **others}
-      return self.module.apply(variables, images, mutable=list(others), **options)[0]
+      return self.module.apply(variables, images, mutable=list(others), **options)
 
 
 def from_flax(
