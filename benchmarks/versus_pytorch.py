@@ -10,9 +10,14 @@ another; and with torch.func, where vmap takes as many clients at once as this l
 Times are of iterations alone, without start and compilation; the programs take turns, and the
 least of --rounds counts. The objectives of the first ten iterations are compared, as a check that
 both do the same.
+
+With --breaching=CHECKOUT its own attack "invertinggradients" (github.com/JonasGeiping/breaching;
+pip install torchvision hydra-core) stands beside, on the same client and with the same settings.
 """
 
+import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +37,14 @@ from jaxdia.core.types import Params
 
 _CASES = flags.DEFINE_list("cases", ["lenet:cifar10", "resnet18:cifar10"], "MODEL:DATASET, ...")
 _LANES = flags.DEFINE_list("lanes", ["1", "4", "16"], "Numbers of lanes.")
-_FUNC_LANES = flags.DEFINE_list("func_lanes", ["1", "4"], "Numbers of clients under torch.func.")
+_CLIENTS = flags.DEFINE_list("clients", ["4"], "Numbers of clients at once under torch.func.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each is timed.")
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "About how long each timing takes.")
+_BREACHING = flags.DEFINE_string("breaching", None, "Checkout of breaching, if it is to be timed.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the figures.")
 
 _COLUMNS = {
-  "model": "", "data": "", "program": "", "ms": ".3f", "times PyTorch": ".1f",
+  "model": "", "data": "", "program": "", "ms": ".3f", "times the best other": ".1f",
 }  # fmt: skip
 
 
@@ -130,6 +136,7 @@ class Peer:
     mean, std = (np.asarray(getattr(observations[0], key)) for key in ("mean", "std"))
     box = [torch.tensor((bound - mean) / std).float() for bound in (0.0, 1.0)]
     self.low, self.high = (bound.reshape(1, -1, 1, 1) for bound in box)
+    self.mean, self.std = mean.tolist(), std.tolist()
 
   def _objective(self, gradient: Any, target: Any, x: torch.Tensor) -> torch.Tensor:
     pairs = list(zip(gradient, target, strict=True))
@@ -203,6 +210,38 @@ class Peer:
 
     return self._search(x, derivative, steps)
 
+  def breaching(self, x: torch.Tensor, steps: int) -> tuple[list[float], float]:
+    """Attacks the first client by breaching, whose checkout can be imported.
+
+    Args:
+      x: f[1, C, H, W], where to start.
+      steps: iterations.
+
+    Returns:
+      The objectives before each iteration, and the seconds of all.
+    """
+    import breaching
+
+    config = breaching.get_attack_config("invertinggradients")
+    config.optim.max_iterations, config.optim.step_size = steps, self.settings.learning_rate
+    config.optim.step_size_decay = None
+    config.regularization.total_variation.scale = self.settings.tv_weight
+    setup = {"device": torch.device("cpu"), "dtype": torch.float32}
+    attacker = breaching.attacks.prepare_attack(
+      self.model, nn.CrossEntropyLoss(), config, setup=setup
+    )
+    metadata = types.SimpleNamespace(
+      shape=tuple(x.shape[1:]), mean=self.mean, std=self.std, modality="vision"
+    )
+    params = [value.detach() for value in self.model.parameters()]
+    payload = [{"parameters": params, "buffers": None, "metadata": metadata}]
+    facts = {"num_data_points": 1, "labels": self.labels[0], "local_hyperparams": None}
+    gradient = [self.targets[0][key] for key in self.names]
+    shared = [{"gradients": gradient, "buffers": None, "metadata": facts}]
+    start = time.perf_counter()
+    _, stats = attacker.reconstruct(payload, shared, {}, initial_data=x)
+    return stats["Trial_0_Val"], time.perf_counter() - start
+
 
 def start_of(attack: attacks.Attack, observation: Observation, number: int) -> Any:
   """Returns where the attack on a client starts, as `lanes_timer` has it."""
@@ -212,7 +251,7 @@ def start_of(attack: attacks.Attack, observation: Observation, number: int) -> A
 def compare_case(name: str, dataset: str, table: Table) -> None:
   """Times an iteration of each program."""
   lanes = [int(n) for n in _LANES.value]
-  together = [int(n) for n in _FUNC_LANES.value]
+  together = [int(n) for n in _CLIENTS.value]
   model, observations = make_problems(name, dataset, max(*lanes, *together), dropout_rate=0.0)
   attack = attacks.ig(model)
   peer = Peer(name, observations[: max(together)], attack.settings)
@@ -224,7 +263,11 @@ def compare_case(name: str, dataset: str, table: Table) -> None:
   for _ in range(10):
     state, info = step(observations[0], state)
     ours.append(float(info.objective))
-  for label, found in (("autograd", peer.autograd), ("torch.func", peer.func)):
+  peers = {"PyTorch, autograd": peer.autograd, "PyTorch, torch.func, 1 client": peer.func}
+  if _BREACHING.value:
+    sys.path.insert(0, _BREACHING.value)
+    peers["breaching"] = peer.breaching
+  for label, found in peers.items():
     difference = np.max(np.abs(np.array(found(starts[:1], 10)[0]) / ours - 1))
     print(f"(largest difference of the first objectives, {label}: {difference:.1e})", flush=True)
 
@@ -233,7 +276,7 @@ def compare_case(name: str, dataset: str, table: Table) -> None:
     steps = max(steps, int(_SECONDS.value / (run(x, steps)[1] / steps)))
     return lambda: 1e3 * run(x, steps)[1] / steps / len(x)
 
-  timers = {"PyTorch, autograd": timer(peer.autograd, starts[:1])}
+  timers = {label: timer(run, starts[:1]) for label, run in peers.items()}
   for count in together:
     timers[f"PyTorch, torch.func, {count} clients"] = timer(peer.func, starts[:count])
   devices = jax.local_devices()
@@ -247,11 +290,11 @@ def compare_case(name: str, dataset: str, table: Table) -> None:
     for label, measure in timers.items():
       times[label].append(measure())
   least = {label: min(measured) for label, measured in times.items()}
-  peers = min(ms for label, ms in least.items() if label.startswith("PyTorch"))
+  best = min(ms for label, ms in least.items() if not label.startswith("jaxdia"))
   for label, ms in least.items():
-    ratio = peers / ms if label.startswith("jaxdia") else None
+    ratio = best / ms if label.startswith("jaxdia") else None
     common = {"model": name, "data": dataset, "program": label}
-    table.add(**common, ms=ms, all_ms=times[label], **{"times PyTorch": ratio})
+    table.add(**common, ms=ms, all_ms=times[label], **{"times the best other": ratio})
 
 
 def main() -> None:
