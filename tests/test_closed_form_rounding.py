@@ -106,3 +106,11 @@ def test_zeros_are_split_from_others_where_there_is_no_gap():
   assert not np.any(np.asarray(split.zero)[counts == 0])
   assert np.sum((np.asarray(split.zero) != zero)[counts == 1]) <= 4
   assert split_zeros(rng.standard_normal(200), np.ones(200), 40, 160, 4e-3).gap < 8
+
+
+@pytest.mark.parametrize("rounding", [0.0, 4e-3])
+def test_where_no_number_of_zeros_is_allowed_there_is_no_gap(rounding):
+  """As in a small layer of which any few points lie on a plane."""
+  values = np.array([1e-6, 1.0, 1.1, 2.0, 3.0, 4.0])
+  assert split_zeros(values, np.ones(6), 1, 3, rounding).gap > 8
+  assert split_zeros(values, np.ones(6), 5, 3, rounding).gap < 1
