@@ -89,3 +89,13 @@ def test_no_size_of_the_smallest_image_makes_noise_of_an_exact_gradient(least):
   left, right = (np.linalg.qr(rng.normal(size=(n, 4)))[0] for n in (60, 90))
   matrix = left @ np.diag([1, 0.1, least, 1e-8]) @ right.T
   assert _rank(matrix, 3, 0.1)[1] < 0.1
+
+
+@pytest.mark.parametrize("alive", [3, 40])
+def test_units_that_are_off_in_all_images_add_no_rank(alive):
+  rng = np.random.default_rng(0)
+  matrix = np.zeros((60, 90))
+  matrix[:, rng.permutation(90)[:alive]] = np.outer(rng.normal(size=60), rng.normal(size=alive))
+  matrix = matrix.astype(np.float32).astype(np.float64)
+  assert _rank(matrix, 3, 0.1)[0] == 1
+  assert _rank(np.zeros((60, 90)), 3, 0.1) == (0, 0.0)

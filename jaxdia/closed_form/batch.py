@@ -146,9 +146,10 @@ def _rank(matrix: np.ndarray, most: int, most_noise: float) -> tuple[int, float]
   is less than the share `most_noise` of it, with more than which nothing is looked for: so an image
   that hardly stands out hides no other.
   """
-  values = np.linalg.svd(matrix, compute_uv=False)
+  # Units that are off in all images make a layer narrower.
+  values = np.linalg.svd(matrix[matrix.any(axis=1)][:, matrix.any(axis=0)], compute_uv=False)
   if len(values) <= most:
-    return int(np.sum(values > _NO_DIMENSION * values[0])), 0.0
+    return int(np.sum(values > _NO_DIMENSION * np.max(values, initial=0))), 0.0
   rest = values[most]
   rank = int(np.sum(rest < most_noise * values[:most]))
   # Of an exact gradient samples may be lost in rounding; of another, the first to be left out is
