@@ -114,3 +114,14 @@ def test_where_no_number_of_zeros_is_allowed_there_is_no_gap(rounding):
   values = np.array([1e-6, 1.0, 1.1, 2.0, 3.0, 4.0])
   assert split_zeros(values, np.ones(6), 1, 3, rounding).gap > 8
   assert split_zeros(values, np.ones(6), 5, 3, rounding).gap < 1
+
+
+@pytest.mark.parametrize("level", [0.03, 0.2, 1.0])
+def test_no_rounding_makes_the_mean_of_two_images_fit(level):
+  """However much rounding is told, as of weights of few bits whose learning rate is small."""
+  model = make_model(hidden_sizes=(128, 96), use_bias=True)
+  observation, _ = observe_victims(model, 2)
+  named = dataclasses.replace(observation, batch_size=1, labels=None)
+  recovery = recover(jax.random.key(0), model, named, level)
+  assert not np.any(recovery.determined), recovery.summary()
+  assert not np.any(recovery.parts.verdict == Verdict.EXACT) and recovery.residual[0] > 0.1

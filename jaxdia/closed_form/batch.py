@@ -15,7 +15,7 @@ from jaxdia.client import Loss
 from jaxdia.closed_form import chain as chains
 from jaxdia.closed_form import spaces as planes
 from jaxdia.closed_form import sparse
-from jaxdia.closed_form.found import OF_ROUNDING
+from jaxdia.closed_form.found import OF_ROUNDING, tolerance_of
 from jaxdia.closed_form.structure import Chain, activate
 from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
@@ -123,7 +123,7 @@ def solve(
     if known is not None:
       samples = chains.complete(model, links, params, spaces, known, batch_size, loss, rounding)
       samples = jax.tree.map(np.asarray, samples)
-      samples = _distinct(samples, max(_BELIEVED, 2 * OF_ROUNDING * rounding))
+      samples = _distinct(samples, max(_BELIEVED, 2 * float(tolerance_of(rounding))))
     if samples is None:
       empty += 1
       continue

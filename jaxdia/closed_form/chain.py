@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdia.client import Loss
-from jaxdia.closed_form.found import EXACT, OF_ROUNDING
+from jaxdia.closed_form.found import tolerance_of
 from jaxdia.closed_form.spaces import (
   Space,
   first_inputs,
@@ -251,8 +251,7 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
 
   # If it is of another loss, it is that of no label; but what was found is rounded.
   with_label, without = judge(labelled), judge(sign * delta)
-  fits = jnp.maximum(EXACT, OF_ROUNDING * rounding)
-  told = with_label[-1] <= jnp.maximum(_NO_LABEL * without[-1], fits)
+  told = with_label[-1] <= jnp.maximum(_NO_LABEL * without[-1], tolerance_of(rounding))
   deltas, scale, residual = jax.tree.map(lambda a, b: jnp.where(told, a, b), with_label, without)
   label, scale = jnp.where(told, label, -1), jnp.where(told, scale, jnp.nan)
   return Sample(tuple(inputs), deltas, tuple(masks), tuple(active), label, scale, residual)
