@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxdia.client import Loss
 from jaxdia.closed_form.found import tolerance_of
+from jaxdia.closed_form.parts import NO_LABEL
 from jaxdia.closed_form.spaces import (
   Space,
   first_inputs,
@@ -33,7 +34,7 @@ from jaxdia.models import DenseLayer, DropoutModel
 # So many units of rounding may a derivative by the logits be off, since 1 is taken from a softmax.
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
-_NO_LABEL = 10.0
+_BETTER_WITHOUT = 10.0
 # A delta that is smaller, relative to the others, tells nothing of what was dropped; nor does one
 # that is smaller than so many times what rounding changed.
 _LEAST_DELTA = (3e-5, 4)
@@ -52,7 +53,7 @@ class Sample(NamedTuple):
     kept: f64[inputs] of each layer but the first, masks of its inputs.
     active: b[inputs] of each layer but the first, where the mask makes a difference. Where it makes
       none, as behind a ReLU that is off, it is not known, and `kept` is 0.
-    label: i[]; -1 if the gradient does not tell it.
+    label: i[]; NO_LABEL if the gradient does not tell it.
     scale: f[], by which factor the gradient exceeds that of the loss.
     residual: f[], how far all this is from what the gradient allows, relative.
   """
@@ -251,9 +252,9 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
 
   # If it is of another loss, it is that of no label; but what was found is rounded.
   with_label, without = judge(labelled), judge(sign * delta)
-  told = with_label[-1] <= jnp.maximum(_NO_LABEL * without[-1], tolerance_of(rounding))
+  told = with_label[-1] <= jnp.maximum(_BETTER_WITHOUT * without[-1], tolerance_of(rounding))
   deltas, scale, residual = jax.tree.map(lambda a, b: jnp.where(told, a, b), with_label, without)
-  label, scale = jnp.where(told, label, -1), jnp.where(told, scale, jnp.nan)
+  label, scale = jnp.where(told, label, NO_LABEL), jnp.where(told, scale, jnp.nan)
   return Sample(tuple(inputs), deltas, tuple(masks), tuple(active), label, scale, residual)
 
 

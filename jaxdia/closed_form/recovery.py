@@ -20,7 +20,7 @@ from jaxdia.closed_form.convolutions import (
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
 from jaxdia.closed_form.found import EXACT, Found
 from jaxdia.closed_form.labels import check_sign
-from jaxdia.closed_form.parts import Recovery, Verdict
+from jaxdia.closed_form.parts import NO_LABEL, Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
@@ -216,7 +216,7 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
     _note_inputs(chain, found, i, features, residual)
     if not residual <= found.tolerance:
       continue
-    if samples.label[i] >= 0:
+    if samples.label[i] != NO_LABEL:
       found.set_label(i, int(samples.label[i]))
     else:
       found.note = (
