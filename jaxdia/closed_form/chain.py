@@ -35,9 +35,9 @@ from jaxdia.models import DenseLayer, DropoutModel
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
 _BETTER_WITHOUT = 10.0
-# A delta that is smaller, relative to the others, tells nothing of what was dropped; nor does one
-# that is smaller than so many times what rounding changed.
-_LEAST_DELTA = (3e-5, 4)
+# A delta tells nothing of what was dropped if it is smaller than this, relative to the others, or
+# than so many times the share that rounding changed.
+_LEAST_DELTA, _OF_ROUNDING = 3e-5, 4
 # So often what a sample kept is judged by what it would have if it had kept all.
 _TURNS = 4
 # Behind a ReLU no more than this share of the outputs is zero.
@@ -174,7 +174,8 @@ def complete(
     known: kept, delta and inputs as `refine` gives them, with leading axis k.
     batch_size: of the client.
     loss: of the client.
-    rounding: unit of the type that the client computed in.
+    rounding: share of the gradient that rounding changed, at least a unit of the type that the
+      client computed in.
 
   Returns:
     The samples, with leading axis k.
@@ -220,7 +221,7 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
       # What was kept shows once more, now that the delta is known that would be if all were. What
       # was wrong in the first place is in this delta too, so it is asked again.
       expected = (next_delta @ inner) * slope
-      least = jnp.maximum(_LEAST_DELTA[0], _LEAST_DELTA[1] * rounding)
+      least = jnp.maximum(_LEAST_DELTA, _OF_ROUNDING * rounding)
       sure = jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept)))
       kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
@@ -289,7 +290,7 @@ def last_delta(
     logits: f64[num_classes].
     delta: f64[num_classes], the derivative, up to scale.
     loss: of the client.
-    rounding: unit of the type that the client computed in.
+    rounding: as in `complete`.
 
   Returns:
     Those of the label that suits `delta` best.
