@@ -38,13 +38,14 @@ def test_all_images_are_found_and_none_is_exact(dtype, size):
   assert recovery.scale == pytest.approx(1, abs=0.02)
 
 
-def test_a_level_that_is_told_is_a_level_that_is_seen():
+@pytest.mark.parametrize("level", [10 * MOST_ROUNDING, 0.2])
+def test_a_level_that_is_told_is_a_level_that_is_seen(level):
   """As of weights before and after, whose difference has as many bits as ever."""
   model = make_model(hidden_sizes=(128, 96))
   observation, _ = observe_victims(model, 2)
   plain = recover(jax.random.key(0), model, observation)
   assert (plain.parts.verdict == Verdict.EXACT).all() and np.all(plain.determined)
-  told = recover(jax.random.key(0), model, observation, 10 * MOST_ROUNDING)
+  told = recover(jax.random.key(0), model, observation, level)
   assert (told.parts.verdict == Verdict.APPROXIMATE).all() and np.all(told.determined)
   np.testing.assert_allclose(told.parts.images, plain.parts.images, atol=1e-4)
 

@@ -18,7 +18,7 @@ from jaxdia.closed_form.convolutions import (
   solve,
 )
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
-from jaxdia.closed_form.found import EXACT, Found
+from jaxdia.closed_form.found import EXACT, OF_ROUNDING, Found
 from jaxdia.closed_form.labels import check_sign
 from jaxdia.closed_form.parts import NO_LABEL, Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
@@ -200,7 +200,9 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   if size > 1 and size >= narrowest:
     return f"a layer of width {narrowest} cannot hold {size} samples apart"
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
-  rounding = max(found.rounding, float(np.finfo(observation.dtype).eps))
+  # No more than the tolerance allows for.
+  rounding = min(found.rounding, found.tolerance / OF_ROUNDING)
+  rounding = max(rounding, float(np.finfo(observation.dtype).eps))
   result = batches.solve(
     key, model, chain, params, gradient, size, _MOST_NOISE, observation.loss, rounding
   )
