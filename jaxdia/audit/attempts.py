@@ -188,7 +188,8 @@ def _found_by_algebra(recovery: Recovery) -> Found:
     for verdict, r in zip(verdicts, recovery.residual, strict=True)
   ]
   known_to = [
-    f", its pixels known to about {e:.1e}" if e > 0 else "" for e in np.atleast_1d(recovery.error)
+    f", its pixels known to about {e:.1e} (normalised)" if e > 0 else ""
+    for e in np.atleast_1d(recovery.error)
   ]
   reasons = [
     f"its part of the gradient is determined by linear equations, and left unexplained to {r:.1e}"
