@@ -11,11 +11,11 @@ from audit_cases import SIZE, batch, config_of, nets, write
 from experiment_cases import silent
 
 from jaxdia import attacks, audit
-from jaxdia.audit.attempts import choose_attack
+from jaxdia.audit.attempts import _of_certain, choose_attack
 from jaxdia.audit.schema import Finding
 from jaxdia.client import Observation
 from jaxdia.client.losses import Loss
-from jaxdia.closed_form import recover
+from jaxdia.closed_form import Parts, Recovery, recover
 from jaxdia.core.errors import InputError
 from jaxdia.report import write_audit_report
 
@@ -103,6 +103,14 @@ def test_two_searches_do_not_start_from_the_same_approximate_images(monkeypatch)
   monkeypatch.setattr(attacks, "solve", solve)
   audit.audit(jax.random.key(0), model, noisy, seconds=0.1, say=silent)
   assert [1] in told and told.count([0]) >= len(told) // 2
+
+
+def test_all_searches_keep_an_image_that_rounding_alone_keeps_from_being_exact():
+  """Else another could be found in its place, and it twice."""
+  images, verdict, labels = np.zeros((3, 2, 2, 1)), np.array([1, 1, 2], np.int32), np.arange(3)
+  parts = Parts(images, verdict, {}, {}, labels, labels >= 0, {}, {})
+  kept = _of_certain(Recovery(parts, np.zeros(3), "", determined=np.array([True, False, True])))
+  assert kept.parts.verdict.tolist() == [1, 0, 2]
 
 
 def test_hostile_names_are_text_in_the_report(tmp_path):

@@ -184,12 +184,17 @@ def test_averages_that_tell_nothing_are_left_out_with_a_line():
   assert "after 3 steps" in several
   (none_before,) = updates.find_averages(model, {}, after).notes
   assert "none of this shape before the step" in none_before
+  nan = {name: array * np.nan for name, array in after.items()}
+  for pair in ((before, nan), (nan, after)):
+    found, (broken,) = updates.find_averages(model, *pair)
+    assert found is None and "NaN or infinite" in broken
   half = {name: array.astype(np.float16) for name, array in after.items()}
   halved = {name: array.astype(np.float16) for name, array in before.items()}
-  rounded = updates.find_averages(model, halved, half)
   # Those near 1 are lost in their rounding, those near 0 are not.
-  assert all(name.endswith("mean") for name in rounded.averages) and len(rounded.averages) == 2
-  assert "BatchNorm_0.var" in rounded.notes[0] and "left out" in rounded.notes[0]
+  for pair in ((halved, half), (halved, after), (before, half)):
+    rounded = updates.find_averages(model, *pair)
+    assert all(name.endswith("mean") for name in rounded.averages) and len(rounded.averages) == 2
+    assert "BatchNorm_0.var" in rounded.notes[0] and "left out" in rounded.notes[0]
 
 
 def test_an_audit_compares_them_in_its_search():

@@ -375,7 +375,7 @@ def test_solve_is_independent_of_the_type_of_the_gradient():
   observation, secret = observe_victims(model, 3)
   with jax.enable_x64(True):
     params = jax.tree.map(lambda x: x.astype(jnp.float64), observation.params)
-    batch = solve(
-      jax.random.key(0), model, find_chain(model.network), params, observation.gradient, 3, 0.1
-    )
+    chain, loss = find_chain(model.network), observation.loss
+    seen = (params, observation.gradient, 3, 0.1, loss, float(jnp.finfo(jnp.float32).eps))
+    batch = solve(jax.random.key(0), model, chain, *seen)
   assert len(batch.samples.label) == 3 and batch.noise < 1e-5

@@ -78,6 +78,24 @@ def test_the_rank_is_what_stands_out_of_the_rounding(sizes, rank):
   rng = np.random.default_rng(0)
   inputs, deltas = (rng.normal(size=(len(sizes), n)) for n in (60, 90))
   matrix = np.einsum("b,bi,bj->ij", sizes, inputs, deltas).astype(np.float32).astype(np.float64)
-  found, noise = _rank(matrix, len(sizes))
+  found, noise = _rank(matrix, len(sizes), 0.1)
   assert found == rank and noise < 0.1
-  assert _rank(matrix + 1e-2 * rng.normal(size=matrix.shape), len(sizes))[1] > 0.1
+  assert _rank(matrix + 1e-2 * rng.normal(size=matrix.shape), len(sizes), 0.1)[1] > 0.1
+
+
+@pytest.mark.parametrize("least", [5e-8, 9e-8, 1.2e-7, 1e-6])
+def test_no_size_of_the_smallest_image_makes_noise_of_an_exact_gradient(least):
+  rng = np.random.default_rng(0)
+  left, right = (np.linalg.qr(rng.normal(size=(n, 4)))[0] for n in (60, 90))
+  matrix = left @ np.diag([1, 0.1, least, 1e-8]) @ right.T
+  assert _rank(matrix, 3, 0.1)[1] < 0.1
+
+
+@pytest.mark.parametrize("alive", [3, 40])
+def test_units_that_are_off_in_all_images_add_no_rank(alive):
+  rng = np.random.default_rng(0)
+  matrix = np.zeros((60, 90))
+  matrix[:, rng.permutation(90)[:alive]] = np.outer(rng.normal(size=60), rng.normal(size=alive))
+  matrix = matrix.astype(np.float32).astype(np.float64)
+  assert _rank(matrix, 3, 0.1)[0] == 1
+  assert _rank(np.zeros((60, 90)), 3, 0.1) == (0, 0.0)

@@ -38,13 +38,14 @@ def test_all_images_are_found_and_none_is_exact(dtype, size):
   assert recovery.scale == pytest.approx(1, abs=0.02)
 
 
-def test_a_level_that_is_told_is_a_level_that_is_seen():
+@pytest.mark.parametrize("level", [10 * MOST_ROUNDING, 0.2])
+def test_a_level_that_is_told_is_a_level_that_is_seen(level):
   """As of weights before and after, whose difference has as many bits as ever."""
   model = make_model(hidden_sizes=(128, 96))
   observation, _ = observe_victims(model, 2)
   plain = recover(jax.random.key(0), model, observation)
   assert (plain.parts.verdict == Verdict.EXACT).all() and np.all(plain.determined)
-  told = recover(jax.random.key(0), model, observation, 10 * MOST_ROUNDING)
+  told = recover(jax.random.key(0), model, observation, level)
   assert (told.parts.verdict == Verdict.APPROXIMATE).all() and np.all(told.determined)
   np.testing.assert_allclose(told.parts.images, plain.parts.images, atol=1e-4)
 
@@ -106,3 +107,22 @@ def test_zeros_are_split_from_others_where_there_is_no_gap():
   assert not np.any(np.asarray(split.zero)[counts == 0])
   assert np.sum((np.asarray(split.zero) != zero)[counts == 1]) <= 4
   assert split_zeros(rng.standard_normal(200), np.ones(200), 40, 160, 4e-3).gap < 8
+
+
+@pytest.mark.parametrize("rounding", [0.0, 4e-3])
+def test_where_no_number_of_zeros_is_allowed_there_is_no_gap(rounding):
+  """As in a small layer of which any few points lie on a plane."""
+  values = np.array([1e-6, 1.0, 1.1, 2.0, 3.0, 4.0])
+  assert split_zeros(values, np.ones(6), 1, 3, rounding).gap > 8
+  assert split_zeros(values, np.ones(6), 5, 3, rounding).gap < 1
+
+
+@pytest.mark.parametrize("level", [0.03, 0.2, 1.0])
+def test_no_rounding_makes_the_mean_of_two_images_fit(level):
+  """However much rounding is told, as of weights of few bits whose learning rate is small."""
+  model = make_model(hidden_sizes=(128, 96), use_bias=True)
+  observation, _ = observe_victims(model, 2)
+  named = dataclasses.replace(observation, batch_size=1, labels=None)
+  recovery = recover(jax.random.key(0), model, named, level)
+  assert not np.any(recovery.determined), recovery.summary()
+  assert not np.any(recovery.parts.verdict == Verdict.EXACT) and recovery.residual[0] > 0.1

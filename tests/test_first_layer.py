@@ -11,7 +11,8 @@ from flax import linen as nn
 from jaxdia import models
 from jaxdia.client import Observation, observe
 from jaxdia.closed_form import Verdict, recover
-from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
+from jaxdia.closed_form.first_layer import FirstLayer, find_first_layer, read_inputs
+from jaxdia.closed_form.structure import Input
 
 SHAPE = (6, 6, 1)
 
@@ -169,6 +170,19 @@ def test_a_layer_of_plain_functions_has_whatever_names_and_layout(turned):
   recovery = recover(jax.random.key(0), model, observation)
   assert recovery.parts.verdict[0] == Verdict.EXACT, recovery.reason
   np.testing.assert_allclose(recovery.parts.images, secret.images, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "kernel, bias, name",
+  [
+    (("net", "linear", "w"), ("net", "linear", "b"), "net/linear"),
+    (("w", "0"), ("b", "0"), "w/0"),  # lists of kernels and of biases have no place in common
+  ],
+)
+def test_a_layer_is_called_by_what_its_arrays_lie_in(kernel, bias, name):
+  nothing = np.zeros(0)
+  layer = FirstLayer(kernel, bias, False, nothing, nothing, nothing, Input())
+  assert layer.name == name
 
 
 def test_inputs_are_read_from_float16_and_none_from_nothing():

@@ -33,14 +33,15 @@ def test_what_is_learnt_holds_for_images_that_were_not_seen():
 
 
 def test_dropout_is_on():
-  """At the same params the loss of one and the same batch differs by the masks alone."""
+  """At the same params the loss of one and the same batch differs by the masks, and by rounding."""
   images, labels = _stripes(16, 0)
   start = MODEL.init(jax.random.key(0))
   plain = client_loss(MODEL, start, None, jnp.asarray(images), jnp.asarray(labels))
   firsts = [
     train(jax.random.key(k), MODEL, start, images, labels, 1, batch_size=16)[1][0] for k in range(4)
   ]
-  assert len({float(x) for x in firsts}) == 4 and float(plain) not in map(float, firsts)
+  losses = np.sort([float(x) for x in (*firsts, plain)])
+  assert np.diff(losses).min() > 1e-4
 
 
 def test_the_same_key_trains_the_same_and_another_not():

@@ -188,7 +188,8 @@ def _found_by_algebra(recovery: Recovery) -> Found:
     for verdict, r in zip(verdicts, recovery.residual, strict=True)
   ]
   known_to = [
-    f", its pixels known to about {e:.1e}" if e > 0 else "" for e in np.atleast_1d(recovery.error)
+    f", its pixels known to about {e:.1e} (normalised)" if e > 0 else ""
+    for e in np.atleast_1d(recovery.error)
   ]
   reasons = [
     f"its part of the gradient is determined by linear equations, and left unexplained to {r:.1e}"
@@ -228,7 +229,7 @@ def by_search(
     model: the network.
     observation: the update.
     recovery: what linear algebra gave; where it gave anything, the search starts from there, but
-      only one from images that are approximate.
+      only one from images that are not certain.
     seconds: for all trials, compilation apart; the first may take half of it.
     say: called with a line after each trial.
 
@@ -244,7 +245,7 @@ def by_search(
       jax.random.fold_in(jax.random.fold_in(key, _SEARCH), len(trials)),
       attack,
       observation,
-      recovery=_of_exact(recovery) if trials else recovery,
+      recovery=_of_certain(recovery) if trials else recovery,
       seconds=max(left if trials else seconds / 2, _LEAST_SECONDS),
     )
     trials = sorted([*trials, state], key=_objective)
@@ -266,12 +267,16 @@ def by_search(
   return attempt, found
 
 
-def _of_exact(recovery: Recovery | None) -> Recovery | None:
-  """Returns it without approximate images, from which no more than one search may start."""
+def _of_certain(recovery: Recovery | None) -> Recovery | None:
+  """Returns it without images that are not certain, from which no more than one search may start.
+
+  Those that are keep their places in all trials, so that no other image is found in one of them.
+  """
   if recovery is None:
     return None
   verdict = np.asarray(recovery.parts.verdict)
-  verdict = np.where(verdict == Verdict.EXACT, verdict, Verdict.NOT_APPLICABLE)
+  certain = (verdict == Verdict.EXACT) | recovery.determined
+  verdict = np.where(certain, verdict, Verdict.NOT_APPLICABLE)
   return recovery._replace(parts=recovery.parts._replace(verdict=verdict.astype(np.int32)))
 
 

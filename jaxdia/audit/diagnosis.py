@@ -145,7 +145,7 @@ def _precision(kind: str | None, rounding: float) -> list[Finding]:
   if kind is None and rounding <= MUCH_ROUNDING:
     return []
   name = "rounding" if kind is None else "half precision"
-  what = "what was sent has few bits" if kind is None else f"all values fit into {kind}"
+  what = "the numbers that were sent are coarse" if kind is None else f"all values fit into {kind}"
   text = (
     f"{what}: rounding changed {rounding:.1e} of the gradient, which linear algebra allows for."
     " What it finds is no more exact than that."

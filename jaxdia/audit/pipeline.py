@@ -73,8 +73,6 @@ def audit(
   seen = diagnosis.observation
   if not diagnosis.training:
     model, seen = evaluation_mode(model), dataclasses.replace(seen, averages=None)
-  elif seen.averages:
-    say(f"the search compares {len(seen.averages)} running averages too")
   # Each of these may be what the client computed; the stated one is tried first.
   signs = (1,) if tells_sign(model, seen) else (1, -1)
   attempts: list[Attempt] = []
@@ -112,7 +110,8 @@ def _try(
   attempts.append(attempt)
   say(f"closed form: {attempt.outcome}")
   if seconds > 0 and not (found and set(found.verdicts) == {"certain"}):
-    say(f"searching for about {seconds:g} s")
+    compared = f", comparing {len(observation.averages)} averages" if observation.averages else ""
+    say(f"searching for about {seconds:g} s{compared}")
     attempt, searched = by_search(key, model, observation, recovery, seconds, say)
     attempts.append(attempt)
     say(f"{attempt.name}: {attempt.outcome}")

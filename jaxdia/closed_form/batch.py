@@ -15,7 +15,7 @@ from jaxdia.client import Loss
 from jaxdia.closed_form import chain as chains
 from jaxdia.closed_form import spaces as planes
 from jaxdia.closed_form import sparse
-from jaxdia.closed_form.found import OF_ROUNDING
+from jaxdia.closed_form.found import OF_ROUNDING, tolerance_of
 from jaxdia.closed_form.structure import Chain, activate
 from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
@@ -29,9 +29,9 @@ _GOOD, _BELIEVED = 1e-4, 0.02
 _EMPTY_ROUNDS = 3
 # A column that all samples dropped is rounding; in size, relative to the usual one.
 _EMPTY_COLUMN = 1e-4
-# The first singular value beyond the batch size is rounding (or noise), and so are those that are
-# not a few times as large. In a layer too narrow to have one, it is a share of the largest.
-_ABOVE_ROUNDING, _NO_DIMENSION = 8.0, 1e-6
+# In a layer too narrow to have a singular value beyond the batch size, rounding is less than this
+# share of the largest.
+_NO_DIMENSION = 1e-6
 # Rounding of float32 is less than this share of the largest.
 _MOST_ROUNDING = 1e-7
 
@@ -106,7 +106,8 @@ def solve(
   spanning = chain.layers if len(chain.layers) == 2 else chain.layers[:-1]
   matrices = [np.asarray(x.weights) for x in planes.layers_of(spanning, gradient)]
   # Each by itself: an image that is there twice has one dimension before dropout, and two after it.
-  ranks, noises = zip(*(_rank(matrix, batch_size) for matrix in matrices), strict=True)
+  found_ranks = [_rank(matrix, batch_size, most_noise) for matrix in matrices]
+  ranks, noises = zip(*found_ranks, strict=True)
   rank, noise = min(ranks), max(noises)
   found, empty, rounds, copies = [], 0, 0, None
   while noise <= most_noise and min(ranks) > 0 and empty < _EMPTY_ROUNDS:
@@ -122,7 +123,7 @@ def solve(
     if known is not None:
       samples = chains.complete(model, links, params, spaces, known, batch_size, loss, rounding)
       samples = jax.tree.map(np.asarray, samples)
-      samples = _distinct(samples, max(_BELIEVED, 2 * OF_ROUNDING * rounding))
+      samples = _distinct(samples, max(_BELIEVED, 2 * float(tolerance_of(rounding))))
     if samples is None:
       empty += 1
       continue
@@ -138,14 +139,19 @@ def solve(
   return Batch(samples, noise, rank, rounds, copies)
 
 
-def _rank(matrix: np.ndarray, most: int) -> tuple[int, float]:
-  """Returns the numerical rank of a matrix, or `most` if it is higher, and `Batch.noise`."""
-  values = np.linalg.svd(matrix, compute_uv=False)
-  hardly = _NO_DIMENSION * values[0]
+def _rank(matrix: np.ndarray, most: int, most_noise: float) -> tuple[int, float]:
+  """Returns the numerical rank of a matrix, or `most` if it is higher, and `Batch.noise`.
+
+  The first singular value beyond the batch size is rounding (or noise). A larger one counts if that
+  is less than the share `most_noise` of it, with more than which nothing is looked for: so an image
+  that hardly stands out hides no other.
+  """
+  # Units that are off in all images make a layer narrower.
+  values = np.linalg.svd(matrix[matrix.any(axis=1)][:, matrix.any(axis=0)], compute_uv=False)
   if len(values) <= most:
-    return int(np.sum(values > hardly)), 0.0
+    return int(np.sum(values > _NO_DIMENSION * np.max(values, initial=0))), 0.0
   rest = values[most]
-  rank = int(np.sum(values[:most] > _ABOVE_ROUNDING * rest))
+  rank = int(np.sum(rest < most_noise * values[:most]))
   # Of an exact gradient samples may be lost in rounding; of another, the first to be left out is
   # about as large as the last that is not.
   least = values[rank - 1] if 0 < rest < _MOST_ROUNDING * values[0] else values[most - 1]

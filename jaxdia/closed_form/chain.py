@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxdia.client import Loss
-from jaxdia.closed_form.found import EXACT, OF_ROUNDING
+from jaxdia.closed_form.found import tolerance_of
+from jaxdia.closed_form.parts import NO_LABEL
 from jaxdia.closed_form.spaces import (
   Space,
   first_inputs,
@@ -33,10 +34,10 @@ from jaxdia.models import DenseLayer, DropoutModel
 # So many units of rounding may a derivative by the logits be off, since 1 is taken from a softmax.
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
-_NO_LABEL = 10.0
-# A delta that is smaller, relative to the others, tells nothing of what was dropped; nor does one
-# that is smaller than so many times what rounding changed.
-_LEAST_DELTA = (3e-5, 4)
+_BETTER_WITHOUT = 10.0
+# A delta tells nothing of what was dropped if it is smaller than this, relative to the others, or
+# than so many times the share that rounding changed.
+_LEAST_DELTA, _OF_ROUNDING = 3e-5, 4
 # So often what a sample kept is judged by what it would have if it had kept all.
 _TURNS = 4
 # Behind a ReLU no more than this share of the outputs is zero.
@@ -52,7 +53,7 @@ class Sample(NamedTuple):
     kept: f64[inputs] of each layer but the first, masks of its inputs.
     active: b[inputs] of each layer but the first, where the mask makes a difference. Where it makes
       none, as behind a ReLU that is off, it is not known, and `kept` is 0.
-    label: i[]; -1 if the gradient does not tell it.
+    label: i[]; NO_LABEL if the gradient does not tell it.
     scale: f[], by which factor the gradient exceeds that of the loss.
     residual: f[], how far all this is from what the gradient allows, relative.
   """
@@ -173,7 +174,8 @@ def complete(
     known: kept, delta and inputs as `refine` gives them, with leading axis k.
     batch_size: of the client.
     loss: of the client.
-    rounding: unit of the type that the client computed in.
+    rounding: share of the gradient that rounding changed, at least a unit of the type that the
+      client computed in.
 
   Returns:
     The samples, with leading axis k.
@@ -219,7 +221,7 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
       # What was kept shows once more, now that the delta is known that would be if all were. What
       # was wrong in the first place is in this delta too, so it is asked again.
       expected = (next_delta @ inner) * slope
-      least = jnp.maximum(_LEAST_DELTA[0], _LEAST_DELTA[1] * rounding)
+      least = jnp.maximum(_LEAST_DELTA, _OF_ROUNDING * rounding)
       sure = jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept)))
       kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
@@ -251,10 +253,9 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
 
   # If it is of another loss, it is that of no label; but what was found is rounded.
   with_label, without = judge(labelled), judge(sign * delta)
-  fits = jnp.maximum(EXACT, OF_ROUNDING * rounding)
-  told = with_label[-1] <= jnp.maximum(_NO_LABEL * without[-1], fits)
+  told = with_label[-1] <= jnp.maximum(_BETTER_WITHOUT * without[-1], tolerance_of(rounding))
   deltas, scale, residual = jax.tree.map(lambda a, b: jnp.where(told, a, b), with_label, without)
-  label, scale = jnp.where(told, label, -1), jnp.where(told, scale, jnp.nan)
+  label, scale = jnp.where(told, label, NO_LABEL), jnp.where(told, scale, jnp.nan)
   return Sample(tuple(inputs), deltas, tuple(masks), tuple(active), label, scale, residual)
 
 
@@ -289,7 +290,7 @@ def last_delta(
     logits: f64[num_classes].
     delta: f64[num_classes], the derivative, up to scale.
     loss: of the client.
-    rounding: unit of the type that the client computed in.
+    rounding: as in `complete`.
 
   Returns:
     Those of the label that suits `delta` best.

@@ -6,6 +6,7 @@ all together tell how well it is known (Phong et al. 2018; Geiping et al. 2020).
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ class FirstLayer(NamedTuple):
   @property
   def name(self) -> str:
     """What messages call the layer: what its kernel and its bias lie in, or the kernel."""
-    common = [a for a, b in zip(self.kernel, self.bias, strict=False) if a == b]
+    pairs = zip(self.kernel, self.bias, strict=False)
+    common = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     return "/".join(common or self.kernel)
 
   def read(self, leaves: Mapping[Path, Any]) -> "Inputs | None":

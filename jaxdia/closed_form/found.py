@@ -15,8 +15,18 @@ from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, exp
 
 # A sample that leaves no more than this of the gradient unexplained, relative, is exact.
 EXACT = 1e-3
-# A sample fits a gradient of which it leaves no more than so many times what rounding changed.
-OF_ROUNDING = 10
+# A sample fits a gradient of which it leaves no more than so many times what rounding changed, but
+# never one of which it leaves more than this.
+OF_ROUNDING, _MOST_LEFT = 10, 0.1
+
+
+def tolerance_of(rounding: float | jax.Array) -> jax.Array:
+  """Returns the share of a gradient that a sample which fits it may leave unexplained, f[].
+
+  Args:
+    rounding: share of the gradient that rounding changed.
+  """
+  return jnp.clip(OF_ROUNDING * rounding, EXACT, _MOST_LEFT)
 
 
 class Found:
@@ -49,7 +59,7 @@ class Found:
     self.scale = math.nan
     self.note = ""
     self.rounding = rounding
-    self.tolerance = max(EXACT, OF_ROUNDING * rounding)
+    self.tolerance = float(tolerance_of(rounding))
     self.determined = np.zeros(size, bool)
     masks = expected_masks(model, size, jnp.float64)
     told = True

@@ -18,9 +18,9 @@ from jaxdia.closed_form.convolutions import (
   solve,
 )
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
-from jaxdia.closed_form.found import EXACT, Found
+from jaxdia.closed_form.found import EXACT, OF_ROUNDING, Found
 from jaxdia.closed_form.labels import check_sign
-from jaxdia.closed_form.parts import Recovery, Verdict
+from jaxdia.closed_form.parts import NO_LABEL, Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, split_zeros
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
@@ -200,7 +200,9 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   if size > 1 and size >= narrowest:
     return f"a layer of width {narrowest} cannot hold {size} samples apart"
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
-  rounding = max(found.rounding, float(np.finfo(observation.dtype).eps))
+  # No more than the tolerance allows for.
+  rounding = min(found.rounding, found.tolerance / OF_ROUNDING)
+  rounding = max(rounding, float(np.finfo(observation.dtype).eps))
   result = batches.solve(
     key, model, chain, params, gradient, size, _MOST_NOISE, observation.loss, rounding
   )
@@ -216,7 +218,7 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
     _note_inputs(chain, found, i, features, residual)
     if not residual <= found.tolerance:
       continue
-    if samples.label[i] >= 0:
+    if samples.label[i] != NO_LABEL:
       found.set_label(i, int(samples.label[i]))
     else:
       found.note = (

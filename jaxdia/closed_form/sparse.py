@@ -134,7 +134,7 @@ def split_zeros(
     rounding: f[], share of the gradient that rounding changed.
 
   Returns:
-    The zeros.
+    The zeros; with a gap of less than 1 if no number of them is in these bounds.
   """
   sizes = jnp.where(counts > 0, jnp.abs(values), jnp.inf)
   order = jnp.sort(sizes)
@@ -144,14 +144,15 @@ def split_zeros(
   number = jnp.arange(1.0, len(order))  # of zeros, if the gap is after so many
   allowed = (number >= least) & (number <= most)
   gaps = jnp.where(jnp.isfinite(logs[1:]), logs[1:] - logs[:-1], 0)
-  best = jnp.argmax(jnp.where(allowed, gaps, -1))
+  gaps = jnp.where(allowed, gaps, -1)
+  best = jnp.argmax(gaps)
   squares = jnp.where(jnp.isfinite(order), jnp.maximum(order, floor) ** 2, 0)
   below = jnp.cumsum(squares)[:-1]
   others = jnp.maximum(jnp.sum(counts > 0) - number, 1)
   widths = jnp.log(below / number), jnp.log((jnp.sum(squares) - below) / others + floor**2)
   likelihoods = -(number * widths[0] + others * widths[1])
   likeliest = jnp.argmax(jnp.where(allowed & jnp.isfinite(logs[1:]), likelihoods, -jnp.inf))
-  wider = (widths[1] - widths[0])[likeliest] / 2
+  wider = jnp.where(allowed[likeliest], (widths[1] - widths[0])[likeliest] / 2, -1)
   fuzzy = noisy & (gaps[best] < jnp.log(LEAST_GAP))
   split, gap = (jnp.where(fuzzy, a, b) for a, b in ((likeliest, best), (wider, gaps[best])))
   return Zeros(sizes <= order[split], jnp.exp(gap))

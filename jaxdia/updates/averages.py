@@ -57,23 +57,29 @@ def find_averages(
     return NewAverages(
       None, (f"{what} after {local_steps} steps they are not those of one batch.",)
     )
-  found, lacking, still = {}, [], []
+  found, lacking, broken, still = {}, [], [], []
   for name, array in new.items():
     if name not in old or old[name].shape != array.shape:
       lacking.append(name)
       continue
     start, end = old[name].astype(np.float64), array.astype(np.float64)
     end = start + end if is_difference else end
-    rounding = float(jnp.finfo(array.dtype).eps) * np.linalg.norm(end)
-    if np.isfinite(end).all() and np.linalg.norm(end - start) > _LEAST_CHANGE * rounding:
+    unit = max(float(jnp.finfo(of.dtype).eps) for of in (old[name], array))
+    if not (np.isfinite(start).all() and np.isfinite(end).all()):
+      broken.append(name)
+    elif np.linalg.norm(end - start) > _LEAST_CHANGE * unit * np.linalg.norm(end):
       found[name] = Averages(start, end)
     else:
       still.append(name)
   notes = []
   if lacking:
     notes.append(f"{what} of {listed(lacking)} there are none of this shape before the step.")
+  if broken:
+    notes.append(f"{what} {listed(broken)} have NaN or infinite entries.")
   if still and found:
-    notes.append(f"the running averages {listed(still)} did not change, and are left out.")
+    notes.append(
+      f"the running averages {listed(still)} hardly changed, next to rounding, and are left out."
+    )
   return NewAverages(found or None, tuple(notes))
 
 
