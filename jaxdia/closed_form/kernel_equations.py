@@ -136,27 +136,39 @@ class Equations:
     diagonal = geometry.gather(self._weights**2 @ geometry.kernel.T**2)
     diagonal += weight * prior.diagonal().reshape(shape)
     whole = geometry.correlate(self._delta) * self._scales[0]
-    floor = _LEAST_DIAGONAL * np.mean(diagonal) + 1e-12 * whole.power(2).sum() / shape[0] + 1e-300
+    floor = _LEAST_DIAGONAL * np.mean(diagonal) + 1e-7 * whole.power(2).sum() / shape[0] + 1e-300
     groups = []
     for outputs in np.unique(geometry.joined, axis=1).T > 0:
       channels = np.flatnonzero(geometry.joined[np.argmax(outputs)])
       scale = 1 / np.maximum(np.mean(diagonal[:, channels], axis=1), floor)
       matrix = whole[np.repeat(outputs, geometry.seen.shape[1])]
-      square = np.eye(matrix.shape[0]) + (matrix.multiply(scale[None]) @ matrix.T).toarray()
       # Strides leave zeros in it. Sparse products, as those of BLAS in threads wait for each other.
-      factor = scipy.linalg.cholesky(square, lower=True, check_finite=False)
-      triangle = np.tril(scipy.linalg.lapack.dpotri(factor, lower=1)[0])
-      inverse = scipy.sparse.csr_array(triangle + np.tril(triangle, -1).T)
-      groups.append((channels, scale[:, None], matrix, inverse, matrix.T.tocsr()))
+      direct = matrix.shape[0] >= shape[0]
+      if direct:
+        inverse = _inverse((matrix.T @ matrix).toarray() + np.diag(1 / scale))
+      else:
+        inner = (matrix.multiply(scale[None]) @ matrix.T).toarray()
+        inverse = _inverse(np.eye(len(inner)) + inner)
+      groups.append((channels, direct, scale[:, None], matrix, inverse, matrix.T.tocsr()))
 
     def apply(vector):
       found = np.empty_like(vector)
-      for channels, scale, matrix, inverse, transposed in groups:
+      for channels, direct, scale, matrix, inverse, transposed in groups:
+        if direct:
+          found[:, channels] = inverse @ vector[:, channels]
+          continue
         scaled = vector[:, channels] * scale
         found[:, channels] = scaled - scale * (transposed @ (inverse @ (matrix @ scaled)))
       return found
 
     return apply
+
+
+def _inverse(square: np.ndarray) -> scipy.sparse.csr_array:
+  """Returns the inverse of a positive matrix, of which zeros between blocks stay zeros."""
+  factor = scipy.linalg.cholesky(square, lower=True, check_finite=False)
+  triangle = np.tril(scipy.linalg.lapack.dpotri(factor, lower=1)[0])
+  return scipy.sparse.csr_array(triangle + np.tril(triangle, -1).T)
 
 
 class Problem(NamedTuple):
