@@ -39,6 +39,8 @@ _TOLERANCE = 1e-3
 _LAST_TOLERANCE = 1e-9
 _ITERATIONS = 800
 _LAST_ITERATIONS = 4000
+# Where what is left has grown by this much over its least, rounding has the upper hand.
+_ROUNDED = 1e6
 # Draws of the errors of many inputs.
 _DRAWS = 8
 
@@ -259,7 +261,10 @@ def _precision(problem: Problem, inputs: np.ndarray, inverse: _Inverse):
   vector = random.standard_normal(inputs.shape)
   for _ in range(8):
     vector = inverse.solve(vector)
-    vector /= np.linalg.norm(vector)
+    length = np.linalg.norm(vector)
+    if not (np.isfinite(length) and length > 0):  # they determine some inputs not at all
+      return residual, residual * np.sqrt(variances), np.inf
+    vector /= length
   weakest = np.linalg.norm(inverse.equations.forward(vector))
   error = residual / weakest / np.linalg.norm(inputs)
   return residual, residual * np.sqrt(variances), float(error)
@@ -297,7 +302,8 @@ def _conjugate_gradients(
   """
   found, left = np.zeros_like(target), target
   direction = scaled = preconditioner(left)
-  first = size = np.vdot(left, scaled)
+  first = size = least = np.vdot(left, scaled)
+  best = found
   for _ in range(most):
     if not size > tolerance**2 * first:
       break
@@ -309,5 +315,9 @@ def _conjugate_gradients(
     left = left - size / curvature * image
     scaled = preconditioner(left)
     size, before = np.vdot(left, scaled), size
+    if size < least:
+      best, least = found, size
+    elif size > _ROUNDED * least:
+      break
     direction = scaled + size / before * direction
-  return found
+  return best
