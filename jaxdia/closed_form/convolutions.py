@@ -35,9 +35,9 @@ _LEAST_GAIN = 0.1
 _LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 # How exactly steps are solved for while there are more of them, and in the end; in how many
 # iterations.
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-4
 _LAST_TOLERANCE = 1e-9
-_ITERATIONS = 800
+_ITERATIONS = 1000
 _LAST_ITERATIONS = 4000
 # Where what is left has grown by this much over its least, rounding has the upper hand.
 _ROUNDED = 1e6
