@@ -57,10 +57,10 @@ def test_without_a_search_a_network_that_linear_algebra_cannot_read_has_an_answe
   (tmp_path / "audited_nets.py").write_text(
     "from adapter_cases import make_case\ncnn = lambda: make_case('linen', 'cnn').module\n"
   )
-  # Without the gradient of the classifier nothing tells the labels either.
-  head = make_case("linen", "cnn").model.classifier[-1]
+  # Without the gradients of dense layers nothing tells the labels either.
+  dense = [layer.path[-1] for layer in make_case("linen", "cnn").model.dense(1)]
   arrays = dict(np.load(tmp_path / "gradient.npz"))
-  kept = {name: array for name, array in arrays.items() if head not in name}
+  kept = {name: x for name, x in arrays.items() if not any(layer in name for layer in dense)}
   assert 0 < len(kept) < len(arrays)
   np.savez(tmp_path / "gradient.npz", **kept)
   (update,) = audit.run(config, tmp_path / "work", say=silent).updates
@@ -75,7 +75,7 @@ def test_labels_that_nothing_tells_are_searched(loss):
   model, observation = seen("cnn", 2, loss=loss)
   gradient = dict(observation.gradient)
   if loss == Loss():
-    gradient[model.classifier[0]] = None
+    gradient |= {layer.path[0]: None for layer in model.dense(2)}
   observation = Observation(observation.params, gradient, None, (0.0,), (1.0,), 2, loss)
   recovery = recover(jax.random.key(0), model, observation)
   assert not recovery.parts.known_labels.any()

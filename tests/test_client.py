@@ -29,8 +29,8 @@ def test_the_server_sees_the_gradient_of_the_secret_and_nothing_else(model, batc
   np.testing.assert_array_equal(secret.images, images)
   np.testing.assert_array_equal(observation.labels, labels)
   assert observation.batch_size == 2 and observation.mean == 0.5 and observation.std == 0.25
-  fields = {"params", "gradient", "labels", "mean", "std", "batch_size", "loss"}
-  assert set(vars(observation)) == fields
+  fields = {"params", "gradient", "labels", "mean", "std", "averages", "batch_size", "loss"}
+  assert set(vars(observation)) == fields and observation.averages is None
 
 
 def test_labels_are_not_seen_unless_revealed(model, batch):

@@ -80,7 +80,7 @@ class Unusual(nn.Module):
 
 
 def _networks():
-  yield "lenet", models.create("lenet", (16, 16, 1), 4, 0.5, channels=3, hidden_size=8)
+  yield "lenet", models.create("lenet", (12, 12, 1), 4, 0.5, channels=3, hidden_size=8)
   yield "resnet18", models.create("resnet18", (8, 8, 2), 4, 0.5, width=2, groups=1)
   yield "convnet", models.create("convnet", (27, 27, 1), 4, 0.5, width=2, groups=1)
   yield "unusual", models.from_flax(Unusual(), (12, 12, 2))
@@ -108,8 +108,15 @@ def _match(name, convolve, method):
     return jax.jit(jax.grad(distance, has_aux=True))(start)
 
 
-@pytest.mark.parametrize("matching", ["formed", "factored"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+  ("name", "matching"),
+  [
+    # What takes longest to compile is an inner part of the others' too.
+    pytest.param(name, method, marks=[pytest.mark.slow] * (name == "resnet18"))
+    for name in NETWORKS
+    for method in ("formed", "factored")
+  ],
+)
 def test_a_network_of_products_is_matched_as_one_of_convolutions(name, matching):
   actual, expected = _match(name, "product", matching), _match(name, "native", "formed")
   for found, wanted in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):

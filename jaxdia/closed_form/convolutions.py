@@ -9,41 +9,40 @@ repeated for the convolution before.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
+import scipy.sparse
 
+from jaxdia.closed_form.kernel_equations import After, Equations, Problem, find_problem
 from jaxdia.closed_form.structure import activate
 from jaxdia.core.types import Gradient, Params
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel
 
-# Least squares by normal equations, of so many unknowns.
-MOST_INPUTS = 4096
+# Of so many inputs at most the normal equations are written out in the end.
+_MOST_WRITTEN = 4096
 # The weights of the prior, one after another, and how often each is used at most.
 _FEATURE_WEIGHTS = (1e-9,)
 _PIXEL_WEIGHTS = (1e-5, 1e-6, 1e-8)
 _STEPS = 8
 # A step that lowers the objective by less than this share is the last.
 _LEAST_GAIN = 0.1
-# Where a function is looked for the outputs that gave its values.
-_GRID = np.linspace(-10, 10, 401)
-
-
-class After(NamedTuple):
-  """What is known behind a convolution.
-
-  Attributes:
-    values: f64[outputs], the inputs of the next layer, zero where dropped.
-    kept: f64[outputs].
-    cotangent: f64[outputs], derivative of the loss by the values.
-  """
-
-  values: jax.Array
-  kept: jax.Array
-  cotangent: jax.Array
+_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
+# How exactly steps are solved for while there are more of them, and in the end; in how many
+# iterations.
+_TOLERANCE = 1e-4
+_LAST_TOLERANCE = 1e-9
+_ITERATIONS = 1000
+_LAST_ITERATIONS = 4000
+# Where what is left has grown by this much over its least, rounding has the upper hand.
+_ROUNDED = 1e6
+# Draws of the errors of many inputs.
+_DRAWS = 8
 
 
 class Before(NamedTuple):
@@ -92,28 +91,29 @@ def solve(
   Returns:
     The inputs.
   """
-  problem = (model, layer, after)
-  given = (params, layer_gradient(gradient, layer.path), known)
-  prior, weights = np.eye(layer.inputs), _FEATURE_WEIGHTS
-  if pixels is not None:  # of which some libraries have the channels first
-    prior = _smoothness(model.image_shape)[np.ix_(pixels, pixels)]
-    weights = _PIXEL_WEIGHTS
-  inputs = _start(*problem, *given, prior, weights[0])
+  problem = find_problem(model, layer, after, params, gradient, known)
+  if pixels is None:
+    prior, weights = scipy.sparse.eye_array(layer.inputs, format="csr"), _FEATURE_WEIGHTS
+  else:  # of which some libraries have the channels first
+    pixels = pixels[problem.geometry.order.ravel()]
+    prior, weights = _smoothness(model.image_shape)[pixels][:, pixels], _PIXEL_WEIGHTS
+  inputs = _start(problem, prior, weights[0])
   for weight in weights:
-    loss = np.inf
-    for _ in range(_STEPS):
-      inputs, new_loss = _step(*problem, *given, prior, weight, inputs)
-      if not new_loss < (1 - _LEAST_GAIN) * loss:
-        break
-      loss = new_loss
-  equations = sum(x.size for x in jax.tree.leaves(given[1])) + int(np.sum(known.kept))
+    inputs = _descend(problem, prior, weight, inputs, None)
+  gradients = layer_gradient(gradient, layer.path)
+  equations = sum(x.size for x in gradients.values()) + int(np.sum(known.kept))
+  flat = np.empty(layer.inputs)
   if equations < layer.inputs:
-    residual = np.linalg.norm(_residuals_jitted(*problem, *given, inputs))
-    return Before(np.asarray(inputs), float(residual), np.inf, None, equations)
-  inputs, _ = _step(*problem, *given, prior, 0.0, inputs)
-  residual, spread, error = _precision(*problem, *given, inputs)
-  spread = np.asarray(spread) / max(equations - layer.inputs, 1) ** 0.5
-  return Before(np.asarray(inputs), float(residual), float(error), spread, equations)
+    flat[problem.geometry.order] = inputs
+    residual = float(np.linalg.norm(problem.residuals(inputs)))
+    return Before(flat, residual, np.inf, None, equations)
+  inverse = _inverse(problem, inputs)
+  inputs = _descend(problem, prior, 0.0, inputs, inverse.solve)
+  residual, spread, error = _precision(problem, inputs, inverse)
+  flat[problem.geometry.order] = inputs
+  spreads = np.empty(layer.inputs)
+  spreads[problem.geometry.order] = spread / max(equations - layer.inputs, 1) ** 0.5
+  return Before(flat, residual, error, spreads, equations)
 
 
 def cotangent_before(
@@ -150,123 +150,174 @@ def _delta(model, layer, after, params, known, outputs):
   return values, known.cotangent * known.kept * slopes
 
 
-def _kernel_equations(layer, params, gradient, inputs, delta):
-  """Returns how far the gradient of the parameters is from the client's, relative."""
-  leaves = layer_gradient(params, layer.path)
-  (found,) = jax.vjp(lambda leaves: _convolve(layer, leaves, inputs), leaves)[1](delta)
-  return [(found[name] - g).ravel() / _size(g) for name, g in gradient.items()]
-
-
-def _size(array):
-  return jnp.linalg.norm(array) + 1e-300
-
-
-def _residuals(model, layer, after, params, gradient, known, inputs):
-  outputs = _convolve(layer, layer_gradient(params, layer.path), inputs)
-  values, delta = _delta(model, layer, after, params, known, outputs)
-  equations = _kernel_equations(layer, params, gradient, inputs, delta)
-  equations.append(known.kept * (values - known.values) / _size(known.values))
-  return jnp.concatenate(equations)
-
-
-_residuals_jitted = jax.jit(_residuals, static_argnums=(1, 2))
-
-
-def _matrix(function, inputs):
-  """Returns the value of a function and its Jacobian, transposed."""
-  value, along = jax.linearize(function, inputs)
-  return value, jax.vmap(along)(jnp.eye(inputs.size))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _start(model, layer, after, params, gradient, known, prior, weight):
+def _start(problem: Problem, prior, weight: float) -> np.ndarray:
   """Returns the inputs that suit the outputs, as far as these can be told by their values.
 
   Of outputs with the same value the largest is taken first, and only where there is but
   one does it count as an equation.
   """
-
-  function = functools.partial(activate, model, params, layer, after)
-  on_grid = jax.vmap(lambda z: function(jnp.full(layer.outputs, z)))(jnp.asarray(_GRID))
-  crosses = (on_grid[1:] > known.values[None]) != (on_grid[:-1] > known.values[None])
-  last = len(crosses) - 1 - jnp.argmax(crosses[::-1], axis=0)
-  nearest = jnp.argmin(jnp.abs(on_grid - known.values[None]), axis=0)
-  any_cross = jnp.any(crosses, axis=0)
-  grid = jnp.asarray(_GRID)
-  low = jnp.where(any_cross, grid[last], grid[nearest])
-  high = jnp.where(any_cross, grid[last + 1], grid[nearest])
-  above = function(high) > known.values
-
-  def halve(_, ends):
-    low, high = ends
-    middle = (low + high) / 2
-    upper = (function(middle) > known.values) == above
-    return jnp.where(upper, low, middle), jnp.where(upper, middle, high)
-
-  outputs = jax.lax.fori_loop(0, 50, halve, (low, high))[0]
-  sure = jnp.where(jnp.sum(crosses, axis=0) == 1, known.kept, 0)
-  _, delta = _delta(model, layer, after, params, known, outputs)
-
-  def equations(inputs):
-    found = _kernel_equations(layer, params, gradient, inputs, delta)
-    error = _convolve(layer, layer_gradient(params, layer.path), inputs) - outputs
-    found.append(sure * error / _size(known.values))
-    return jnp.concatenate(found)
-
-  constant, matrix = _matrix(equations, jnp.zeros(layer.inputs))
-  square = matrix @ matrix.T + weight * prior
-  return -jax.scipy.linalg.solve(square, matrix @ constant, assume_a="pos")
+  outputs, sure = problem.start
+  geometry = problem.geometry
+  _, slopes, _ = problem.function(outputs)
+  delta, weights = problem.cotangent * problem.kept * slopes, sure / problem.size
+  none = np.zeros(geometry.order.shape)
+  equations = Equations(geometry, none, delta, np.zeros_like(delta), weights, problem.scales)
+  residuals = problem.joined(none, delta, weights * (geometry.bias - outputs))
+  return -_least_squares(equations, prior, weight, equations.transpose(residuals))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _step(model, layer, after, params, gradient, known, prior, weight, inputs):
-  """Returns the inputs after a Gauss-Newton step of the best of a few lengths, and the loss."""
-  residuals = functools.partial(_residuals, model, layer, after, params, gradient, known)
+def _least_squares(equations, prior, weight, target, last=False) -> np.ndarray:
+  """Solves the normal equations with a prior."""
+
+  def product(vector):
+    found = equations.transpose(equations.forward(vector))
+    return found + weight * (prior @ vector.ravel()).reshape(vector.shape)
+
+  near = equations.preconditioner(weight, prior)
+  limits = (_LAST_TOLERANCE, _LAST_ITERATIONS) if last else (_TOLERANCE, _ITERATIONS)
+  return _conjugate_gradients(product, target, near, *limits)
+
+
+def _descend(problem: Problem, prior, weight, inputs, solve) -> np.ndarray:
+  """Returns the inputs after Gauss-Newton steps, each of the best of a few lengths.
+
+  Args:
+    problem: what is known.
+    prior: [inputs, inputs], sparse.
+    weight: of the prior.
+    inputs: f64[pixels, channels], where to begin.
+    solve: gives the solution of the normal equations for a right side; None to find it anew.
+  """
 
   def loss(inputs):
-    value = jnp.sum(residuals(inputs) ** 2) + weight * inputs @ prior @ inputs
-    return jnp.where(jnp.isfinite(value), value, jnp.inf)
+    value = np.sum(problem.residuals(inputs) ** 2)
+    value += weight * inputs.ravel() @ (prior @ inputs.ravel())
+    return value if np.isfinite(value) else np.inf
 
-  value, matrix = _matrix(residuals, inputs)
+  least = np.inf
+  for _ in range(_STEPS):
+    equations = problem.equations(inputs)
+    target = equations.transpose(problem.residuals(inputs))
+    target += weight * (prior @ inputs.ravel()).reshape(inputs.shape)
+    move = solve(target) if solve else _least_squares(equations, prior, weight, target)
+    points = [inputs - length * np.nan_to_num(move) for length in _LENGTHS]
+    losses = [loss(point) for point in points]
+    inputs, new = points[int(np.argmin(losses))], min(losses)
+    if not new < (1 - _LEAST_GAIN) * least:
+      break
+    least = new
+  return inputs
+
+
+class _Inverse(NamedTuple):
+  """The inverse of the normal equations.
+
+  Attributes:
+    solve: its product with f64[pixels, channels].
+    equations: they are of these.
+    factor: of Cholesky, lower, if they were written out.
+  """
+
+  solve: Callable[[np.ndarray], np.ndarray]
+  equations: Equations
+  factor: np.ndarray | None
+
+
+def _inverse(problem: Problem, inputs: np.ndarray) -> _Inverse:
+  equations = problem.equations(inputs)
+  if inputs.size > _MOST_WRITTEN:
+    prior = scipy.sparse.csr_array((inputs.size, inputs.size))
+    solve = functools.partial(_least_squares, equations, prior, 0.0, last=True)
+    return _Inverse(solve, equations, None)
+  matrix = equations.written_out()
   square = matrix @ matrix.T
-  square += weight * prior + 1e-15 * jnp.trace(square) / len(square) * jnp.eye(len(square))
-  direction = matrix @ value + weight * prior @ inputs
-  move = jax.scipy.linalg.solve(square, direction, assume_a="pos")
-  lengths = jnp.asarray([1, 0.5, 0.25, 0.1, 0.03, 0.0])[:, None]
-  points = inputs[None] - lengths * jnp.nan_to_num(move)[None]
-  losses = jax.lax.map(loss, points)
-  return points[jnp.argmin(losses)], jnp.min(losses)
+  square.flat[:: len(square) + 1] += 1e-15 * np.trace(square)
+  factor = scipy.linalg.cholesky(square, lower=True, overwrite_a=True, check_finite=False)
+
+  def solve(vector):
+    found = scipy.linalg.cho_solve((factor, True), vector.ravel(), check_finite=False)
+    return found.reshape(vector.shape)
+
+  return _Inverse(solve, equations, factor)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _precision(model, layer, after, params, gradient, known, inputs):
+def _precision(problem: Problem, inputs: np.ndarray, inverse: _Inverse):
   """Returns the size of the residuals, and what error of the inputs may go with it.
 
-  That is f[inputs], as if all equations but as many as there are inputs had a part in it, and f[],
-  the most, relative to the inputs.
+  That is f64[pixels, channels], as if all equations but as many as there are inputs had a part in
+  it, and the most, relative to the inputs. Of many inputs the variances are drawn, and those of a
+  pixel's channels taken to be alike.
   """
-  residuals = functools.partial(_residuals, model, layer, after, params, gradient, known)
-  value, matrix = _matrix(residuals, inputs)
-  square = matrix @ matrix.T
-  square += 1e-15 * jnp.trace(square) * jnp.eye(len(square))
-  inverse = jax.scipy.linalg.inv(square)
-  vector = jax.random.normal(jax.random.key(0), inputs.shape, inputs.dtype)
+  random = np.random.default_rng(0)
+  residuals = problem.residuals(inputs)
+  residual = float(np.linalg.norm(residuals))
+  if inverse.factor is not None:
+    triangle = scipy.linalg.lapack.dtrtri(inverse.factor, lower=1)[0]
+    variances = np.sum(np.tril(triangle) ** 2, axis=0).reshape(inputs.shape)
+  else:
+    noise = random.standard_normal((_DRAWS, residuals.size))
+    draws = [inverse.solve(inverse.equations.transpose(row)) for row in noise]
+    variances = np.mean(np.square(draws), axis=(0, 2))[:, None] * np.ones_like(inputs)
+  vector = random.standard_normal(inputs.shape)
   for _ in range(8):
-    vector = inverse @ vector
-    vector /= jnp.linalg.norm(vector)
-  residual = jnp.linalg.norm(value)
-  spread = residual * jnp.sqrt(jnp.maximum(jnp.diag(inverse), 0))
-  return residual, spread, residual / jnp.linalg.norm(vector @ matrix) / jnp.linalg.norm(inputs)
+    vector = inverse.solve(vector)
+    length = np.linalg.norm(vector)
+    if not (np.isfinite(length) and length > 0):  # they determine some inputs not at all
+      return residual, residual * np.sqrt(variances), np.inf
+    vector /= length
+  weakest = np.linalg.norm(inverse.equations.forward(vector))
+  error = residual / weakest / np.linalg.norm(inputs)
+  return residual, residual * np.sqrt(variances), float(error)
 
 
-def _smoothness(shape) -> np.ndarray:
+def _smoothness(shape) -> scipy.sparse.csr_array:
   """Returns the matrix Q with `x Q x` the squared differences of neighbours, and a little of x²."""
   height, width, channels = shape
 
   def along(count):
-    steps = np.diff(np.eye(count), axis=0)
+    steps = scipy.sparse.diags_array([-1.0, 1.0], offsets=[0, 1], shape=(count - 1, count))
     return steps.T @ steps
 
-  rows = np.kron(along(height), np.eye(width * channels))
-  columns = np.kron(np.eye(height), np.kron(along(width), np.eye(channels)))
-  return rows + columns + 1e-4 * np.eye(height * width * channels)
+  one = scipy.sparse.eye_array
+  rows = scipy.sparse.kron(along(height), one(width * channels))
+  columns = scipy.sparse.kron(one(height), scipy.sparse.kron(along(width), one(channels)))
+  return (rows + columns + 1e-4 * one(height * width * channels)).tocsr()
+
+
+def _conjugate_gradients(
+  product: Callable[[np.ndarray], np.ndarray],
+  target: np.ndarray,
+  preconditioner: Callable[[np.ndarray], np.ndarray],
+  tolerance: float,
+  most: int,
+) -> np.ndarray:
+  """Returns the solution of `product(x) = target`.
+
+  Args:
+    product: with a symmetric matrix without negative eigenvalues.
+    target: f64[...].
+    preconditioner: the product with a matrix near its inverse.
+    tolerance: of what is left, relative, in the norm of the preconditioner.
+    most: iterations at most.
+  """
+  found, left = np.zeros_like(target), target
+  direction = scaled = preconditioner(left)
+  first = size = least = np.vdot(left, scaled)
+  best = found
+  for _ in range(most):
+    if not size > tolerance**2 * first:
+      break
+    image = product(direction)
+    curvature = np.vdot(direction, image)
+    if not curvature > 0:
+      break
+    found = found + size / curvature * direction
+    left = left - size / curvature * image
+    scaled = preconditioner(left)
+    size, before = np.vdot(left, scaled), size
+    if size < least:
+      best, least = found, size
+    elif size > _ROUNDED * least:
+      break
+    direction = scaled + size / before * direction
+  return best

@@ -10,15 +10,10 @@ import numpy as np
 from jaxdia.client import Observation
 from jaxdia.closed_form import batch as batches
 from jaxdia.closed_form.chain import last_delta
-from jaxdia.closed_form.convolutions import (
-  MOST_INPUTS,
-  After,
-  Before,
-  cotangent_before,
-  solve,
-)
+from jaxdia.closed_form.convolutions import Before, cotangent_before, solve
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
 from jaxdia.closed_form.found import EXACT, OF_ROUNDING, Found
+from jaxdia.closed_form.kernel_equations import After
 from jaxdia.closed_form.labels import check_sign
 from jaxdia.closed_form.parts import NO_LABEL, Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching, solve_patches
@@ -332,8 +327,6 @@ def _use_convolutions(
     name = "/".join(layer.path)
     if not choices:
       return f"what was dropped after {name} does not stand out"
-    if layer.inputs > MOST_INPUTS:
-      return f"{name} has {layer.inputs:,} inputs; no more than {MOST_INPUTS:,} are solved for"
     last = layer is convolutions.layers[0]
     pixels = last and convolutions.pixels is not None and earlier.site is None
     of_image = convolutions.pixels[0] if pixels and convolutions.pixels is not None else None

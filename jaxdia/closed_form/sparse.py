@@ -148,7 +148,7 @@ def split_zeros(
   best = jnp.argmax(gaps)
   squares = jnp.where(jnp.isfinite(order), jnp.maximum(order, floor) ** 2, 0)
   below = jnp.cumsum(squares)[:-1]
-  others = jnp.maximum(jnp.sum(counts > 0) - number, 1)
+  others = jnp.maximum(jnp.sum(counts > 0, dtype=number.dtype) - number, 1)
   widths = jnp.log(below / number), jnp.log((jnp.sum(squares) - below) / others + floor**2)
   likelihoods = -(number * widths[0] + others * widths[1])
   likeliest = jnp.argmax(jnp.where(allowed & jnp.isfinite(logs[1:]), likelihoods, -jnp.inf))

@@ -1,0 +1,96 @@
+"""Where the inputs of a convolution go: sums over the pixels that each position sees."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+
+from jaxdia.core.types import Params
+from jaxdia.models import Convolution
+
+
+class Geometry(NamedTuple):
+  """A convolution as sums over the pixels that each position of the outputs sees.
+
+  Attributes:
+    order: i[pixels, channels], where each input is among the flattened ones.
+    positions: i[positions, outputs], likewise of the outputs.
+    seen: i[positions, places], the pixel at each place of the kernel; beyond the last for none.
+    scatter: [pixels + 1, positions * places] of 0 and 1, sparse: adds up what was seen.
+    kernel: f64[places * channels, outputs], of zeros between groups.
+    bias: f64[outputs].
+    joined: f64[outputs, channels], 1 in the same group, otherwise 0.
+  """
+
+  order: np.ndarray
+  positions: np.ndarray
+  seen: np.ndarray
+  scatter: scipy.sparse.csr_matrix
+  kernel: np.ndarray
+  bias: np.ndarray
+  joined: np.ndarray
+
+  def patches(self, inputs: np.ndarray) -> np.ndarray:
+    """Returns f64[..., positions, places * channels] of inputs f64[..., pixels, channels]."""
+    border = np.zeros((*inputs.shape[:-2], 1, inputs.shape[-1]))
+    found = np.concatenate([inputs, border], axis=-2)[..., self.seen, :]
+    return found.reshape(*found.shape[:-2], -1)
+
+  def gather(self, patches: np.ndarray) -> np.ndarray:
+    """Returns f64[pixels, channels], the transpose of `patches` of one image."""
+    return (self.scatter @ patches.reshape(-1, self.order.shape[1]))[:-1]
+
+  def correlate(self, delta: np.ndarray) -> scipy.sparse.csr_array:
+    """Returns the matrix of the kernel's gradient of one channel, [outputs * places, pixels].
+
+    Args:
+      delta: f64[positions, outputs].
+    """
+    outputs, places = delta.shape[1], self.seen.shape[1]
+    rows = np.arange(outputs)[:, None] * places + np.tile(np.arange(places), len(delta))
+    columns = np.broadcast_to(self.seen.ravel(), rows.shape)
+    values = np.repeat(delta.T, places, axis=1)
+    shape = (outputs * places, len(self.order) + 1)
+    entries = (values.ravel(), (rows.ravel(), columns.ravel()))
+    return scipy.sparse.csr_array(scipy.sparse.coo_array(entries, shape=shape))[:, :-1]
+
+
+def find_geometry(layer: Convolution, leaves: Params) -> Geometry:
+  """Returns where the inputs of a convolution go.
+
+  Args:
+    layer: the convolution.
+    leaves: "kernel" f[h, w, inputs / groups, outputs], and "bias" if there is one.
+  """
+  convolution = layer.apply
+  kernel = np.asarray(leaves["kernel"], np.float64)
+  height, width, channels, outputs = kernel.shape
+  places, groups = height * width, convolution.groups
+  order = _channels_last(layer.input_shape, convolution.layout)
+  sizes = {"N": 1, **dict(zip(convolution.layout[1:], layer.input_shape, strict=True)), "C": 1}
+  image = [sizes[axis] for axis in convolution.layout]
+  numbers = jnp.arange(1.0, len(order) + 1).reshape(image)  # 0 is what lies outside
+  seen = np.asarray(convolution.patches(numbers, (height, width))).astype(int).reshape(-1, places)
+  seen = np.where(seen == 0, len(order), seen - 1)
+  of_output = np.arange(outputs) // (outputs // groups)
+  joined = (of_output[:, None] == np.arange(channels * groups) // channels).astype(float)
+  whole = np.tile(kernel.reshape(places, channels, outputs), (1, groups, 1)) * joined.T
+  entries = (np.ones(seen.size), (seen.ravel(), np.arange(seen.size)))
+  return Geometry(
+    order,
+    _channels_last(layer.output_shape, convolution.layout),
+    seen,
+    scipy.sparse.csr_matrix(entries, shape=(len(order) + 1, seen.size)),
+    whole.reshape(-1, outputs),
+    np.asarray(leaves["bias"], np.float64).ravel() if "bias" in leaves else np.zeros(outputs),
+    joined,
+  )
+
+
+def _channels_last(shape: tuple[int, ...], layout: str) -> np.ndarray:
+  """Returns i[pixels, channels], where each entry of a flattened image is."""
+  numbers = np.arange(math.prod(shape)).reshape(shape)
+  axes = [layout.index(axis) - 1 for axis in "HWC"]
+  return numbers.transpose(axes).reshape(-1, shape[axes[-1]])
