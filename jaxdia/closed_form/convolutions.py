@@ -227,8 +227,9 @@ def _inverse(problem: Problem, inputs: np.ndarray) -> _Inverse:
   equations = problem.equations(inputs)
   if inputs.size > _MOST_WRITTEN:
     prior = scipy.sparse.csr_array((inputs.size, inputs.size))
-    solve = functools.partial(_least_squares, equations, prior, 0.0, last=True)
-    return _Inverse(solve, equations, None)
+    return _Inverse(
+      functools.partial(_least_squares, equations, prior, 0.0, last=True), equations, None
+    )
   matrix = equations.written_out()
   square = matrix @ matrix.T
   square.flat[:: len(square) + 1] += 1e-15 * np.trace(square)
@@ -252,7 +253,8 @@ def _precision(problem: Problem, inputs: np.ndarray, inverse: _Inverse):
   residuals = problem.residuals(inputs)
   residual = float(np.linalg.norm(residuals))
   if inverse.factor is not None:
-    triangle = scipy.linalg.lapack.dtrtri(inverse.factor, lower=1)[0]
+    (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), (inverse.factor,))
+    triangle = invert(inverse.factor, lower=1)[0]
     variances = np.sum(np.tril(triangle) ** 2, axis=0).reshape(inputs.shape)
   else:
     noise = random.standard_normal((_DRAWS, residuals.size))

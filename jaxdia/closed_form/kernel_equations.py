@@ -135,7 +135,7 @@ class Equations:
     geometry, shape = self.geometry, self.geometry.order.shape
     diagonal = geometry.gather(self._weights**2 @ geometry.kernel.T**2)
     diagonal += weight * prior.diagonal().reshape(shape)
-    whole = geometry.correlate(self._delta) * self._scales[0]
+    whole = scipy.sparse.csr_array(geometry.correlate(self._delta) * self._scales[0])
     floor = _LEAST_DIAGONAL * np.mean(diagonal) + 1e-7 * whole.power(2).sum() / shape[0] + 1e-300
     groups = []
     for outputs in np.unique(geometry.joined, axis=1).T > 0:
@@ -167,7 +167,8 @@ class Equations:
 def _inverse(square: np.ndarray) -> scipy.sparse.csr_array:
   """Returns the inverse of a positive matrix, of which zeros between blocks stay zeros."""
   factor = scipy.linalg.cholesky(square, lower=True, check_finite=False)
-  triangle = np.tril(scipy.linalg.lapack.dpotri(factor, lower=1)[0])
+  (invert,) = scipy.linalg.get_lapack_funcs(("potri",), (factor,))
+  triangle = np.tril(invert(factor, lower=1)[0])
   return scipy.sparse.csr_array(triangle + np.tril(triangle, -1).T)
 
 
