@@ -106,23 +106,3 @@ def test_convolutions_of_other_networks(kind):
   for site, known in recovery.parts.known_masks.items():
     right = recovery.parts.masks[site] == secret.masks[site]
     assert np.all(right | ~known), (site, recovery.summary())
-
-
-class Large(nn.Module):
-  """A network of two convolutions of more inputs than have their equations written out."""
-
-  @nn.compact
-  def __call__(self, x, train=True):
-    for i, channels in enumerate((48, 48)):
-      x = nn.tanh(nn.Conv(channels, (5, 5), 4, padding=[(1, 2), (1, 2)], name=f"conv_{i}")(x))
-    return nn.Dense(10, name="last")(x.reshape(x.shape[0], -1))
-
-
-@pytest.mark.slow
-def test_a_large_image_in_colour():
-  model = models.from_flax(Large(), (64, 64, 3))
-  assert [layer.inputs for layer in model.convolutions] == [12288, 12288]
-  observation, secret = observe_victims(model, 1, dataset="cifar10")
-  recovery = recover(jax.random.key(0), model, observation)
-  assert recovery.parts.verdict[0] == Verdict.EXACT, recovery.summary()
-  np.testing.assert_allclose(recovery.parts.images, secret.images, atol=1e-3)
