@@ -243,11 +243,6 @@ class Peer:
     return stats["Trial_0_Val"], time.perf_counter() - start
 
 
-def start_of(attack: attacks.Attack, observation: Observation, number: int) -> Any:
-  """Returns where the attack on a client starts, as `lanes_timer` has it."""
-  return attack.init(jax.random.key(number), observation)
-
-
 def compare_case(name: str, dataset: str, table: Table) -> None:
   """Times an iteration of each program."""
   lanes = [int(n) for n in _LANES.value]
@@ -255,7 +250,7 @@ def compare_case(name: str, dataset: str, table: Table) -> None:
   model, observations = make_problems(name, dataset, max(*lanes, *together), dropout_rate=0.0)
   attack = attacks.ig(model)
   peer = Peer(name, observations[: max(together)], attack.settings)
-  states = [start_of(attack, o, i) for i, o in enumerate(observations[: max(together)])]
+  states = [attack.init(jax.random.key(i), o) for i, o in enumerate(observations[: max(together)])]
   starts = np.concatenate([state.candidate.images for state in states]).transpose(0, 3, 1, 2)
   starts = torch.tensor(np.ascontiguousarray(starts))
 

@@ -99,8 +99,11 @@ def _own_gradient(library, module, params, images, labels):
 
     keys = jax.random.split(jax.random.key(7), len(images))
     batch = images.transpose(0, 3, 1, 2)
-    outputs = lambda m: jax.vmap(lambda x, key: m(x, key=key))(batch, keys)  # noqa: E731
-    return eqx.filter_grad(lambda m: _loss(outputs(m), labels))(module)
+
+    def loss(m):
+      return _loss(jax.vmap(lambda x, key: m(x, key=key))(batch, keys), labels)
+
+    return eqx.filter_grad(loss)(module)
   import torch
 
   outputs = module(torch.from_numpy(np.array(images.transpose(0, 3, 1, 2))))

@@ -162,7 +162,7 @@ def _start(problem: Problem, prior, weight: float) -> np.ndarray:
   delta, weights = problem.cotangent * problem.kept * slopes, sure / problem.size
   none = np.zeros(geometry.order.shape)
   equations = Equations(geometry, none, delta, np.zeros_like(delta), weights, problem.scales)
-  residuals = problem.joined(none, delta, weights * (geometry.bias - outputs))
+  residuals = problem.stacked(none, delta, weights * (geometry.bias - outputs))
   return -_least_squares(equations, prior, weight, equations.transpose(residuals))
 
 

@@ -207,9 +207,9 @@ class Problem(NamedTuple):
     """Returns f64[equations], relative."""
     values, slopes, _ = self.along(inputs)
     delta = self.cotangent * self.kept * slopes
-    return self.joined(inputs, delta, self.kept * (values - self.values) / self.size)
+    return self.stacked(inputs, delta, self.kept * (values - self.values) / self.size)
 
-  def joined(self, inputs: np.ndarray, delta: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+  def stacked(self, inputs: np.ndarray, delta: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Returns the residuals of the kernel and of the bias before those of the outputs."""
     kernel = (delta.T @ self.geometry.patches(inputs)).reshape(self.kernel.shape)
     kernel = (kernel * self.scales[0] - self.kernel) * self.geometry.joined[:, None]

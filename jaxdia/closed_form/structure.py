@@ -2,7 +2,7 @@
 
 A closed form holds for a certain structure: dense layers with elementwise functions
 and dropout between them, or patches to which a position embedding is added. A
-`DropoutModel` is a tuple of functions, so the structure is not read but tried: with
+network is an opaque function, so the structure is not read but tried: with
 chosen parameters, masks and taps, and in float64, where what must be equal is.
 """
 

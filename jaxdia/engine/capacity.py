@@ -19,7 +19,8 @@ _MAX_LANES = 256
 # On a CPU a lane whose trial has ended costs as much as any other. So few enough lanes that each
 # gets some trials one after another, and is idle only at the end. Beyond 32, and below 4, an
 # iteration of a trial gets no cheaper, or much dearer. And few enough to stay near the caches,
-# without which an iteration of the ViT or the ResNet takes half as long again or twice as long
+# without which an iteration of the ViT takes half as long again or twice as long, and one of the
+# ResNet a fifth longer
 # (python benchmarks/iteration.py --cases=vit:cifar10,resnet18:cifar10 --lanes=2,4,8,16).
 _CPU_LANES = (4, 32)
 _CPU_TRIALS_A_LANE = 4
@@ -55,13 +56,13 @@ def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
   entries = sum(int(np.prod(shape)) for shape in masks.values())
   formed = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
   thin = patches = 0
-  factored = choose_layers(model, observation.batch_size, "auto")
-  for layer in factored:
-    formed -= layer.inputs * layer.outputs
-    thin += sum(layer.rows) * (layer.inputs + layer.outputs)
-  as_products = model.as_products() - {layer.path for layer in factored}
+  factored = {x.path for x in choose_layers(model, observation.batch_size, "auto")}
+  as_products = model.as_products()
   for layer in model.products(observation.batch_size):
-    if layer.path in as_products:
+    if layer.path in factored:
+      formed -= layer.inputs * layer.outputs
+      thin += sum(layer.rows) * (layer.inputs + layer.outputs)
+    elif layer.path in as_products:
       patches += sum(layer.rows) * layer.inputs
   # Of what is formed, the target and about four arrays for the dummy gradient and its derivative;
   # of what is thin, the factors and about as many for what passes the layer; of the masks about

@@ -7,12 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxdia.models.averages import Averages, averages_after, follows_averages
-from jaxdia.models.base import (
-  DropoutModel,
-  Network,
-  check_rate,
-  model_of,
-)
+from jaxdia.models.base import DropoutModel, Network, check_rate, model_of
 from jaxdia.models.convolutions import CONVOLVE, Convolve
 from jaxdia.models.create import create
 from jaxdia.models.entries import from_native

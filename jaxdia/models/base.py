@@ -236,12 +236,7 @@ class DropoutModel:
     if self.convolve == "product":
       return set(found)
     platform = jax.default_backend()
-    shapes = leaves_by_path(discovery.params_shape(self.network))
-    return {
-      path
-      for path, (convolution, _) in found.items()
-      if is_faster_as_product(convolution, shapes[(*path, "kernel")].shape, platform)
-    }
+    return {path for path, (layer, _) in found.items() if is_faster_as_product(layer, platform)}
 
   def _call(self, params, masks, images, on_linear, run=None) -> Any:
     name = self.network.name

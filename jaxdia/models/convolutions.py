@@ -157,15 +157,11 @@ def _reach(size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
   return (size[0] - 1) * dilation[0] + 1, (size[1] - 1) * dilation[1] + 1
 
 
-def is_faster_as_product(
-  convolution: PlainConvolution, kernel_shape: tuple[int, ...], platform: str
-) -> bool:
+def is_faster_as_product(convolution: PlainConvolution, platform: str) -> bool:
   """Returns whether an attack is faster with a convolution as a product.
 
   Args:
     convolution: the layer.
-    kernel_shape: (height, width, inputs / groups, outputs).
     platform: JAX's name of it.
   """
-  del kernel_shape
   return platform == "cpu" and convolution.groups == 1
