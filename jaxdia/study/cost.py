@@ -17,7 +17,7 @@ from jaxdia.study.groups import attack_of, group
 from jaxdia.study.plan import Cell, plan
 
 # Of the rate of a large matrix product, what an iteration of an attack reaches, with convolutions
-# and without (README, "How fast it is").
+# that are no products and without (docs/speed.md).
 _EFFICIENCY = {True: 0.05, False: 0.25}
 _product_rate = functools.cache(matrix_product_rate)  # measured once
 
@@ -42,7 +42,8 @@ def estimate(cell: Cell, attack: str | None = None) -> float:
     return 0.0
   model = attacks[0].model
   at_one_rate = dataclasses.replace(model, rates=dict.fromkeys(model.rates, 0.5))
-  efficiency = _EFFICIENCY[bool(model.convolutions)]
+  native = {layer.path for layer in model.convolutions} - model.as_products()
+  efficiency = _EFFICIENCY[bool(native)]
   rate = efficiency * _product_rate() * len(jax.local_devices())
   d = settings.data
   trials = d.gradients * settings.restarts
