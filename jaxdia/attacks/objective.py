@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxdia.attacks.protocol import Candidate, Known, Terms
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.client import Observation
+from jaxdia.client import LocalUpdate, Observation
 from jaxdia.closed_form import Parts
 from jaxdia.core.types import Images, Labels, Masks, Scalar
 from jaxdia.gradients import DISTANCES, Prepared, compare, prepare, suits
@@ -51,6 +51,15 @@ def mask_prior(model: DropoutModel, masks: Masks) -> Scalar:
 
   deviations = (deviation(masks[site.name], site.rate) for site in model.sites)
   return sum(deviations, jnp.asarray(0.0))  # of no type of its own
+
+
+def _mask_prior(model: DropoutModel, local: LocalUpdate | None, masks: Masks | None) -> Scalar:
+  """Returns the prior of masks, its mean over local steps; 0 if none are searched."""
+  if not masks:
+    return jnp.asarray(0.0)
+  if local is None:
+    return mask_prior(model, masks)
+  return jnp.mean(jax.vmap(lambda of_step: mask_prior(model, of_step))(masks))
 
 
 def feature_distance(
@@ -152,14 +161,15 @@ def objective(
     observation = prepare(model, observation, suits(settings.distance, "auto"), compress=False)
   masks, labels = complete(candidate, known)
   given = (model, observation.params, observation.target)
-  comparison = compare(*given, masks, candidate.images, labels, observation.loss)
+  batch = (masks, candidate.images, labels)
+  comparison = compare(*given, *batch, observation.loss, observation.local)
   zero = jnp.zeros((), candidate.images.dtype)
   parts = known.parts
   weight = settings.feature_weight if parts is not None and parts.features else None
   terms = Terms(
     distance=DISTANCES[settings.distance](comparison),
     total_variation=total_variation(candidate.images),
-    mask_prior=mask_prior(model, candidate.masks) if candidate.masks else zero,
+    mask_prior=_mask_prior(model, observation.local, candidate.masks),
     feature_distance=feature_distance(model, observation, candidate, parts)
     if weight is not None
     else zero,

@@ -18,14 +18,14 @@ from jaxdia.attacks.protocol import (
   Told,
 )
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.client import Observation
+from jaxdia.client import Observation, draw_masks
 from jaxdia.closed_form import Parts, Verdict, recover_labels
 from jaxdia.core.errors import InputError, unknown
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Key
 from jaxdia.gradients import Prepared, prepare, suits
-from jaxdia.models import DropoutModel, averages_after, follows_averages, sample_masks
+from jaxdia.models import DropoutModel, averages_after, follows_averages
 
 
 @value_tree
@@ -81,13 +81,14 @@ class Search(Attack):
     """
     images_key, masks_key, labels_key = jax.random.split(key, 3)
     size, dtype = observation.batch_size, observation.dtype
+    drawn = (self.model, observation.local, size, dtype)
 
     def normal(key, *shape):
       return jax.random.normal(key, (size, *shape), jnp.float32).astype(dtype)
 
     return Candidate(
       images=normal(images_key, *self.model.image_shape),
-      masks=sample_masks(masks_key, self.model, size, dtype) if self.masks == "free" else None,
+      masks=draw_masks(masks_key, *drawn) if self.masks == "free" else None,
       labels=normal(labels_key, self.model.num_classes) if self.labels == "free" else None,
     )
 
@@ -182,6 +183,11 @@ def check_averages(attack: Attack, observation: Observation) -> None:
   weight, network = attack.settings.average_weight, attack.model.network
   if weight is None:
     return
+  if observation.local is not None:
+    raise InputError(
+      f"attack.average_weight is {weight}, but the averages of an update over several local steps"
+      " are of all of them. Leave the weight out."
+    )
   if not follows_averages(attack.model):
     raise InputError(
       f"attack.average_weight is {weight}, but {network.name} has no running averages that can be"

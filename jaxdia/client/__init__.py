@@ -1,17 +1,23 @@
 """The victim's side: what a client computes, and what of it the server sees."""
 
 from jaxdia.client import defences
+from jaxdia.client.local import LocalUpdate, draw_masks, local_gradient, mask_shapes, shuffled
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.client.step import client_gradient, client_loss, observe
 
 __all__ = [
   "CROSS_ENTROPY",
+  "LocalUpdate",
   "Loss",
   "Observation",
   "Secret",
   "client_gradient",
   "client_loss",
   "defences",
+  "draw_masks",
+  "local_gradient",
+  "mask_shapes",
   "observe",
+  "shuffled",
 ]

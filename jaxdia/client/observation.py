@@ -1,5 +1,6 @@
 """What the server sees of a client's training step, and what stays with the client."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxdia.client.local import LocalUpdate
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
@@ -36,10 +38,12 @@ class Observation:
       converted, see `Loss`.
     averages: {name: `Averages`} of BatchNorm before and after the step, named as
       `model.network.constants()` names them, where the client sent those after it; else None.
+    local: what the client did between the params and its update, of which the gradient then is
+      what `LocalUpdate` says; None for the gradient of one batch.
 
   Raises:
-    InputError: the gradient is not one of these params, or labels or statistics are not those of
-      such a batch; the message names the leaf.
+    InputError: the gradient is not one of these params, or labels, statistics or local steps are
+      not those of such a batch; the message names the leaf.
   """
 
   params: Params
@@ -50,6 +54,7 @@ class Observation:
   batch_size: int = static()
   loss: Loss = static(default=CROSS_ENTROPY)
   averages: dict[str, Averages] | None = None
+  local: LocalUpdate | None = None
 
   def __post_init__(self):
     size = check_count("batch_size of the observation", self.batch_size, 1)
@@ -64,6 +69,7 @@ class Observation:
       "batch_size": size,
       "loss": as_loss(self.loss),
       "averages": _fit_averages(self.averages, dtype),
+      "local": _fit_local(self.local, size, dtype),
     }
     if fields["mean"].ndim != 1 or fields["mean"].shape != fields["std"].shape:
       raise InputError(
@@ -88,7 +94,8 @@ class Secret:
   Attributes:
     images: f[B, H, W, C], normalised.
     labels: i[B].
-    masks: of the client's training step; None if they are not known.
+    masks: of the client's training step, or of all its local steps (see
+      `jaxdia.client.draw_masks`); None if they are not known.
   """
 
   images: Images
@@ -113,6 +120,15 @@ def _fit_averages(averages: Any, dtype: Any) -> dict[str, Averages] | None:
         raise InputError(f"the averages {name!r} are not finite. Leave them out.")
     fitted[name] = Averages(before, after)
   return fitted
+
+
+def _fit_local(local: LocalUpdate | None, size: int, dtype: Any) -> LocalUpdate | None:
+  """Returns local steps with numbers of the params' type; None if they are but a gradient."""
+  if local is None or local.is_gradient:
+    return None
+  local.images_a_step(size)  # refuses those that cannot be shared out
+  numbers = ("learning_rate", "momentum")
+  return dataclasses.replace(local, **{n: _as_array(getattr(local, n), dtype) for n in numbers})
 
 
 def _is_concrete(array: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One training step of a client."""
+"""What a client computes: the gradient of one step, or what several local steps amount to."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxdia.client.defences import Defence, identity
+from jaxdia.client.local import LocalUpdate, draw_masks, local_gradient
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Gradient, Images, Key, Labels, Masks, Params, Scalar, Statistics
-from jaxdia.models import DropoutModel, sample_masks
+from jaxdia.models import DropoutModel
 
 # Images whose normalised values are the pixels themselves.
 _PIXELS = Statistics(mean=(0.0,), std=(1.0,))
@@ -53,6 +54,7 @@ def client_gradient(
   images: Images,
   labels: Labels,
   loss: Loss = CROSS_ENTROPY,
+  local: LocalUpdate | None = None,
 ) -> Gradient:
   """Returns the gradient that the client sends: of `client_loss` by `params`.
 
@@ -63,11 +65,18 @@ def client_gradient(
     images: f[B, H, W, C], normalised.
     labels: i[B] classes, or f[B, num_classes] probabilities.
     loss: of the logits.
+    local: what the client does with it before it sends anything; None sends it as it is.
 
   Returns:
     A tree like `params`.
   """
-  return jax.grad(client_loss, argnums=1)(model, params, masks, images, labels, loss)
+
+  def gradient(params, masks, images, labels):
+    return jax.grad(client_loss, argnums=1)(model, params, masks, images, labels, loss)
+
+  if local is None:
+    return gradient(params, masks, images, labels)
+  return local_gradient(gradient, params, masks, images, labels, local)
 
 
 def observe(
@@ -81,8 +90,9 @@ def observe(
   reveal_labels: bool = True,
   defence: Defence = identity,
   loss: Loss | Kind | Function = CROSS_ENTROPY,
+  local: LocalUpdate | None = None,
 ) -> tuple[Observation, Secret]:
-  """Plays one training step of a client that draws its dropout masks.
+  """Plays the training of a client that draws its dropout masks.
 
   Args:
     key: random key, from which the masks are drawn.
@@ -96,19 +106,23 @@ def observe(
       attacks assume.
     defence: what the client does to its gradient before it sends it.
     loss: what the client descends: a `Loss`, the name of one, or a function.
+    local: its local steps; None for one gradient.
 
   Returns:
     What the server sees, and what it does not.
 
   Raises:
-    InputError: images or labels that the model cannot have been trained on, or no such loss.
+    InputError: images or labels that the model cannot have been trained on, or that cannot be
+      shared out among local steps; or no such loss.
   """
   loss = as_loss(loss)
   _check_batch(model, images, labels, statistics)
   dtype = jnp.result_type(*jax.tree.leaves(params))
   images, labels = jnp.asarray(images, dtype), jnp.asarray(labels, jnp.int32)
-  masks = sample_masks(key, model, images.shape[0], dtype)
-  gradient = _compiled_gradient(model, params, masks, images, labels, loss)
+  if local is not None and local.is_gradient:
+    local = None
+  masks = draw_masks(key, model, local, images.shape[0], dtype)
+  gradient = _compiled_gradient(model, params, masks, images, labels, loss, local)
   observation = Observation(
     params=params,
     gradient=defence(jax.random.fold_in(key, _DEFENCE), gradient),
@@ -117,6 +131,7 @@ def observe(
     std=statistics.std,
     batch_size=images.shape[0],
     loss=loss,
+    local=local,
   )
   return observation, Secret(images, labels, masks)
 

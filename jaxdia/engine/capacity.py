@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxdia.client import Observation
+from jaxdia.client import Observation, mask_shapes
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.machine import memory_of
 from jaxdia.engine.jobs import RECORDED
@@ -52,24 +52,27 @@ def choose_lanes(
 
 def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
   """Returns about how much memory a lane takes."""
-  masks = model.mask_shapes(observation.batch_size)
+  local, size = observation.local, observation.batch_size
+  masks = mask_shapes(model, local, size)
   entries = sum(int(np.prod(shape)) for shape in masks.values())
   formed = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
   thin = patches = 0
-  factored = {x.path for x in choose_layers(model, observation.batch_size, "auto")}
+  draws = local.draws if local else 1
+  factored = {x.path for x in choose_layers(model, size, "auto", local)}
   as_products = model.as_products()
-  for layer in model.products(observation.batch_size):
+  for layer in model.products(local.images_a_step(size) if local else size):
     if layer.path in factored:
       formed -= layer.inputs * layer.outputs
-      thin += sum(layer.rows) * (layer.inputs + layer.outputs)
+      thin += draws * sum(layer.rows) * (layer.inputs + layer.outputs)
     elif layer.path in as_products:
       patches += sum(layer.rows) * layer.inputs
   # Of what is formed, the target and about four arrays for the dummy gradient and its derivative;
   # of what is thin, the factors and about as many for what passes the layer; of the masks about
   # eight for the search; of the patches of a convolution those of its inputs and of a derivative;
-  # and the recorded images.
+  # and the recorded images. The weights and the thin factors are kept before each local step.
   pixels = RECORDED * observation.batch_size * int(np.prod(model.image_shape))
-  return observation.dtype.itemsize * (5 * formed + 5 * thin + 8 * entries + 2 * patches + pixels)
+  formed, thin = (4 + draws) * formed, (4 + draws) * thin
+  return observation.dtype.itemsize * (formed + thin + 8 * entries + 2 * patches + pixels)
 
 
 def halve_lanes(lanes: int, error: jax.errors.JaxRuntimeError) -> int:

@@ -296,7 +296,7 @@ class Loop:
     """Returns what tells a trial from every other one: its attack, key, client and numbers."""
     task, params = self._tasks[job.task], self._params[job.task]
     seen = self._observe(job)[0]
-    observed = (seen.gradient, seen.labels, seen.mean, seen.std, seen.averages)
+    observed = (seen.gradient, seen.labels, seen.mean, seen.std, seen.averages, seen.local)
     key = jax.random.key_data(trial_key(task.key, job))
     trial = (task.attack, key, observed, told_of(task, job.observation))
     return checkpoint.digest(trial, params.encode(), repr(self._recorded).encode())

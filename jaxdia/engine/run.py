@@ -251,7 +251,7 @@ def _check_tasks(tasks: Sequence[Task] | Task) -> list[Task]:
 
 def _form(observation: Observation) -> tuple:
   """Returns what observations must have in common, besides gradients of one form."""
-  names = ("params", "mean", "std", "labels", "averages")
+  names = ("params", "mean", "std", "labels", "averages", "local")
   rest = [getattr(observation, name) for name in names]
   leaves, structure = jax.tree.flatten(shapes_of(rest))
   return observation.batch_size, observation.loss, structure, tuple(leaves)

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from jaxdia.attacks import Candidate
-from jaxdia.client import Secret
+from jaxdia.client import LocalUpdate, Secret
 from jaxdia.core.types import Array, Images, Masks, Statistics
 from jaxdia.data import denormalize, normalize
 from jaxdia.evaluation import metrics
@@ -42,6 +42,7 @@ def evaluate(
   found: Bool[Array, " batch"] | None = None,
   known_masks: Masks | None = None,
   pool: Float[Array, "pool height width channels"] | None = None,
+  local: LocalUpdate | None = None,
 ) -> Evaluation:
   """Scores the result of an attack.
 
@@ -56,6 +57,7 @@ def evaluate(
       labels or, in a batch of one, of their mask. All if None.
     known_masks: {site: b[shape]}, the entries of the masks that it found; all if None.
     pool: f[P, H, W, C], pixels of images among which the originals are.
+    local: local steps of the client, of which the masks are; None for one step.
 
   Returns:
     For each image all metrics of images in `jaxdia.evaluation.REGISTRY`; `mask_accuracy`
@@ -75,7 +77,7 @@ def evaluate(
     columns["label_accuracy"] = np.where(found_labels < 0, np.nan, right)
   by_site = {}
   if candidate.masks and secret.masks is not None:
-    by_site = mask_diagnostics(model, candidate.masks, secret.masks, order, known_masks)
+    by_site = mask_diagnostics(model, candidate.masks, secret.masks, order, known_masks, local)
   columns["mask_accuracy"] = _mean_accuracy(by_site) if by_site else None
   of_images = [name for name, metric in metrics.REGISTRY.items() if metric.function]
   scores = []

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Integer, Shaped
 from scipy.stats import rankdata
 
+from jaxdia.client import LocalUpdate
 from jaxdia.core.types import Array, Masks
 from jaxdia.models import DropoutModel, batch_axes
 
@@ -17,6 +18,7 @@ def mask_diagnostics(
   true: Masks,
   order: Integer[Array, " batch"],
   known: Masks | None = None,
+  local: LocalUpdate | None = None,
 ) -> dict[str, dict[str, Shaped[np.ndarray, " batch"]]]:
   """Compares masks with the client's, by site.
 
@@ -26,6 +28,7 @@ def mask_diagnostics(
     true: the client's.
     order: i[B], which reconstruction stands for which original.
     known: {site: b[shape]}, the entries that count; all if None.
+    local: local steps, whose masks of an image are taken together; None for one step.
 
   Returns:
     {site: {name: f[B]}} with `accuracy`, the share of entries that are right once rounded; `auc`,
@@ -38,13 +41,17 @@ def mask_diagnostics(
   batch, axes = len(order), batch_axes(model)
 
   def by_image(site, mask):
-    mask = np.asarray(mask)
+    mask, axis = np.asarray(mask), axes[site]
     if mask.dtype not in (bool, np.float32, np.float64):  # as bfloat16, which scipy cannot rank
       mask = mask.astype(np.float32)
-    if axes[site] is None:
+    if axis is None:
       return np.broadcast_to(mask.reshape(1, -1), (batch, mask.size))
     # Some networks fold another axis into that of the batch, as (batch * tokens).
-    return np.moveaxis(mask, axes[site], 0).reshape(batch, -1)
+    if local is None:
+      return np.moveaxis(mask, axis, 0).reshape(batch, -1)
+    taken = np.asarray(local.indices(batch))
+    rows = np.moveaxis(mask, axis + 1, 1).reshape(taken.size, -1)
+    return rows[np.argsort(taken.ravel(), kind="stable")].reshape(batch, -1)
 
   result = {}
   for site in true:

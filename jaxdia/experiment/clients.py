@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxdia import data
-from jaxdia.client import Observation, Secret, observe
+from jaxdia.client import LocalUpdate, Observation, Secret, observe, shuffled
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Key, Masks, Params
 from jaxdia.experiment.config import ClientsSettings, DataSettings
@@ -61,6 +61,7 @@ class Clients:
     data: their images and labels.
     model: their network.
     params: the weights that the server sent to all.
+    local: what they do before they send anything; None for one gradient.
     observations: what the server sees, by gradient number.
     unlabelled: the same without the labels.
     secrets: what it does not see.
@@ -84,6 +85,10 @@ class Clients:
     params = _draw_params(self.model, jax.random.fold_in(key, 0))
     self.params: Params = jax.tree.map(lambda x: x.astype(settings.precision), params)
     self._client_key = jax.random.fold_in(key, 1)
+    local, size = settings.local.update, settings.data.batch_size
+    if settings.local.shuffle:
+      local = shuffled(jax.random.fold_in(key, 2), local, size)
+    self.local: LocalUpdate | None = None if local.is_gradient else local
     count = settings.data.gradients
     pairs = Lazy(count, self._observe, KEPT)
     self.observations: Sequence[Observation] = Lazy(count, lambda i: pairs[i][0])
@@ -117,6 +122,7 @@ class Clients:
       *self.batch(number),
       statistics=self.data.statistics,
       defence=self.settings.defence,
+      local=self.local,
     )
 
   @functools.cached_property

@@ -13,6 +13,7 @@ from jaxdia.attacks import CATALOGUE, AttackSettings
 from jaxdia.client import defences
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.data import STATISTICS
+from jaxdia.experiment.local import LocalSettings
 from jaxdia.gradients import METHODS, Method
 from jaxdia.models import CONVOLVE, MODELS, Convolve, check_rate
 
@@ -143,6 +144,7 @@ class ClientsSettings(typing.NamedTuple):
   precision: str
   data: DataSettings
   model: ModelSettings
+  local: LocalSettings
   defence: defences.Defence
 
 
@@ -155,6 +157,7 @@ class ExperimentSettings:
     precision: floating-point type of weights, gradients and search.
     data: the images.
     model: the network.
+    local: what the clients do before they send anything.
     defence: what the clients do to their gradients before they send them.
     restarts: trials for each gradient; the one with the best objective counts.
     attacks: settings by name of the preset, in the order in which they run.
@@ -165,6 +168,7 @@ class ExperimentSettings:
   precision: str = "float32"
   data: DataSettings = DataSettings()
   model: ModelSettings = ModelSettings()
+  local: LocalSettings = LocalSettings()
   defence: defences.Defence = defences.identity
   restarts: int = 1
   attacks: dict[str, AttackSettings] = dataclasses.field(hash=False)
@@ -175,11 +179,13 @@ class ExperimentSettings:
     if self.precision not in PRECISIONS:
       raise unknown("value of config.precision:", self.precision, PRECISIONS)
     check_count("config.attack.restarts", self.restarts, 1)
+    self.local.update.images_a_step(self.data.batch_size)  # refuses what cannot be shared out
 
   @property
   def clients(self) -> ClientsSettings:
     """What experiments on the same clients have in common."""
-    return ClientsSettings(self.seed, self.precision, self.data, self.model, self.defence)
+    shared = {name: getattr(self, name) for name in ClientsSettings._fields}
+    return ClientsSettings(**shared)
 
   def to_json(self) -> dict[str, Any]:
     """Returns what goes into config.json: all settings, resolved."""
@@ -188,6 +194,7 @@ class ExperimentSettings:
       "precision": self.precision,
       "data": dataclasses.asdict(self.data),
       "model": self.model.to_json(),
+      "local": dataclasses.asdict(self.local),
       "defence": defences.to_json(self.defence),
       "restarts": self.restarts,
       "attacks": {name: dataclasses.asdict(a) for name, a in self.attacks.items()},
@@ -209,6 +216,7 @@ def default_config() -> ml_collections.ConfigDict:
       "precision": "float32",
       "data": _group(DataSettings),
       "model": ModelSettings().to_json(),
+      "local": _group(LocalSettings),
       "defence": {"name": "none"} | _group(*defences.DEFENCES.values(), unset=True),
       "attack": {"name": "dia", "restarts": 1} | _group(AttackSettings, unset=True),
       "engine": _group(EngineSettings),
@@ -242,12 +250,13 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
     InputError: a field that does not exist, or a value that it cannot take.
   """
   fields = plain(ml_collections.ConfigDict(config).to_dict())
-  groups = ("data", "model", "defence", "attack", "engine")
+  groups = ("data", "model", "local", "defence", "attack", "engine")
   check_names("config field", fields, ("seed", "precision", *groups))
-  data, model, defence, attack, engine = (pop_group(fields, name) for name in groups)
+  data, model, local, defence, attack, engine = (pop_group(fields, name) for name in groups)
   return ExperimentSettings(
     data=make_settings(DataSettings, "data", data),
     model=model_settings(model),
+    local=make_settings(LocalSettings, "local", local),
     defence=defences.create(str(defence.pop("name", "none")), **_set(defence)),
     restarts=attack.pop("restarts", 1),
     attacks=_attacks(str(attack.pop("name", "")), attack),

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 
 from jaxdia.attacks import Attack
-from jaxdia.client import defences
+from jaxdia.client import defences, mask_shapes
 from jaxdia.engine import Plan
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
+from jaxdia.experiment.local import LocalSettings
 from jaxdia.experiment.network import common_rate
 
 _MASKS = {
@@ -36,7 +37,8 @@ def describe(
   """
   d, model = settings.data, clients.model
   gradient = sum(leaf.size for leaf in jax.tree.leaves(clients.params))
-  masks = sum(int(np.prod(shape)) for shape in model.mask_shapes(d.batch_size).values())
+  shapes = mask_shapes(model, clients.local, d.batch_size)
+  masks = sum(int(np.prod(shape)) for shape in shapes.values())
   pixels = d.batch_size * int(np.prod(model.image_shape))
   shape = "x".join(str(n) for n in model.image_shape)
   untold = ", of which no attack is told" * (settings.defence != defences.identity)
@@ -44,8 +46,8 @@ def describe(
     f"jaxdia: {d.count} images of {d.source} ({shape}) in {d.batches} batches of {d.batch_size}",
     f"  model    {settings.model.name}, dropout rate {common_rate(model):g} at {len(model.sites)}"
     " sites, random weights",
-    "  threat   an honest-but-curious server knows the weights, the dropout rates and one"
-    " client gradient",
+    "  threat   an honest-but-curious server knows the weights, the dropout rates and"
+    f" {_sent(settings.local)}",
     f"  known    {gradient:,} gradient entries a batch",
     f"  defence  {defences.describe(settings.defence)}{untold}",
   ]
@@ -66,6 +68,17 @@ def describe(
       f" {device.platform} device(s) ({device.device_kind})"
     )
   return "\n".join([*lines, f"  run      {what}{'' if searches else ', each once'}"])
+
+
+def _sent(local: LocalSettings) -> str:
+  """Returns what of a client the server sees."""
+  if local.update.is_gradient:
+    return "one client gradient"
+  parts = [f"{local.epochs} x {local.steps} steps of {local.optimizer} at {local.learning_rate:g}"]
+  parts += [f"momentum {local.momentum:g}"] * bool(local.momentum)
+  parts += ["in a new order each epoch"] * local.shuffle
+  whose = "a client" if local.clients == 1 else f"{local.clients} clients, averaged"
+  return f"the update of {whose} ({', '.join(parts)})"
 
 
 def _assumptions(attack: Attack) -> str:

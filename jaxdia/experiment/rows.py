@@ -48,6 +48,7 @@ def score(
     found=outcome.found,
     known_masks=alone and alone.known_masks,
     pool=clients.pool,
+    local=clients.local,
   )
   reached = _reached(secret, outcome, result.order, statistics)
   oracle = None if outcome.failed else _oracle(secret, outcome, statistics)

@@ -240,6 +240,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
   data: dict[str, Any]
   model: dict[str, Any]
+  local: dict[str, Any] = {}
   defence: dict[str, Any] = {}
   attacks: dict[str, dict[str, Any]]
   restarts: int | None = None

@@ -11,6 +11,7 @@ et al. 2022). The client's T itself has no more rank than its batch had rows, so
 is kept as thin factors. What is not a dense layer is formed.
 """
 
+import functools
 import typing
 from typing import Literal, NamedTuple
 
@@ -19,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from jaxdia.client import CROSS_ENTROPY, Loss, Observation
+from jaxdia.client import CROSS_ENTROPY, LocalUpdate, Loss, Observation, local_gradient
 from jaxdia.core.precision import full_precision
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import Array, Gradient, Images, Labels, Masks, Params, Scalar
 from jaxdia.gradients.distances import Comparison
+from jaxdia.gradients.local_steps import Rows, local_rows
 from jaxdia.models import Averages, DenseLayer, DropoutModel
 
 Method = Literal["auto", "formed", "factored"]
@@ -69,6 +71,7 @@ class Prepared:
     batch_size: as in the observation.
     loss: as in the observation.
     averages: as in the observation.
+    local: as in the observation.
   """
 
   params: Params
@@ -79,9 +82,12 @@ class Prepared:
   batch_size: int = static()
   loss: Loss = static(default=CROSS_ENTROPY)
   averages: dict[str, Averages] | None = None
+  local: LocalUpdate | None = None
 
 
-def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple[DenseLayer, ...]:
+def choose_layers(
+  model: DropoutModel, batch_size: int, method: Method, local: LocalUpdate | None = None
+) -> tuple[DenseLayer, ...]:
   """Chooses the dense layers whose kernel gradients are not formed.
 
   Args:
@@ -89,23 +95,25 @@ def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple
     batch_size: number of images.
     method: "factored" takes all that the model can tap, "formed" none, "auto"
       those for which it costs less.
+    local: local steps; None for one gradient.
 
   Returns:
-    The layers; none for a model whose layers are not known.
+    The layers, with the rows of one step; none for a model whose layers are not known.
   """
-  if method == "formed":
+  if method == "formed" or (local and local.optimizer != "sgd"):  # Adam's way is not thin
     return ()
-  layers = model.products(batch_size)
-  return layers if method == "factored" else tuple(x for x in layers if _is_cheaper(x))
+  draws = local.draws if local else 1
+  layers = model.products(local.images_a_step(batch_size) if local else batch_size)
+  return layers if method == "factored" else tuple(x for x in layers if _is_cheaper(x, draws))
 
 
-def _is_cheaper(layer: DenseLayer) -> bool:
-  rows, size = sum(layer.rows), layer.inputs * layer.outputs
+def _is_cheaper(layer: DenseLayer, draws: int) -> bool:
+  rows, size = draws * sum(layer.rows), layer.inputs * layer.outputs
   rank = min(rows, layer.inputs, layer.outputs)
   # Multiplications for the value and its derivative. Formed are G and, of its derivative, two
   # products; G and T and that derivative go through memory, which costs about as much as 24
   # multiplications an entry.
-  formed = 3 * rows * size + 24 * size
+  formed = 3 * rows * size + 24 * draws * size
   factored = 2 * rows * (rows + rank) * (layer.inputs + layer.outputs)
   return factored < formed
 
@@ -130,14 +138,16 @@ def prepare(
   gradient = leaves_by_path(observation.gradient)
   squared_norm = sum(_dot(leaf, leaf) for leaf in gradient.values())
   kernels = {}
-  for layer in choose_layers(model, observation.batch_size, method):
+  local = observation.local
+  for layer in choose_layers(model, observation.batch_size, method, local):
     kernel = gradient.pop((*layer.path, "kernel"), None)
     if kernel is None:  # of a frozen layer
       continue
     kernel = kernel.reshape(layer.inputs, layer.outputs)  # it may have more axes than a matrix
-    factors = factorize(kernel, sum(layer.rows)) if compress else None
+    rank = sum(layer.rows) * (local.draws if local else 1)
+    factors = factorize(kernel, rank) if compress else None
     kernels[layer.path] = kernel if factors is None else factors
-  names = ("params", "labels", "mean", "std", "averages")
+  names = ("params", "labels", "mean", "std", "averages", "local")
   fields = {name: getattr(observation, name) for name in names}
   target = Target(gradient, kernels, squared_norm)
   facts = {"batch_size": observation.batch_size, "loss": observation.loss}
@@ -188,6 +198,7 @@ def compare(
   images: Images,
   labels: Labels,
   loss: Loss,
+  local: LocalUpdate | None = None,
 ) -> Comparison:
   """Compares the gradient of a dummy batch with the client's.
 
@@ -199,28 +210,54 @@ def compare(
     images: f[B, H, W, C], of the dummy batch.
     labels: i[B], or f[B, num_classes] probabilities.
     loss: that the client descends.
+    local: its local steps; None for one gradient.
 
   Returns:
     The comparison; differentiable by masks, images and labels.
   """
+  batch_size = images.shape[0]
   layers = []
   if target.kernels:
-    layers = [x for x in model.products(images.shape[0]) if x.path in target.kernels]
+    each = local.images_a_step(batch_size) if local else batch_size
+    layers = [x for x in model.products(each) if x.path in target.kernels]
   leaves = leaves_by_path(params)
   fixed = {path: leaves[path] for path in leaves if path not in target.formed}
   free = {path: leaves[path] for path in target.formed}
   dtype = images.dtype
   taps = {x.path: tuple(jnp.zeros(shape, dtype) for shape in x.shapes) for x in layers}
 
-  def tapped_loss(free, taps):
-    merged = with_leaves(params, fixed | free)
-    if not taps:
-      return loss(model.apply(merged, masks, images), labels), {}
-    logits, inputs = model.apply_tapped(merged, masks, images, taps)
-    return loss(logits, labels), inputs
+  def step(free, moved, masks, images, labels):
+    added = {x.path: functools.partial(_added, x, moved[x.path]) for x in layers if moved}
 
-  with full_precision():
+    def tapped_loss(free, taps):
+      merged = with_leaves(params, fixed | free)
+      if not taps:
+        return loss(model.apply(merged, masks, images), labels), {}
+      logits, inputs = model.apply_tapped(merged, masks, images, taps, added)
+      return loss(logits, labels), inputs
+
     (formed, deltas), inputs = jax.grad(tapped_loss, argnums=(0, 1), has_aux=True)(free, taps)
+    rows = {
+      x.path: Rows(
+        jnp.concatenate([x.input_rows(a) for a in inputs[x.path]]),
+        jnp.concatenate([x.output_rows(delta) for delta in deltas[x.path]]),
+      )
+      for x in layers
+    }
+    return formed, rows
+
+  batch = (masks, images, labels)
+  with full_precision():
+    if local is None:
+      formed, rows = step(free, {}, *batch)
+    elif local.optimizer == "sgd":
+      formed, rows = local_rows(step, free, layers, *batch, local)
+    else:
+
+      def gradient(free, *batch):
+        return step(free, {}, *batch)[0]
+
+      formed, rows = local_gradient(gradient, free, *batch, local), {}
     inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
     squared_norm = sum(_dot(g, g) for g in formed.values())
     squared_distance = sum(
@@ -228,8 +265,7 @@ def compare(
     )
     for layer in layers:
       kernel = target.kernels[layer.path]
-      a = jnp.concatenate([layer.input_rows(x) for x in inputs[layer.path]])
-      delta = jnp.concatenate([layer.output_rows(x) for x in deltas[layer.path]])
+      a, delta = rows[layer.path]
       if isinstance(kernel, Factors):
         layer_inner, layer_norm = _match(a, delta, jax.lax.stop_gradient(kernel))
         kernel_norm = _dot(kernel.left.T @ kernel.left, kernel.right.T @ kernel.right)
@@ -241,6 +277,12 @@ def compare(
       squared_norm += layer_norm
       squared_distance += layer_norm - 2 * layer_inner + kernel_norm
   return Comparison(inner, squared_norm, target.squared_norm, squared_distance)
+
+
+def _added(layer: DenseLayer, moved: Rows, inputs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns what a change of a layer's kernel adds to its outputs."""
+  rows = layer.input_rows(inputs).astype(moved.inputs.dtype)
+  return layer.of_rows((rows @ moved.inputs.T) @ moved.deltas, shape)
 
 
 @jax.custom_jvp

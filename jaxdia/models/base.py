@@ -8,7 +8,8 @@ once for all rates, and equal models share what was compiled for one of them.
 import abc
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jaxdia.core.types import Images, Key, Logits, Masks, Number, Params
 from jaxdia.models import discovery
 from jaxdia.models.convolutions import CONVOLVE, Convolve, is_faster_as_product
 from jaxdia.models.hooks import Hooks, ignore_sites
-from jaxdia.models.layers import Convolution, DenseLayer, Entry, Site, Taps, drop
+from jaxdia.models.layers import Convolution, DenseLayer, Entry, Shape, Site, Taps, drop
 
 
 class Network(abc.ABC):
@@ -200,7 +201,12 @@ class DropoutModel:
     return self._call(params, masks, images, None)
 
   def apply_tapped(
-    self, params: Params, masks: Masks | None, images: Images, taps: Taps
+    self,
+    params: Params,
+    masks: Masks | None,
+    images: Images,
+    taps: Taps,
+    added: Mapping[Path, Callable[[jax.Array, Shape], jax.Array]] = MappingProxyType({}),
   ) -> tuple[Logits, Taps]:
     """Computes logits, with something added to the outputs of layers.
 
@@ -210,24 +216,28 @@ class DropoutModel:
       images: f[B, H, W, C], normalised.
       taps: what is added, for each call of the layers in it; f[rows, outputs], or of the shape of
         the outputs themselves.
+      added: {path of such a layer: `function(inputs, shape)`}, of its inputs as they are and the
+        shape of its outputs; what it returns is added to these too.
 
     Returns:
       The logits, and the inputs of the same calls; f[rows, inputs], or as they are.
     """
     inputs_of: dict[Path, list[jax.Array]] = {path: [] for path in taps}
 
-    def tap(layer, inputs, outputs, nested):
+    def on_linear(layer, inputs, outputs, nested):
       del nested  # such a layer is not among those that can be tapped
       if layer.path not in taps:
         return outputs
-      added = taps[layer.path][len(inputs_of[layer.path])]
-      if added.shape != outputs.shape:
-        inputs = inputs.reshape(len(added), -1)
+      tap = taps[layer.path][len(inputs_of[layer.path])]
+      if layer.path in added:
+        outputs += added[layer.path](inputs, outputs.shape).astype(outputs.dtype)
+      if tap.shape != outputs.shape:
+        inputs = inputs.reshape(len(tap), -1)
       # A layer may compute in a type of its own.
-      inputs_of[layer.path].append(inputs.astype(added.dtype))
-      return outputs + added.reshape(outputs.shape).astype(outputs.dtype)
+      inputs_of[layer.path].append(inputs.astype(tap.dtype))
+      return outputs + tap.reshape(outputs.shape).astype(outputs.dtype)
 
-    logits = self._call(params, masks, images, tap)
+    logits = self._call(params, masks, images, on_linear)
     return logits, {path: tuple(inputs) for path, inputs in inputs_of.items()}
 
   def as_products(self) -> set[Path]:

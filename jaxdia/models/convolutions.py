@@ -133,6 +133,17 @@ class PlainConvolution:
     outputs = self._first(outputs)
     return outputs.reshape(-1, outputs.shape[-1])
 
+  def of_positions(
+    self, rows: Float[Array, "_ channels"], shape: tuple[int, ...]
+  ) -> Float[Array, "b _ _ _"]:
+    """Returns outputs in the layout, from a row for each image and position.
+
+    Args:
+      rows: as `positions` gives them.
+      shape: of the outputs.
+    """
+    return self._last(rows.reshape([shape[self.layout.index(axis)] for axis in "NHWC"]))
+
   def _first(self, images: jax.Array) -> jax.Array:
     """Turns images of the layout to NHWC."""
     return images.transpose([self.layout.index(axis) for axis in "NHWC"])

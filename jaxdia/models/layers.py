@@ -10,6 +10,8 @@ from jaxdia.core.trees import Path
 from jaxdia.core.types import Array, Number
 from jaxdia.models.convolutions import PlainConvolution
 
+Shape = tuple[int, ...]
+
 
 class Site(NamedTuple):
   """One place in a network where dropout acts.
@@ -66,6 +68,17 @@ class DenseLayer(NamedTuple):
     if self.convolution is not None:
       return self.convolution[0].positions(outputs)
     return outputs.reshape(-1, self.outputs)
+
+  def of_rows(self, rows: Float[Array, "rows outputs"], shape: Shape) -> Float[Array, "..."]:
+    """Returns what a call returns, from its rows.
+
+    Args:
+      rows: as `output_rows` gives them.
+      shape: of the outputs of the call.
+    """
+    if self.convolution is not None:
+      return self.convolution[0].of_positions(rows, shape)
+    return rows.reshape(shape)
 
 
 class Convolution(NamedTuple):

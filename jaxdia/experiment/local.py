@@ -1,0 +1,40 @@
+"""What the clients of an experiment do before they send anything."""
+
+import dataclasses
+
+from jaxdia.client import LocalUpdate
+from jaxdia.client.local import Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalSettings:
+  """What the clients do before they send anything; see `jaxdia.client.LocalUpdate`.
+
+  Attributes:
+    epochs: passes through a client's images.
+    steps: of an epoch, each with its part of the images.
+    optimizer: "sgd" or "adam".
+    learning_rate: of the optimiser, which the server set.
+    momentum: of SGD.
+    clients: whose updates are averaged before the server sees them; `data.batch_size` are the
+      images of all of them.
+    shuffle: whether each epoch has an order of its own, which the server is told.
+  """
+
+  epochs: int = 1
+  steps: int = 1
+  optimizer: Optimizer = "sgd"
+  learning_rate: float = 0.01
+  momentum: float = 0.0
+  clients: int = 1
+  shuffle: bool = False
+
+  def __post_init__(self):
+    assert self.update  # refuses what it cannot take
+
+  @property
+  def update(self) -> LocalUpdate:
+    """The local steps, in the order in which the images stand."""
+    fields = dataclasses.asdict(self)
+    del fields["shuffle"]
+    return LocalUpdate(**fields)
