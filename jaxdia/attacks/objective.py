@@ -1,14 +1,16 @@
 """The objective that the search minimises."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from jaxdia.attacks.protocol import Candidate, Known, Terms
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.client import Observation
+from jaxdia.client import Observation, defences
 from jaxdia.closed_form import Parts
 from jaxdia.core.types import Images, Labels, Masks, Scalar
-from jaxdia.gradients import DISTANCES, Prepared, compare, prepare, suits
+from jaxdia.gradients import DISTANCES, Method, Prepared, compare, prepare, suits
 from jaxdia.models import DropoutModel, averages_after
 
 
@@ -127,6 +129,27 @@ def complete(candidate: Candidate, known: Known) -> tuple[Masks | None, Labels]:
   return masks, labels
 
 
+def prepare_for(
+  model: DropoutModel,
+  settings: AttackSettings,
+  observation: Observation,
+  method: Method = "auto",
+  compress: bool = True,
+) -> Prepared:
+  """Prepares an observation as an attack compares it.
+
+  Args:
+    model: the network.
+    settings: of the attack, of which distance and defence have a part in it.
+    observation: of one client.
+    method: see `jaxdia.gradients.choose_layers`.
+    compress: see `jaxdia.gradients.prepare`.
+  """
+  if settings.defence == "ignored":
+    observation = dataclasses.replace(observation, defence=defences.identity)
+  return prepare(model, observation, suits(settings.distance, method), compress)
+
+
 def objective(
   model: DropoutModel,
   settings: AttackSettings,
@@ -149,10 +172,11 @@ def objective(
     searched, the features only where some were recovered.
   """
   if not isinstance(observation, Prepared):
-    observation = prepare(model, observation, suits(settings.distance, "auto"), compress=False)
+    observation = prepare_for(model, settings, observation, compress=False)
   masks, labels = complete(candidate, known)
   given = (model, observation.params, observation.target)
-  comparison = compare(*given, masks, candidate.images, labels, observation.loss)
+  rest = (masks, candidate.images, labels, observation.loss, observation.defence)
+  comparison = compare(*given, *rest)
   zero = jnp.zeros((), candidate.images.dtype)
   parts = known.parts
   weight = settings.feature_weight if parts is not None and parts.features else None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxdia.client.defences import Defence, as_defence, identity
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
@@ -36,6 +37,7 @@ class Observation:
       converted, see `Loss`.
     averages: {name: `Averages`} of BatchNorm before and after the step, named as
       `model.network.constants()` names them, where the client sent those after it; else None.
+    defence: what the client did to its gradient, as far as the server knows.
 
   Raises:
     InputError: the gradient is not one of these params, or labels or statistics are not those of
@@ -50,6 +52,7 @@ class Observation:
   batch_size: int = static()
   loss: Loss = static(default=CROSS_ENTROPY)
   averages: dict[str, Averages] | None = None
+  defence: Defence = identity
 
   def __post_init__(self):
     size = check_count("batch_size of the observation", self.batch_size, 1)
@@ -64,6 +67,7 @@ class Observation:
       "batch_size": size,
       "loss": as_loss(self.loss),
       "averages": _fit_averages(self.averages, dtype),
+      "defence": as_defence(self.defence),
     }
     if fields["mean"].ndim != 1 or fields["mean"].shape != fields["std"].shape:
       raise InputError(

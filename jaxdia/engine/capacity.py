@@ -56,7 +56,8 @@ def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
   entries = sum(int(np.prod(shape)) for shape in masks.values())
   formed = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
   thin = patches = 0
-  factored = {x.path for x in choose_layers(model, observation.batch_size, "auto")}
+  layers = choose_layers(model, observation.batch_size, "auto", observation.defence)
+  factored = {x.path for x in layers}
   as_products = model.as_products()
   for layer in model.products(observation.batch_size):
     if layer.path in factored:

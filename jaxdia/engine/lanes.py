@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from jaxdia.attacks import Attack, Best, State, Status, project
+from jaxdia.client.defences import Defence
 from jaxdia.core.trees import shapes_of
 from jaxdia.core.types import Array, Labels, Params
 from jaxdia.gradients import Prepared, Target
@@ -34,6 +35,7 @@ class Slot(NamedTuple):
     mean: f[C] or f[1], statistics of the images.
     std: f[C] or f[1].
     averages: of BatchNorm, if the observation has them.
+    defence: of the client, its numbers.
   """
 
   target: Target
@@ -41,6 +43,7 @@ class Slot(NamedTuple):
   mean: Float[Array, "*slot channels"]
   std: Float[Array, "*slot channels"]
   averages: dict[str, Averages] | None
+  defence: Defence
 
 
 class Lane(NamedTuple):

@@ -39,7 +39,6 @@ def describe(
   masks = sum(int(np.prod(shape)) for shape in model.mask_shapes(d.batch_size).values())
   pixels = d.batch_size * int(np.prod(model.image_shape))
   shape = "x".join(str(n) for n in model.image_shape)
-  untold = ", of which no attack is told" * (settings.defence != defences.identity)
   lines = [
     f"jaxdia: {d.count} images of {d.source} ({shape}) in {d.batches} batches of {d.batch_size}",
     f"  model    {settings.model.name}, dropout rate {common_rate(model):g} at {len(model.sites)}"
@@ -47,7 +46,7 @@ def describe(
     "  threat   an honest-but-curious server knows the weights, the dropout rates and one"
     " client gradient",
     f"  known    {gradient:,} gradient entries a batch",
-    f"  defence  {defences.describe(settings.defence)}{untold}",
+    f"  defence  {defences.describe(settings.defence)}",
   ]
   for name, attack in attacks.items():
     unknowns = [f"{pixels:,} pixels"]
@@ -55,7 +54,9 @@ def describe(
       unknowns.append(f"{masks:,} mask entries")
     if attack.labels != "given":
       unknowns.append(f"{d.batch_size} labels")
-    lines.append(f"  {name:11} unknown: {' + '.join(unknowns)} ({_assumptions(attack)})")
+    is_ignored = settings.defence != defences.identity and attack.settings.defence == "ignored"
+    assumptions = _assumptions(attack) + ", defence ignored" * is_ignored
+    lines.append(f"  {name:11} unknown: {' + '.join(unknowns)} ({assumptions})")
   searches = [plan for plan in plans.values() if plan.lanes]
   what = f"{d.gradients} gradient{'s' * (d.gradients > 1)}"
   if searches:

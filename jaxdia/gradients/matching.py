@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from jaxdia.client import CROSS_ENTROPY, Loss, Observation
+from jaxdia.client.defences import Defence, Step, identity
 from jaxdia.core.precision import full_precision
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import Array, Gradient, Images, Labels, Masks, Params, Scalar
@@ -49,11 +50,13 @@ class Target(NamedTuple):
     formed: the gradient without the kernels that are not formed; {path: array}.
     kernels: {path of a dense layer: its kernel gradient, whole or as `Factors`}.
     squared_norm: f[], of the whole gradient.
+    noise: f[], the squared norm of what a defence added to it at random; None if it did not.
   """
 
   formed: dict[Path, Float[Array, "..."]]
   kernels: dict[Path, Float[Array, "_ _"] | Factors]
   squared_norm: Scalar
+  noise: Scalar | None = None
 
 
 @value_tree
@@ -69,6 +72,7 @@ class Prepared:
     batch_size: as in the observation.
     loss: as in the observation.
     averages: as in the observation.
+    defence: as in the observation; its numbers are arrays.
   """
 
   params: Params
@@ -79,9 +83,12 @@ class Prepared:
   batch_size: int = static()
   loss: Loss = static(default=CROSS_ENTROPY)
   averages: dict[str, Averages] | None = None
+  defence: Defence = identity
 
 
-def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple[DenseLayer, ...]:
+def choose_layers(
+  model: DropoutModel, batch_size: int, method: Method, defence: Defence = identity
+) -> tuple[DenseLayer, ...]:
   """Chooses the dense layers whose kernel gradients are not formed.
 
   Args:
@@ -89,11 +96,12 @@ def choose_layers(model: DropoutModel, batch_size: int, method: Method) -> tuple
     batch_size: number of images.
     method: "factored" takes all that the model can tap, "formed" none, "auto"
       those for which it costs less.
+    defence: of the client; one that dummy gradients are adapted to needs all of them formed.
 
   Returns:
     The layers; none for a model whose layers are not known.
   """
-  if method == "formed":
+  if method == "formed" or defence.adapts:
     return ()
   layers = model.products(batch_size)
   return layers if method == "factored" else tuple(x for x in layers if _is_cheaper(x))
@@ -127,10 +135,13 @@ def prepare(
     observations of this batch size, but for kernels that are not of low rank (of a noised
     gradient, say), which are kept whole.
   """
-  gradient = leaves_by_path(observation.gradient)
+  size, dtype = observation.batch_size, observation.dtype
+  defence = jax.tree.map(lambda number: jnp.asarray(number, dtype), observation.defence)
+  gradient = leaves_by_path(defence.clean(observation.gradient))
   squared_norm = sum(_dot(leaf, leaf) for leaf in gradient.values())
+  noise = defence.noise(gradient, size)
   kernels = {}
-  for layer in choose_layers(model, observation.batch_size, method):
+  for layer in choose_layers(model, size, method, defence):
     kernel = gradient.pop((*layer.path, "kernel"), None)
     if kernel is None:  # of a frozen layer
       continue
@@ -139,9 +150,9 @@ def prepare(
     kernels[layer.path] = kernel if factors is None else factors
   names = ("params", "labels", "mean", "std", "averages")
   fields = {name: getattr(observation, name) for name in names}
-  target = Target(gradient, kernels, squared_norm)
+  target = Target(gradient, kernels, squared_norm, noise)
   facts = {"batch_size": observation.batch_size, "loss": observation.loss}
-  return Prepared(target=target, **facts, **fields)
+  return Prepared(target=target, defence=defence, **facts, **fields)
 
 
 def factorize(matrix: Float[jax.Array | np.ndarray, "inputs outputs"], rank: int) -> Factors | None:
@@ -188,6 +199,7 @@ def compare(
   images: Images,
   labels: Labels,
   loss: Loss,
+  defence: Defence = identity,
 ) -> Comparison:
   """Compares the gradient of a dummy batch with the client's.
 
@@ -199,6 +211,7 @@ def compare(
     images: f[B, H, W, C], of the dummy batch.
     labels: i[B], or f[B, num_classes] probabilities.
     loss: that the client descends.
+    defence: of the client, which the dummy gradient is adapted to if it is formed whole.
 
   Returns:
     The comparison; differentiable by masks, images and labels.
@@ -221,6 +234,9 @@ def compare(
 
   with full_precision():
     (formed, deltas), inputs = jax.grad(tapped_loss, argnums=(0, 1), has_aux=True)(free, taps)
+    if not layers:
+      step = Step(model, params, masks, images, labels, loss)
+      formed = defence.adapt(formed, target.formed, step)
     inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
     squared_norm = sum(_dot(g, g) for g in formed.values())
     squared_distance = sum(

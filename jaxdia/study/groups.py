@@ -96,7 +96,8 @@ def _program(number: int, settings: ExperimentSettings, name: str) -> tuple[Hash
   if attack is None or attack.max_iterations == 0:  # nothing runs in lanes
     return (name, number), 0
   channels = _network(settings)[1]
-  shared = (settings.data.batch_size, channels, settings.precision, settings.engine)
+  defence = jax.tree.structure(settings.defence)  # its numbers may differ
+  shared = (settings.data.batch_size, channels, settings.precision, settings.engine, defence)
   params = jax.eval_shape(attack.model.init, jax.random.key(0))
   entries = sum(leaf.size for leaf in jax.tree.leaves(params))
   # The weights, and the gradients that are kept.
