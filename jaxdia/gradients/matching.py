@@ -235,8 +235,14 @@ def compare(
   with full_precision():
     (formed, deltas), inputs = jax.grad(tapped_loss, argnums=(0, 1), has_aux=True)(free, taps)
     if not layers:
+      # Trees like the params, with None for a frozen layer, as the client's own gradient.
+      own, sent = (
+        with_leaves(params, {path: found.get(path) for path in leaves})
+        for found in (formed, target.formed)
+      )
       step = Step(model, params, masks, images, labels, loss)
-      formed = defence.adapt(formed, target.formed, step)
+      adapted = leaves_by_path(defence.adapt(own, sent, step))
+      formed = {path: adapted[path] for path in formed}
     inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
     squared_norm = sum(_dot(g, g) for g in formed.values())
     squared_distance = sum(

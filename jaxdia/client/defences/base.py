@@ -67,7 +67,7 @@ class Defence(abc.ABC):
     """Returns what the defence would make of the gradient of a dummy batch, differentiable by it.
 
     Args:
-      gradient: of the dummy batch; {path: array}, or any tree.
+      gradient: of the dummy batch; None where a layer is frozen.
       target: what the client sent, a tree of the same shapes.
       step: the dummy batch.
     """

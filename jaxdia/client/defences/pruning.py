@@ -8,9 +8,8 @@ from jaxdia.core.errors import check_number
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Gradient, Key, Scalar
 
-
-# An entry this close to the largest one is taken for clipped, as it may have been rounded since.
-_NEARLY = 1e-2
+# Entries that are so many bounds large are clipped before they are raised to a power.
+_FAR = 1e3
 
 
 def keep_nonzero(gradient: Gradient, target: Gradient) -> Gradient:
@@ -79,7 +78,8 @@ class Percentile(Defence):
   It is its filter PercentilePrivacy with the same defaults, after Shokri and Shmatikov (2015).
   There, `gamma` is in units of the difference between weights; of a gradient it is that number
   divided by the learning rate. An attacker who knows it leaves out of the distance what was pruned,
-  and asks of what was clipped that it is no less than the bound, and of its sign.
+  and clips the dummy gradient too: smoothly, as g / (1 + (g / gamma)⁴)^¼, for with the clipping
+  itself, or its derivative taken as that of the identity, searches end at inverted images.
 
   Attributes:
     percentile: of the absolute values of all entries together; those below are pruned. Leaves that
@@ -117,14 +117,13 @@ class Percentile(Defence):
     """Leaves out what was pruned, and clips; see `Defence.adapt`."""
     del step
 
-    most = jnp.max(jnp.stack([jnp.max(jnp.abs(t)) for t in jax.tree.leaves(target) if t.ndim]))
-    bound = (1 - _NEARLY) * jnp.minimum(jnp.asarray(self.gamma, most.dtype), most)
+    gamma = self.gamma
 
-    def clip(g, t):
-      beyond = (jnp.abs(t) >= bound) & (jnp.sign(g) == jnp.sign(t))
-      return jnp.where(beyond, self._clip(g), g) if g.ndim else g
+    def clip(g):  # smoothly; its derivative is 0 where nothing of g is left to see
+      ratio = jnp.clip(g / jnp.asarray(gamma, g.dtype), -_FAR, _FAR)
+      return gamma * ratio / (1 + ratio**4) ** 0.25 if g.ndim else g
 
-    return jax.tree.map(clip, keep_nonzero(gradient, target), target)
+    return jax.tree.map(clip, keep_nonzero(gradient, target))
 
   def clean(self, gradient: Gradient) -> Gradient:
     """Prunes, once more if noise may have filled the zeros; see `Defence.clean`."""
