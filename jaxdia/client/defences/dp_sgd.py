@@ -85,8 +85,8 @@ class DPSGD(Defence):
     in_0_1 = (lambda value: 0 < value <= 1), "a probability above 0"
     sampling = check_number("sampling", sampling, *in_0_1)
     try:
-      import dp_accounting
-      from dp_accounting.pld import PLDAccountant
+      import dp_accounting  # pyright: ignore[reportMissingImports]
+      from dp_accounting.pld import PLDAccountant  # pyright: ignore[reportMissingImports]
     except ImportError as error:
       raise InputError(
         f"ε needs the package dp-accounting, which cannot be imported ({error}):"
