@@ -9,13 +9,13 @@ import pytest
 from conftest import compilations, make_victims
 from experiment_cases import launch, rows_of, silent, small
 
-from jaxdia import attacks, data, engine, evaluation, models, study
+from jaxdia import attacks, audit, data, engine, evaluation, models, study
 from jaxdia.attacks import Status, objective, prepare_for
 from jaxdia.attacks.protocol import Candidate, Known
+from jaxdia.audit.attempts import prove
+from jaxdia.audit.settings import validate
 from jaxdia.client import defences, observe
 from jaxdia.gradients import noise_distance
-from jaxdia.study import study_config
-from jaxdia.study.groups import group
 
 # A defence, a distance, and how far the true gradient may be from what was sent.
 EXACT = (
@@ -142,8 +142,8 @@ def test_noises_of_several_sizes_and_bounds_are_compiled_once():
     ("percentile", "gamma", (0.01, 0.02, 0.03)),
   ):
     base.defence = {"name": name}
-    cells = study.plan(study_config("", "", base, grid=[(f"defence.{field}", values)]))
-    assert [one.cells for one in group(cells)] == [(0, 1, 2)]
+    cells = study.plan(study.study_config("", "", base, grid=[(f"defence.{field}", values)]))
+    assert [one.cells for one in study.group(cells)] == [(0, 1, 2)]
     model = models.create("mlp", (6, 6, 1), 5, 0.25, hidden_sizes=(23, 24))
     made = [defences.create(name, **{field: value}) for value in values]
     tasks = [
@@ -158,8 +158,26 @@ def test_noises_of_several_sizes_and_bounds_are_compiled_once():
       trials = list(engine.run(tasks, say=silent))
     assert len(trials) == 3
     assert sum("(init_trial)" in str(program) for program in compiled) == 1
-  cells = study.plan(study_config("", "", base, grid=[("defence.name", ("none", "top_k"))]))
-  assert [one.cells for one in group(cells)] == [(0,), (1,)]
+  cells = study.plan(study.study_config("", "", base, grid=[("defence.name", ("none", "top_k"))]))
+  assert [one.cells for one in study.group(cells)] == [(0,), (1,)]
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_an_audit_is_told_the_defence(model, is_frozen):
+  """By its config; and what it proves is held against what the defence left."""
+  config = audit.default_config()
+  config.before, config.gradient = "before.npz", "gradient.npz"
+  config.defence.name, config.defence.share = "top_k", 0.2
+  defence = validate(config).defence
+  assert defence == defences.create("top_k", share=0.2)
+  assert validate(config).to_json()["defence"] == {"name": "top_k", "share": 0.2}
+  _, (seen,), (secret,) = make_victims(model, 1, defence=defence)
+  if is_frozen:
+    seen = dataclasses.replace(seen, gradient=seen.gradient | {"classifier": {"kernel": None}})
+  truth = (secret.masks, secret.images, secret.labels)
+  untold = dataclasses.replace(seen, defence=defences.identity)
+  told = prove(model, seen, *truth).residual
+  assert told < 1e-4 < 0.05 < prove(model, untold, *truth).residual
 
 
 def test_a_chain_from_the_command_line(tmp_path):

@@ -121,7 +121,7 @@ class Percentile(Defence):
 
     def clip(g):  # smoothly; its derivative is 0 where nothing of g is left to see
       ratio = jnp.clip(g / jnp.asarray(gamma, g.dtype), -_FAR, _FAR)
-      return gamma * ratio / (1 + ratio**4) ** 0.25 if g.ndim else g
+      return gamma * ratio / jnp.sqrt(jnp.sqrt(1 + ratio**4)) if g.ndim else g
 
     return jax.tree.map(clip, keep_nonzero(gradient, target))
 
