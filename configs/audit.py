@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.batch_size = 1
   # What normalised the images: a data set's name in config.statistics, or config.mean and
   # config.std. By default the network was fed with pixels from 0 to 1.
+  # config.defence.name, and its fields: what the client did to its gradient.
   # config.loss.kind, config.loss.reduction, config.loss.label_smoothing: what the client descended.
   # config.mode: "training", in which dropout is on, or "evaluation".
   config.seconds = 60.0

@@ -49,12 +49,12 @@ def test_results_tell_the_defence_and_another_is_another_experiment(tmp_path):
   config = _config(name="gaussian_noise", std=0.5)
   lines = []
   experiment.run(config, tmp_path, say=lines.append)
-  what = "gaussian_noise(std=0.5)"
-  assert f"  defence  {what}, of which no attack is told" in lines[0].splitlines()
+  what = "gaussian_noise(std=0.5, relative=False)"
+  assert f"  defence  {what}" in lines[0].splitlines()
   assert [row["defence"] for row in rows_of(tmp_path)] == [what]
   assert json.loads((tmp_path / "summary.json").read_text())["ig"]["defence"] == what
   stored = json.loads((tmp_path / "config.json").read_text())
-  assert stored["defence"] == {"name": "gaussian_noise", "std": 0.5}
+  assert stored["defence"] == {"name": "gaussian_noise", "std": 0.5, "relative": False}
   assert any(what in caveat for caveat in judge(read_study(tmp_path)).caveats)
   experiment.run(config, tmp_path, say=silent)
   for defence, field in (({"std": 0.4}, "defence.std"), ({"name": "none", "std": None}, "defence")):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,6 +15,7 @@ from jaxdia.client import (
   LocalUpdate,
   Observation,
   client_gradient,
+  defences,
   draw_masks,
   mask_shapes,
   observe,
@@ -251,3 +253,20 @@ def test_a_batch_that_cannot_be_shared_out_is_refused():
     observe(KEY, model, params, *batch, local=local)
   with pytest.raises(InputError, match=message):
     Observation(params, params, None, (0.0,), (1.0,), 3, local=local)
+
+
+def test_defences_of_a_whole_update_act_on_it_and_those_of_a_single_step_are_refused():
+  model = _model()
+  params, batch = _params(model, jnp.float32), _batch(model, 2, jnp.float32)
+  local = LocalUpdate(epochs=2, learning_rate=0.1)
+  seen, _ = observe(KEY, model, params, *batch, local=local)
+  pruned = defences.create("top_k", share=0.25)
+  sent, _ = observe(KEY, model, params, *batch, local=local, defence=pruned)
+  whole, kept = (jax.flatten_util.ravel_pytree(one.gradient)[0] for one in (seen, sent))
+  assert abs(np.mean(kept != 0) - 0.25) < 0.01
+  np.testing.assert_array_equal(kept[kept != 0], whole[kept != 0])
+  attack = attacks.dia(model, max_iterations=2)
+  assert np.isfinite(attacks.solve(KEY, attack, sent).best.objective)
+  for name in ("dp_sgd", "soteria"):
+    with pytest.raises(InputError, match="local steps"):
+      observe(KEY, model, params, *batch, local=local, defence=defences.create(name))

@@ -52,7 +52,7 @@ def setup():
 CORE, EXTRAS = setup()
 PACKAGE_EXTRAS = (
   *("images", "run", "samples", "tfds", "lpips", "tensorboard"),
-  *("equinox", "safetensors", "orbax", "torch", "flower"),
+  *("equinox", "safetensors", "orbax", "torch", "flower", "privacy"),
 )
 
 

@@ -19,6 +19,7 @@ from jaxdia.attacks.objective import (
   feature_distance,
   mask_prior,
   objective,
+  prepare_for,
   total_variation,
 )
 from jaxdia.attacks.protocol import (
@@ -66,6 +67,7 @@ __all__ = [
   "ig",
   "mask_prior",
   "objective",
+  "prepare_for",
   "project",
   "same_program",
   "solve",

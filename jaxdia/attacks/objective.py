@@ -1,14 +1,16 @@
 """The objective that the search minimises."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from jaxdia.attacks.protocol import Candidate, Known, Terms
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.client import LocalUpdate, Observation
+from jaxdia.client import LocalUpdate, Observation, defences
 from jaxdia.closed_form import Parts
 from jaxdia.core.types import Images, Labels, Masks, Scalar
-from jaxdia.gradients import DISTANCES, Prepared, compare, prepare, suits
+from jaxdia.gradients import DISTANCES, Method, Prepared, compare, prepare, suits
 from jaxdia.models import DropoutModel, averages_after
 
 
@@ -136,6 +138,27 @@ def complete(candidate: Candidate, known: Known) -> tuple[Masks | None, Labels]:
   return masks, labels
 
 
+def prepare_for(
+  model: DropoutModel,
+  settings: AttackSettings,
+  observation: Observation,
+  method: Method = "auto",
+  compress: bool = True,
+) -> Prepared:
+  """Prepares an observation as an attack compares it.
+
+  Args:
+    model: the network.
+    settings: of the attack, of which distance and defence have a part in it.
+    observation: of one client.
+    method: see `jaxdia.gradients.choose_layers`.
+    compress: see `jaxdia.gradients.prepare`.
+  """
+  if settings.defence == "ignored":
+    observation = dataclasses.replace(observation, defence=defences.identity)
+  return prepare(model, observation, suits(settings.distance, method), compress)
+
+
 def objective(
   model: DropoutModel,
   settings: AttackSettings,
@@ -158,11 +181,12 @@ def objective(
     searched, the features only where some were recovered.
   """
   if not isinstance(observation, Prepared):
-    observation = prepare(model, observation, suits(settings.distance, "auto"), compress=False)
+    observation = prepare_for(model, settings, observation, compress=False)
   masks, labels = complete(candidate, known)
   given = (model, observation.params, observation.target)
   batch = (masks, candidate.images, labels)
-  comparison = compare(*given, *batch, observation.loss, observation.local)
+  facts = (observation.loss, observation.local, observation.defence)
+  comparison = compare(*given, *batch, *facts)
   zero = jnp.zeros((), candidate.images.dtype)
   parts = known.parts
   weight = settings.feature_weight if parts is not None and parts.features else None

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdia.attacks.objective import objective
+from jaxdia.attacks.objective import objective, prepare_for
 from jaxdia.attacks.optimizers import create_optimizer, create_plateau, create_schedule
 from jaxdia.attacks.protocol import (
   NOT_TOLD,
@@ -24,7 +24,7 @@ from jaxdia.core.errors import InputError, unknown
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Key
-from jaxdia.gradients import Prepared, prepare, suits
+from jaxdia.gradients import Prepared, noise_distance
 from jaxdia.models import DropoutModel, averages_after, follows_averages
 
 
@@ -117,8 +117,7 @@ class Search(Attack):
     settings = self.settings
     dtype = state.candidate.images.dtype
     if not isinstance(observation, Prepared):
-      method = suits(self.distance, "auto")
-      observation = prepare(self.model, observation, method, compress=False)
+      observation = prepare_for(self.model, settings, observation, compress=False)
 
     def measure(candidate):
       return objective(self.model, settings, observation, candidate, state.known)
@@ -157,10 +156,13 @@ class Search(Attack):
     with usual_promotion():
       _, plateau = create_plateau(settings, dtype).update((), state.plateau, value=value)
 
+    tolerance, target = settings.tolerance, observation.target
+    if target.noise is not None:
+      tolerance += noise_distance(self.distance, target.noise, target.squared_norm)
     iteration = state.iteration + 1
     ends = {
       Status.DIVERGED: ~jnp.isfinite(value),
-      Status.CONVERGED: best.objective < settings.tolerance,
+      Status.CONVERGED: best.objective < tolerance,
       Status.STALLED: state.iteration - best.iteration >= settings.patience,
       Status.MAX_ITERATIONS: iteration >= settings.max_iterations,
     }

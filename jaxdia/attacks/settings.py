@@ -13,6 +13,7 @@ CHOICES = {
   "distance": ("cosine", "squared_l2"),
   "optimizer": ("signed_adam", "adam", "lbfgs"),
   "schedule": ("plateau", "step", "cosine", "constant"),
+  "defence": ("known", "ignored"),
 }
 
 # Iterations are counted in 32 bits.
@@ -51,6 +52,8 @@ class AttackSettings:
     plateau_patience: of the schedule "plateau".
     plateau_factor: of the schedule "plateau".
     tolerance: the trial ends when the objective falls below.
+    defence: "known": the search does to the dummy gradient what the client's defence does to its
+      own, and `tolerance` is raised by the distance of its noise; or "ignored".
     round_masks_after: from this iteration on the masks are rounded, and the best point is
       looked for anew; 0 keeps them as they were drawn, None never rounds.
   """
@@ -70,6 +73,7 @@ class AttackSettings:
   plateau_patience: int = 800
   plateau_factor: float = static(default=0.1)
   tolerance: float = 1e-5
+  defence: str = static(default="known")
   round_masks_after: int | None = None
 
   def __post_init__(self):

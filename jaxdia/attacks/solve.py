@@ -6,12 +6,13 @@ import time
 import jax
 import jax.numpy as jnp
 
+from jaxdia.attacks.objective import prepare_for
 from jaxdia.attacks.protocol import Attack, State, Status, Told
 from jaxdia.attacks.search import project
 from jaxdia.client import Observation
 from jaxdia.closed_form import Recovery, check_sign
 from jaxdia.core.types import Key, Masks
-from jaxdia.gradients import Prepared, prepare, suits
+from jaxdia.gradients import Prepared
 
 # Folded into a key for what closed forms draw, so that they share no key with trials.
 RECOVERY = 2**31
@@ -59,7 +60,7 @@ def solve(
   state = attack.init(key, observation, told)
   if int(state.status) == Status.NO_SEARCH:
     return state
-  prepared = prepare(attack.model, observation, suits(attack.distance, "auto"))
+  prepared = prepare_for(attack.model, attack.settings, observation)
   steps, left = 1, seconds  # the first step shows what one takes, after the compilation
   _advance(attack, prepared, state, 0)
   while int(state.status) == Status.RUNNING and left > 0:

@@ -14,6 +14,7 @@ from jaxdia import attacks, evaluation
 from jaxdia.attacks import Attack, State, Status, complete
 from jaxdia.audit.schema import VERDICTS, Attempt
 from jaxdia.client import Observation, client_gradient
+from jaxdia.client.defences import Step
 from jaxdia.closed_form import Recovery, Verdict, recover, recover_labels
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.types import Images, Key, Labels, Masks, Statistics
@@ -87,16 +88,10 @@ def prove(
     labels: i[B] classes, or f[B, num_classes] probabilities.
   """
   simulated = _simulate(model, observation, masks, jnp.asarray(images), jnp.asarray(labels))
-  pairs = [
-    (np.asarray(sent, np.float64).ravel(), np.asarray(other, np.float64).ravel())
-    for sent, other in zip(
-      jax.tree.leaves(observation.gradient, is_leaf=_is_none),
-      jax.tree.leaves(simulated),
-      strict=True,
-    )
-    if sent is not None
-  ]
-  sent, other = (np.concatenate(leaves) for leaves in zip(*pairs, strict=True))
+  sent, other = (
+    np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(gradient)])
+    for gradient in (observation.gradient, simulated)
+  )
   residual, factor = _compare(sent, other)
   of_sent, _ = _compare(sent[sent != 0], other[sent != 0])
   return Proof(residual, factor, of_sent)
@@ -111,13 +106,18 @@ def _compare(sent: np.ndarray, simulated: np.ndarray) -> tuple[float, float]:
   return residual, factor
 
 
-def _is_none(leaf: Any) -> bool:
-  return leaf is None
-
-
 @jax.jit
 def _simulate(model, observation, masks, images, labels):
-  return client_gradient(model, observation.params, masks, images, labels, loss=observation.loss)
+  """Returns what the client would send, as far as its defence can be foreseen."""
+  step = (model, observation.params, masks, images, labels, observation.loss)
+  sent, own = observation.gradient, client_gradient(*step)
+  # Of a frozen layer nothing was sent.
+  own = jax.tree.map(lambda x, y: y if x is not None else None, sent, own, is_leaf=_is_none)
+  return observation.defence.adapt(own, sent, Step(*step))
+
+
+def _is_none(leaf: Any) -> bool:
+  return leaf is None
 
 
 def by_algebra(

@@ -150,6 +150,7 @@ def _read(
     std=std,
     batch_size=settings.batch_size,
     loss=settings.loss,
+    defence=settings.defence,
     averages=new.averages,
   )
   # Of frozen layers and rounding the diagnosis says it.

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from jaxdia.client import defences
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.types import Statistics
@@ -13,6 +14,8 @@ from jaxdia.data import statistics_of
 from jaxdia.experiment.config import (
   ModelSettings,
   check_names,
+  default_defence,
+  make_defence,
   make_settings,
   model_settings,
   plain,
@@ -45,6 +48,7 @@ class AuditSettings:
     local_steps: of the client between the weights.
     weight_decay: of the client.
     loss: that the client descends.
+    defence: what the client did to its gradient before it sent it.
     mode: "training", in which dropout is on, or "evaluation".
     statistics: that normalise the images.
     labels: classes of the batch, if they are known.
@@ -66,6 +70,7 @@ class AuditSettings:
   local_steps: int = 1
   weight_decay: float = 0.0
   loss: Loss = CROSS_ENTROPY
+  defence: defences.Defence = defences.identity
   mode: str = "training"
   statistics: Statistics
   labels: tuple[int, ...] | None = None
@@ -137,6 +142,7 @@ class AuditSettings:
       "model": self.model.to_json(),
       "statistics": {"mean": mean, "std": std},
       "loss": dataclasses.asdict(self.loss),
+      "defence": defences.to_json(self.defence),
     }
 
 
@@ -157,6 +163,7 @@ def default_config() -> ml_collections.ConfigDict:
       "local_steps": 1,
       "weight_decay": 0.0,
       "loss": dataclasses.asdict(CROSS_ENTROPY),
+      "defence": default_defence(),
       "mode": "training",
       "statistics": config_dict.placeholder(str),
       "mean": _MEAN,
@@ -180,7 +187,7 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
   """
   fields = plain(ml_collections.ConfigDict(config).to_dict())
   check_names("config field", fields, list(default_config()))
-  model, loss = pop_group(fields, "model"), pop_group(fields, "loss")
+  model, loss, defence = (pop_group(fields, name) for name in ("model", "loss", "defence"))
   files = {kind: _split(fields.pop(kind)) for kind in KINDS}
   named, mean, std = (fields.pop(name) for name in ("statistics", "mean", "std"))
   if named is not None and (tuple(mean), tuple(std)) != (_MEAN, _STD):
@@ -194,6 +201,7 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
     model=model_settings(model),
     statistics=statistics,
     loss=make_settings(Loss, "loss", loss),
+    defence=make_defence(defence),
     labels=None if labels is None else _labels(labels),
     **files,
     **fields,

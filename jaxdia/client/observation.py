@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxdia.client.defences import Defence, as_defence, identity
 from jaxdia.client.local import LocalUpdate
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
@@ -40,6 +41,7 @@ class Observation:
       `model.network.constants()` names them, where the client sent those after it; else None.
     local: what the client did between the params and its update, of which the gradient then is
       what `LocalUpdate` says; None for the gradient of one batch.
+    defence: what the client did to its gradient, as far as the server knows.
 
   Raises:
     InputError: the gradient is not one of these params, or labels, statistics or local steps are
@@ -55,6 +57,7 @@ class Observation:
   loss: Loss = static(default=CROSS_ENTROPY)
   averages: dict[str, Averages] | None = None
   local: LocalUpdate | None = None
+  defence: Defence = identity
 
   def __post_init__(self):
     size = check_count("batch_size of the observation", self.batch_size, 1)
@@ -70,7 +73,14 @@ class Observation:
       "loss": as_loss(self.loss),
       "averages": _fit_averages(self.averages, dtype),
       "local": _fit_local(self.local, size, dtype),
+      "defence": as_defence(self.defence),
     }
+    if fields["local"] is not None and fields["defence"].of_step:
+      raise InputError(
+        f"the defence {type(self.defence).__name__} computes on a single training step, and the"
+        f" client took {fields['local'].draws} local steps. Choose another defence,"
+        " or one step."
+      )
     if fields["mean"].ndim != 1 or fields["mean"].shape != fields["std"].shape:
       raise InputError(
         f"mean and std have the shapes {fields['mean'].shape} and {fields['std'].shape}; expected"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxdia.client.defences import Defence, identity
+from jaxdia.client.defences import Defence, Step, as_defence, identity
 from jaxdia.client.local import LocalUpdate, draw_masks, local_gradient
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
 from jaxdia.client.observation import Observation, Secret
@@ -104,7 +104,7 @@ def observe(
       valid pixels. By default the images are pixels in [0, 1].
     reveal_labels: whether the server is granted the labels, as the paper's
       attacks assume.
-    defence: what the client does to its gradient before it sends it.
+    defence: what the client does to its gradient before it sends it, which the server knows.
     loss: what the client descends: a `Loss`, the name of one, or a function.
     local: its local steps; None for one gradient.
 
@@ -113,9 +113,10 @@ def observe(
 
   Raises:
     InputError: images or labels that the model cannot have been trained on, or that cannot be
-      shared out among local steps; or no such loss.
+      shared out among local steps; no such loss; or a defence that is none or does not suit the
+      network.
   """
-  loss = as_loss(loss)
+  loss, defence = as_loss(loss), as_defence(defence)
   _check_batch(model, images, labels, statistics)
   dtype = jnp.result_type(*jax.tree.leaves(params))
   images, labels = jnp.asarray(images, dtype), jnp.asarray(labels, jnp.int32)
@@ -123,15 +124,17 @@ def observe(
     local = None
   masks = draw_masks(key, model, local, images.shape[0], dtype)
   gradient = _compiled_gradient(model, params, masks, images, labels, loss, local)
+  step = None if local else Step(model, params, masks, images, labels, loss)
   observation = Observation(
     params=params,
-    gradient=defence(jax.random.fold_in(key, _DEFENCE), gradient),
+    gradient=defence(jax.random.fold_in(key, _DEFENCE), gradient, step),
     labels=labels if reveal_labels else None,
     mean=statistics.mean,
     std=statistics.std,
     batch_size=images.shape[0],
     loss=loss,
     local=local,
+    defence=defence,
   )
   return observation, Secret(images, labels, masks)
 

@@ -58,7 +58,8 @@ def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
   formed = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
   thin = patches = 0
   draws = local.draws if local else 1
-  factored = {x.path for x in choose_layers(model, size, "auto", local)}
+  layers = choose_layers(model, size, "auto", local, observation.defence)
+  factored = {x.path for x in layers}
   as_products = model.as_products()
   for layer in model.products(local.images_a_step(size) if local else size):
     if layer.path in factored:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Integer
 
 from jaxdia.attacks import Attack, Best, State, Status, project
 from jaxdia.client import LocalUpdate
+from jaxdia.client.defences import Defence
 from jaxdia.core.trees import shapes_of
 from jaxdia.core.types import Array, Labels, Params
 from jaxdia.gradients import Prepared, Target
@@ -36,6 +37,7 @@ class Slot(NamedTuple):
     std: f[C] or f[1].
     averages: of BatchNorm, if the observation has them.
     local: local steps, if the observation has them.
+    defence: of the client, its numbers.
   """
 
   target: Target
@@ -44,6 +46,7 @@ class Slot(NamedTuple):
   std: Float[Array, "*slot channels"]
   averages: dict[str, Averages] | None
   local: LocalUpdate | None
+  defence: Defence
 
 
 class Lane(NamedTuple):

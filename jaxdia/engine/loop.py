@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdia.attacks import Attack, State, Status, Told
+from jaxdia.attacks import Attack, State, Status, Told, prepare_for
 from jaxdia.client import Observation
 from jaxdia.closed_form import check_sign
 from jaxdia.core.errors import InputError
@@ -18,7 +18,7 @@ from jaxdia.core.types import Key, Params
 from jaxdia.engine import checkpoint
 from jaxdia.engine.jobs import Job, Task, Trial, trial_key
 from jaxdia.engine.lanes import Gauge, LaneProgram, Lanes, create_program
-from jaxdia.gradients import Method, Prepared, prepare, suits
+from jaxdia.gradients import Method, Prepared
 
 # The host looks at the lanes about so often.
 _CHUNK_SECONDS = 1.0
@@ -72,7 +72,7 @@ class Loop:
     self._model, self.max_iterations = attack.model, attack.max_iterations
     self._devices = devices
     self._fixed_chunk = chunk
-    self._matching = suits(attack.distance, matching)
+    self._settings, self._matching = attack.settings, matching
     self._recorded = recorded
     # Tasks may attack the same clients, which then share their slots.
     sequences = list({id(task.observations): None for task in tasks.values()})
@@ -168,7 +168,8 @@ class Loop:
         )
       check_sign(self._model, observation)
       observation = jax.device_put(observation, self._devices[0])
-      self._seen[client] = observation, prepare(self._model, observation, self._matching)
+      prepared = prepare_for(self._model, self._settings, observation, self._matching)
+      self._seen[client] = observation, prepared
     return self._seen[client]
 
   def _init(self, job: Job, observation: Observation) -> State:
@@ -296,7 +297,8 @@ class Loop:
     """Returns what tells a trial from every other one: its attack, key, client and numbers."""
     task, params = self._tasks[job.task], self._params[job.task]
     seen = self._observe(job)[0]
-    observed = (seen.gradient, seen.labels, seen.mean, seen.std, seen.averages, seen.local)
+    facts = (seen.local, seen.defence)
+    observed = (seen.gradient, seen.labels, seen.mean, seen.std, seen.averages, *facts)
     key = jax.random.key_data(trial_key(task.key, job))
     trial = (task.attack, key, observed, told_of(task, job.observation))
     return checkpoint.digest(trial, params.encode(), repr(self._recorded).encode())

@@ -238,9 +238,9 @@ def _check_tasks(tasks: Sequence[Task] | Task) -> list[Task]:
       for i, observation in enumerate(task.observations):
         if _form(observation) != like:
           raise InputError(
-            f"observation {i} of task {number} has another batch size or loss, or params,"
-            " statistics or labels of other shapes, than the first of all. Run it in a call of its"
-            " own."
+            f"observation {i} of task {number} has another batch size, loss or defence, or"
+            " params, statistics or labels of other shapes, than the first of all. Run it in a call"
+            " of its own."
           )
     # An attack that lacks something says so here, not in the middle of a run.
     if len(set(task.finished)) < len(task.observations) * task.restarts:
@@ -254,4 +254,5 @@ def _form(observation: Observation) -> tuple:
   names = ("params", "mean", "std", "labels", "averages", "local")
   rest = [getattr(observation, name) for name in names]
   leaves, structure = jax.tree.flatten(shapes_of(rest))
-  return observation.batch_size, observation.loss, structure, tuple(leaves)
+  defence = jax.tree.structure(observation.defence)  # its numbers may differ
+  return observation.batch_size, observation.loss, defence, structure, tuple(leaves)

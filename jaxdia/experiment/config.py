@@ -217,11 +217,16 @@ def default_config() -> ml_collections.ConfigDict:
       "data": _group(DataSettings),
       "model": ModelSettings().to_json(),
       "local": _group(LocalSettings),
-      "defence": {"name": "none"} | _group(*defences.DEFENCES.values(), unset=True),
+      "defence": default_defence(),
       "attack": {"name": "dia", "restarts": 1} | _group(AttackSettings, unset=True),
       "engine": _group(EngineSettings),
     }
   )
+
+
+def default_defence() -> dict[str, Any]:
+  """Returns the group of fields that says what clients do to their gradients; None is not set."""
+  return {"name": "none"} | _group(*defences.DEFENCES.values(), unset=True)
 
 
 def _group(*kinds: type, unset: bool = False) -> dict[str, Any]:
@@ -257,7 +262,7 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
     data=make_settings(DataSettings, "data", data),
     model=model_settings(model),
     local=make_settings(LocalSettings, "local", local),
-    defence=defences.create(str(defence.pop("name", "none")), **_set(defence)),
+    defence=make_defence(defence),
     restarts=attack.pop("restarts", 1),
     attacks=_attacks(str(attack.pop("name", "")), attack),
     engine=make_settings(EngineSettings, "engine", engine),
@@ -324,6 +329,18 @@ def make_settings(kind: type, group: str, fields: dict[str, Any]) -> Any:
   known = [f.name for f in dataclasses.fields(kind)]
   check_names(f"field of config.{group}:", fields, known)
   return kind(**fields)
+
+
+def make_defence(fields: dict[str, Any]) -> defences.Defence:
+  """Returns the fields of config.defence as the defence that they become.
+
+  Args:
+    fields: of the group, changed in place.
+
+  Raises:
+    InputError: see `jaxdia.client.defences.create`.
+  """
+  return defences.create(str(fields.pop("name", "none")), **_set(fields))
 
 
 def model_settings(fields: dict[str, Any]) -> ModelSettings:

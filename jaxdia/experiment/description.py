@@ -41,7 +41,6 @@ def describe(
   masks = sum(int(np.prod(shape)) for shape in shapes.values())
   pixels = d.batch_size * int(np.prod(model.image_shape))
   shape = "x".join(str(n) for n in model.image_shape)
-  untold = ", of which no attack is told" * (settings.defence != defences.identity)
   lines = [
     f"jaxdia: {d.count} images of {d.source} ({shape}) in {d.batches} batches of {d.batch_size}",
     f"  model    {settings.model.name}, dropout rate {common_rate(model):g} at {len(model.sites)}"
@@ -49,7 +48,7 @@ def describe(
     "  threat   an honest-but-curious server knows the weights, the dropout rates and"
     f" {_sent(settings.local)}",
     f"  known    {gradient:,} gradient entries a batch",
-    f"  defence  {defences.describe(settings.defence)}{untold}",
+    f"  defence  {defences.describe(settings.defence)}",
   ]
   for name, attack in attacks.items():
     unknowns = [f"{pixels:,} pixels"]
@@ -57,7 +56,9 @@ def describe(
       unknowns.append(f"{masks:,} mask entries")
     if attack.labels != "given":
       unknowns.append(f"{d.batch_size} labels")
-    lines.append(f"  {name:11} unknown: {' + '.join(unknowns)} ({_assumptions(attack)})")
+    is_ignored = settings.defence != defences.identity and attack.settings.defence == "ignored"
+    assumptions = _assumptions(attack) + ", defence ignored" * is_ignored
+    lines.append(f"  {name:11} unknown: {' + '.join(unknowns)} ({assumptions})")
   searches = [plan for plan in plans.values() if plan.lanes]
   what = f"{d.gradients} gradient{'s' * (d.gradients > 1)}"
   if searches:

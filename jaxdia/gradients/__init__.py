@@ -4,6 +4,7 @@ from jaxdia.gradients.distances import (
   DISTANCES,
   Comparison,
   cosine_distance,
+  noise_distance,
   squared_l2_distance,
   suits,
 )
@@ -36,6 +37,7 @@ __all__ = [
   "factorize",
   "find_rounding",
   "layer_gradient",
+  "noise_distance",
   "prepare",
   "squared_l2_distance",
   "suits",

@@ -49,6 +49,23 @@ def squared_l2_distance(comparison: Comparison) -> Scalar:
 DISTANCES = {"cosine": cosine_distance, "squared_l2": squared_l2_distance}
 
 
+def noise_distance(distance: str, noise: Scalar, squared_norm: Scalar) -> Scalar:
+  """Returns the distance of the true gradient from one that was sent with noise.
+
+  Args:
+    distance: a key of `DISTANCES`.
+    noise: f[], the squared norm of the noise.
+    squared_norm: f[], of what was sent, noise and all.
+
+  Returns:
+    f[]; 0 where as much as all that was sent may be noise, as its distance then tells nothing.
+  """
+  value = noise
+  if distance == "cosine":  # noise is orthogonal to the gradient, but for chance
+    value = 1 - jnp.sqrt(jnp.maximum(1 - noise / squared_norm, 0))
+  return jnp.where(noise < squared_norm, value, 0)
+
+
 def suits(distance: str, method: str) -> str:
   """Returns the method by which a distance can be computed to float tolerance.
 

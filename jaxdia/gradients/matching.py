@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from jaxdia.client import CROSS_ENTROPY, LocalUpdate, Loss, Observation, local_gradient
+from jaxdia.client.defences import Defence, Step, identity
 from jaxdia.core.precision import full_precision
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import Array, Gradient, Images, Labels, Masks, Params, Scalar
@@ -51,11 +52,13 @@ class Target(NamedTuple):
     formed: the gradient without the kernels that are not formed; {path: array}.
     kernels: {path of a dense layer: its kernel gradient, whole or as `Factors`}.
     squared_norm: f[], of the whole gradient.
+    noise: f[], the squared norm of what a defence added to it at random; None if it did not.
   """
 
   formed: dict[Path, Float[Array, "..."]]
   kernels: dict[Path, Float[Array, "_ _"] | Factors]
   squared_norm: Scalar
+  noise: Scalar | None = None
 
 
 @value_tree
@@ -72,6 +75,7 @@ class Prepared:
     loss: as in the observation.
     averages: as in the observation.
     local: as in the observation.
+    defence: as in the observation; its numbers are arrays.
   """
 
   params: Params
@@ -83,10 +87,15 @@ class Prepared:
   loss: Loss = static(default=CROSS_ENTROPY)
   averages: dict[str, Averages] | None = None
   local: LocalUpdate | None = None
+  defence: Defence = identity
 
 
 def choose_layers(
-  model: DropoutModel, batch_size: int, method: Method, local: LocalUpdate | None = None
+  model: DropoutModel,
+  batch_size: int,
+  method: Method,
+  local: LocalUpdate | None = None,
+  defence: Defence = identity,
 ) -> tuple[DenseLayer, ...]:
   """Chooses the dense layers whose kernel gradients are not formed.
 
@@ -96,11 +105,14 @@ def choose_layers(
     method: "factored" takes all that the model can tap, "formed" none, "auto"
       those for which it costs less.
     local: local steps; None for one gradient.
+    defence: of the client; one that dummy gradients are adapted to needs all of them formed.
 
   Returns:
     The layers, with the rows of one step; none for a model whose layers are not known.
   """
-  if method == "formed" or (local and local.optimizer != "sgd"):  # Adam's way is not thin
+  if method == "formed" or defence.adapts:
+    return ()
+  if local and local.optimizer != "sgd":  # Adam's way is not thin
     return ()
   draws = local.draws if local else 1
   layers = model.products(local.images_a_step(batch_size) if local else batch_size)
@@ -135,11 +147,14 @@ def prepare(
     observations of this batch size, but for kernels that are not of low rank (of a noised
     gradient, say), which are kept whole.
   """
-  gradient = leaves_by_path(observation.gradient)
+  size, dtype = observation.batch_size, observation.dtype
+  defence = jax.tree.map(lambda number: jnp.asarray(number, dtype), observation.defence)
+  gradient = leaves_by_path(defence.clean(observation.gradient))
   squared_norm = sum(_dot(leaf, leaf) for leaf in gradient.values())
+  noise = defence.noise(gradient, size)
   kernels = {}
   local = observation.local
-  for layer in choose_layers(model, observation.batch_size, method, local):
+  for layer in choose_layers(model, size, method, local, defence):
     kernel = gradient.pop((*layer.path, "kernel"), None)
     if kernel is None:  # of a frozen layer
       continue
@@ -149,9 +164,9 @@ def prepare(
     kernels[layer.path] = kernel if factors is None else factors
   names = ("params", "labels", "mean", "std", "averages", "local")
   fields = {name: getattr(observation, name) for name in names}
-  target = Target(gradient, kernels, squared_norm)
+  target = Target(gradient, kernels, squared_norm, noise)
   facts = {"batch_size": observation.batch_size, "loss": observation.loss}
-  return Prepared(target=target, **facts, **fields)
+  return Prepared(target=target, defence=defence, **facts, **fields)
 
 
 def factorize(matrix: Float[jax.Array | np.ndarray, "inputs outputs"], rank: int) -> Factors | None:
@@ -199,6 +214,7 @@ def compare(
   labels: Labels,
   loss: Loss,
   local: LocalUpdate | None = None,
+  defence: Defence = identity,
 ) -> Comparison:
   """Compares the gradient of a dummy batch with the client's.
 
@@ -211,6 +227,7 @@ def compare(
     labels: i[B], or f[B, num_classes] probabilities.
     loss: that the client descends.
     local: its local steps; None for one gradient.
+    defence: of the client, which the dummy gradient is adapted to if it is formed whole.
 
   Returns:
     The comparison; differentiable by masks, images and labels.
@@ -258,6 +275,14 @@ def compare(
         return step(free, {}, *batch)[0]
 
       formed, rows = local_gradient(gradient, free, *batch, local), {}
+    if not layers:
+      # Trees like the params, with None for a frozen layer, as the client's own gradient.
+      own, sent = (
+        with_leaves(params, {path: found.get(path) for path in leaves})
+        for found in (formed, target.formed)
+      )
+      adapted = leaves_by_path(defence.adapt(own, sent, Step(model, params, *batch, loss)))
+      formed = {path: adapted[path] for path in formed}
     inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
     squared_norm = sum(_dot(g, g) for g in formed.values())
     squared_distance = sum(

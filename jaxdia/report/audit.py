@@ -133,6 +133,7 @@ def _known(audit: Audit) -> list[tuple[str, str]]:
     ("mode", settings["mode"]),
     ("labels", "given" if settings["labels"] else "not given"),
     ("loss", _loss(settings["loss"])),
+    ("defence", settings.get("defence", {}).get("name", "none")),
     ("statistics", ", ".join(f"{k} {v}" for k, v in settings["statistics"].items())),
   ]
   if settings["gradient"]:

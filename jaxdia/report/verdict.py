@@ -197,8 +197,9 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
     )
   if defended := {row.defence for cell in study.done for row in cell.rows} - {None, "none"}:
     texts.append(
-      f"Clients changed their gradients before they sent them: {', '.join(sorted(defended))}. No"
-      " attack was told of it; one that is made for it may see more."
+      f"Clients changed their gradients before they sent them: {', '.join(sorted(defended))}."
+      " Searches knew it, unless attack.defence=ignored, and closed forms did not. An attack that"
+      " is made for it may see more."
     )
   guesses = [
     cell.floors["mean_image"]["ssim"]

@@ -96,8 +96,10 @@ def _program(number: int, settings: ExperimentSettings, name: str) -> tuple[Hash
   if attack is None or attack.max_iterations == 0:  # nothing runs in lanes
     return (name, number), 0
   channels = _network(settings)[1]
-  local = jax.tree.structure(settings.local.update), settings.local.shuffle  # without its numbers
-  shared = (settings.data.batch_size, local, channels, settings.precision, settings.engine)
+  local = jax.tree.structure(settings.local.update), settings.local.shuffle
+  defence = jax.tree.structure(settings.defence)  # the numbers of both may differ
+  facts = (settings.data.batch_size, channels, settings.precision, local, defence)
+  shared = (*facts, settings.engine)
   params = jax.eval_shape(attack.model.init, jax.random.key(0))
   entries = sum(leaf.size for leaf in jax.tree.leaves(params))
   # The weights, and the gradients that are kept.
