@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdia import attacks, data, engine, models
+from jaxdia import attacks, closed_form, data, engine, models
 from jaxdia.attacks.objective import objective
 from jaxdia.client import (
   LocalUpdate,
@@ -21,6 +21,7 @@ from jaxdia.client import (
   observe,
   shuffled,
 )
+from jaxdia.closed_form import Verdict
 from jaxdia.core.errors import InputError
 from jaxdia.engine.jobs import trial_key
 from jaxdia.evaluation import assign, mask_diagnostics
@@ -270,3 +271,32 @@ def test_defences_of_a_whole_update_act_on_it_and_those_of_a_single_step_are_ref
   for name in ("dp_sgd", "soteria"):
     with pytest.raises(InputError, match="local steps"):
       observe(KEY, model, params, *batch, local=local, defence=defences.create(name))
+
+
+@pytest.mark.parametrize("local", [LocalUpdate(steps=2), LocalUpdate(clients=2, epochs=2)])
+def test_of_local_steps_the_closed_form_tells_the_first_and_hybrid_goes_on_from_there(local):
+  digits = data.load("samples:mnist", 2)
+  images = data.normalize(digits.images, digits.statistics)
+  model = models.create("mlp", (28, 28, 1), 10, 0.5, hidden_sizes=(128, 128), use_bias=False)
+  given = (_params(model, jnp.float32), images, digits.labels)
+  seen, secret = observe(KEY, model, *given, statistics=digits.statistics, local=local)
+  recovery = closed_form.recover(KEY, model, seen)
+  exact = np.flatnonzero(recovery.parts.verdict == Verdict.EXACT)
+  # One epoch: the image of the first step. Two: masks of both steps blur the zeros.
+  assert exact.tolist() == ([0] if local.epochs == 1 else [])
+  for i in exact:
+    np.testing.assert_allclose(recovery.parts.images[i], images[i], atol=1e-4)
+    for site, known in recovery.parts.known_masks.items():
+      assert known[0].mean() > 0.9 and not known[1].any()
+      np.testing.assert_array_equal(
+        recovery.parts.masks[site][known], secret.masks[site][known.astype(bool)]
+      )
+  attack = attacks.hybrid(model, max_iterations=300, schedule="cosine")
+  state = attacks.solve(KEY, attack, seen, recovery=recovery)
+  found = np.asarray(state.best.candidate.images)
+  for i in exact:  # held, in its place
+    np.testing.assert_allclose(found[i], recovery.parts.images[i], atol=1e-6)
+  alone = attacks.solve(KEY, attacks.dia(model, max_iterations=300, schedule="cosine"), seen)
+  assert np.isfinite(state.best.objective)
+  if exact.size:
+    assert state.best.objective < alone.best.objective

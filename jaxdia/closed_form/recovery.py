@@ -1,5 +1,6 @@
 """What a gradient gives away without a search, for any network whose structure allows it."""
 
+import dataclasses
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from jaxdia.closed_form import batch as batches
 from jaxdia.closed_form.chain import last_delta
 from jaxdia.closed_form.convolutions import Before, cotangent_before, solve
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
+from jaxdia.closed_form.first_step import place_in_steps
 from jaxdia.closed_form.found import EXACT, OF_ROUNDING, Found
 from jaxdia.closed_form.kernel_equations import After
 from jaxdia.closed_form.labels import check_sign
@@ -56,14 +58,19 @@ def recover(
 
   Returns:
     What was recovered, of the gradient's type, on the host. Labels that are neither granted nor
-    can be read (see `recover_labels`) are NO_LABEL, and not among the known ones.
+    can be read (see `recover_labels`) are NO_LABEL, and not among the known ones. Of several local
+    steps, see `place_in_steps`.
 
   Raises:
     InputError: the gradient has the opposite sign; see `check_sign`.
   """
   check_sign(model, observation)
   with jax.enable_x64(True):
-    return _recover(key, model, observation, rounding)
+    if observation.local is None:
+      return _recover(key, model, observation, rounding)
+    as_gradient = dataclasses.replace(observation, local=None)
+    found = _recover(key, model, as_gradient, rounding)
+    return place_in_steps(model, observation, found)
 
 
 def _recover(key, model, observation, rounding) -> Recovery:
