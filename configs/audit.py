@@ -21,7 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
   # config.before: weights that the server sent. config.after: weights that came back, or
   # config.difference: these minus those before, or config.gradient: gradients. Several files are
   # separated by commas, each is an update.
-  # config.learning_rate, config.local_steps, config.weight_decay: of the client.
+  # config.learning_rate, config.weight_decay: of the client. Of several local steps also
+  # config.local_epochs, config.local_steps of each, config.optimizer, config.momentum, and
+  # config.clients whose updates were averaged.
   config.batch_size = 1
   # What normalised the images: a data set's name in config.statistics, or config.mean and
   # config.std. By default the network was fed with pixels from 0 to 1.

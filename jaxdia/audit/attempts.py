@@ -78,12 +78,12 @@ class Found(NamedTuple):
 def prove(
   model: DropoutModel, observation: Observation, masks: Masks | None, images: Images, labels: Labels
 ) -> Proof:
-  """Computes the gradient of a step on what was found, and compares it with the update.
+  """Computes what a client would send of what was found, and compares it with the update.
 
   Args:
     model: the network.
     observation: the update.
-    masks: of the step; None is the evaluation mode.
+    masks: of the step, or of all local steps; None is the evaluation mode.
     images: f[B, H, W, C], normalised.
     labels: i[B] classes, or f[B, num_classes] probabilities.
   """
@@ -110,7 +110,7 @@ def _compare(sent: np.ndarray, simulated: np.ndarray) -> tuple[float, float]:
 def _simulate(model, observation, masks, images, labels):
   """Returns what the client would send, as far as its defence can be foreseen."""
   step = (model, observation.params, masks, images, labels, observation.loss)
-  sent, own = observation.gradient, client_gradient(*step)
+  sent, own = observation.gradient, client_gradient(*step, observation.local)
   # Of a frozen layer nothing was sent.
   own = jax.tree.map(lambda x, y: y if x is not None else None, sent, own, is_leaf=_is_none)
   return observation.defence.adapt(own, sent, Step(*step))

@@ -81,14 +81,15 @@ def diagnose(
   kind, level = find_rounding(gradient)
   rounding = max(rounding, level, _SINGLE)
   findings += _precision(kind, rounding)
-  for look in (_equal_sizes, _weight_decay, _sign, _rank):
+  one_step = observation.local is None  # of which the others know what it looks like
+  for look in (_equal_sizes, _weight_decay, _sign, _rank) if one_step else (_sign,):
     here = dataclasses.replace(observation, gradient=gradient)
     found = look(model, here, rounding)
     if found is not None:
       finding, gradient = found
       findings.append(finding)
   observation = dataclasses.replace(observation, gradient=gradient)
-  if not {"several steps", "noise"} & {finding.name for finding in findings}:
+  if one_step and not {"several steps", "noise"} & {finding.name for finding in findings}:
     on, finding = _mode(model, observation, rounding)
     if on is not None and on != training:
       findings.append(finding)

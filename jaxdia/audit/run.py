@@ -126,7 +126,7 @@ def _read(
     update = updates.from_gradient(before.tree, sent.tree, weight_decay=decay)
   else:
     make = updates.from_weights if settings.after else updates.from_difference
-    rate, steps = settings.learning_rate or 1.0, settings.local_steps
+    rate, steps = settings.learning_rate or 1.0, settings.local_epochs * settings.local_steps
     update = make(before.tree, sent.tree, rate, local_steps=steps, weight_decay=decay)
     if settings.learning_rate is None:
       assumed += (
@@ -139,7 +139,7 @@ def _read(
     before.extra,
     {} if settings.gradient else sent.extra,
     is_difference=bool(settings.difference),
-    local_steps=settings.local_steps,
+    local_steps=settings.local_epochs * settings.local_steps * settings.clients,
   )
   mean, std = settings.statistics
   observation = Observation(
@@ -152,6 +152,7 @@ def _read(
     loss=settings.loss,
     defence=settings.defence,
     averages=new.averages,
+    local=settings.local,
   )
   # Of frozen layers and rounding the diagnosis says it.
   notes = dict.fromkeys((*before.notes, *sent.notes, *assumed, *new.notes))

@@ -6,7 +6,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from jaxdia.client import defences
+from jaxdia.client import LocalUpdate, defences
+from jaxdia.client.local import Optimizer
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.types import Statistics
@@ -43,9 +44,13 @@ class AuditSettings:
     difference: files of weights that came back minus those before, instead.
     gradient: files of gradients instead.
     by_order: match arrays by their order where names do not tell.
-    batch_size: images of one step.
+    batch_size: images of the client, of which each epoch takes all.
     learning_rate: of the client, for weights that came back; None if it is not known.
-    local_steps: of the client between the weights.
+    local_epochs: of the client between the weights.
+    local_steps: of an epoch, each with its part of the images.
+    optimizer: of the client, "sgd" or "adam".
+    momentum: of SGD, which starts at 0.
+    clients: whose updates were averaged; the images of all of them are the batch.
     weight_decay: of the client.
     loss: that the client descends.
     defence: what the client did to its gradient before it sent it.
@@ -67,7 +72,11 @@ class AuditSettings:
   by_order: bool = False
   batch_size: int = 1
   learning_rate: float | None = None
+  local_epochs: int = 1
   local_steps: int = 1
+  optimizer: Optimizer = "sgd"
+  momentum: float = 0.0
+  clients: int = 1
   weight_decay: float = 0.0
   loss: Loss = CROSS_ENTROPY
   defence: defences.Defence = defences.identity
@@ -82,7 +91,6 @@ class AuditSettings:
     check_image_shape(self.image_shape)
     check_count("config.num_classes", self.num_classes, 2)
     check_count("config.batch_size", self.batch_size, 1)
-    check_count("config.local_steps", self.local_steps, 1)
     check_count("config.seed", self.seed, 0, 2**32 - 1)
     if self.mode not in MODES:
       raise unknown("value of config.mode:", self.mode, MODES)
@@ -114,11 +122,19 @@ class AuditSettings:
         f"of {', '.join(names)} {len(given)} are set; expected one of them: the weights that the"
         " client sent back, their difference from those before, or its gradient."
       )
-    if self.gradient and (self.learning_rate is not None or self.local_steps > 1):
+    local = self.local  # refuses what it cannot be
+    local.images_a_step(self.batch_size)
+    if self.gradient and (self.learning_rate is not None or not local.is_gradient):
       raise InputError(
-        f"config.learning_rate={self.learning_rate} and config.local_steps={self.local_steps} are"
-        " of weights that came back, and config.gradient is set. Leave them out, or give the file"
-        " as config.after or config.difference."
+        f"config.learning_rate={self.learning_rate} and config.local_steps={self.local_steps}, or"
+        " other facts of local training, are of weights that came back, and config.gradient is set."
+        " Leave them out, or give the file as config.after or config.difference."
+      )
+    if self.learning_rate is None and not local.is_gradient:
+      raise InputError(
+        f"{local.draws} local steps of {self.optimizer} are set without config.learning_rate, which"
+        " an attack must know to take them too. Set it; or leave the steps out, and the update is"
+        " audited as if it were of one."
       )
     if self.learning_rate is not None:
       least = "the learning rate of the client, above 0, or nothing if it is not known"
@@ -128,6 +144,14 @@ class AuditSettings:
         f"config.weight_decay={self.weight_decay} is set without config.learning_rate, by which it"
         " changed the weights. Leave it out: weight decay is found."
       )
+
+  @property
+  def local(self) -> LocalUpdate:
+    """What the client did between the weights."""
+    names = {"epochs": "local_epochs", "steps": "local_steps"}
+    names |= {name: name for name in ("optimizer", "momentum", "clients")}
+    fields = {field: getattr(self, name) for field, name in names.items()}
+    return LocalUpdate(learning_rate=self.learning_rate or 1.0, **fields)
 
   @property
   def updates(self) -> tuple[str, ...]:
@@ -160,7 +184,11 @@ def default_config() -> ml_collections.ConfigDict:
       "by_order": False,
       "batch_size": 1,
       "learning_rate": config_dict.placeholder(float),
+      "local_epochs": 1,
       "local_steps": 1,
+      "optimizer": "sgd",
+      "momentum": 0.0,
+      "clients": 1,
       "weight_decay": 0.0,
       "loss": dataclasses.asdict(CROSS_ENTROPY),
       "defence": default_defence(),

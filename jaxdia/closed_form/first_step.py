@@ -79,9 +79,10 @@ def _places(local: LocalUpdate, size: int, labels, parts: Parts) -> dict[int, in
   for i in sorted(np.flatnonzero(verdict).tolist(), key=lambda i: -verdict[i]):
 
     def is_unlikely(place, i=i):
-      has_label = labels is not None and bool(parts.known_labels[i])
       later = verdict[i] == Verdict.EXACT and place not in first
-      return later, has_label and labels[place] != parts.labels[i]
+      if labels is None or not parts.known_labels[i]:
+        return later, False
+      return later, bool(labels[place] != parts.labels[i])
 
     places[i] = min(free, key=is_unlikely)
     free.remove(places[i])

@@ -139,12 +139,22 @@ def _known(audit: Audit) -> list[tuple[str, str]]:
   if settings["gradient"]:
     rows.append(("update", "a gradient"))
   else:
-    steps = f"{settings['local_steps']} step{'s' * (settings['local_steps'] != 1)}"
+    steps = _steps(settings)
     what = "weights before and after" if settings["after"] else "difference of the weights after"
     rows.append(("update", f"{what} {steps} at learning rate {settings['learning_rate']:g}"))
   if settings["weight_decay"]:
     rows.append(("weight decay", f"{settings['weight_decay']:g}"))
   return rows
+
+
+def _steps(settings: dict[str, Any]) -> str:
+  epochs, steps = settings.get("local_epochs", 1), settings["local_steps"]
+  text = f"{steps} step{'s' * (steps != 1)}" if epochs == 1 else f"{epochs} epochs of {steps}"
+  text += " of Adam" * (settings.get("optimizer") == "adam")
+  if settings.get("momentum"):
+    text += f" with momentum {settings['momentum']:g}"
+  clients = settings.get("clients", 1)
+  return text + (f" of {clients} clients, averaged," if clients > 1 else "")
 
 
 def _loss(loss: dict[str, Any]) -> str:
