@@ -83,14 +83,14 @@ class Defence(abc.ABC):
     return gradient
 
   def noise(self, gradient: Gradient, batch_size: int) -> Scalar | None:
-    """Returns how far at most random draws took the gradient away, as a squared norm.
+    """Returns how far random draws are expected to have taken the gradient away.
 
     Args:
       gradient: that was sent.
       batch_size: of the client.
 
     Returns:
-      f[], what it is with a probability of 98 % no more than; None if nothing is drawn.
+      f[], the mean of the squared norm of what they added; None if nothing is drawn.
     """
     del gradient, batch_size
 
@@ -156,16 +156,13 @@ def global_norm(gradient: Gradient) -> Scalar:
 
 
 def normal_noise(variance: Any, gradient: Gradient) -> Scalar:
-  """Returns what the squared norm of normal noise is at most, with a probability of 98 %.
+  """Returns the mean of the squared norm of normal noise.
 
   Args:
     variance: of an entry.
     gradient: that the noise is in. Entries that are zero have none.
   """
-  leaves = jax.tree.leaves(gradient)
-  count = sum(jnp.sum(leaf != 0, dtype=leaf.dtype) for leaf in leaves)
-  # A sum of squares has the mean `count` and the variance 2 `count`; two standard deviations.
-  return variance * (count + 2 * jnp.sqrt(2 * count))
+  return variance * sum(jnp.sum(leaf != 0, dtype=leaf.dtype) for leaf in jax.tree.leaves(gradient))
 
 
 identity = Identity()
