@@ -121,7 +121,7 @@ def observe(
     loss=loss,
     defence=defence,
   )
-  return observation, Secret(images, labels, masks)
+  return observation, Secret(images, labels, None if defence.renews else masks)
 
 
 _compiled_gradient = jax.jit(client_gradient, static_argnames="loss")

@@ -47,6 +47,11 @@ class Defence(abc.ABC):
     """Whether `adapt` is needed for every distance; the dummy gradient is then formed whole."""
     return False
 
+  @property
+  def renews(self) -> bool:
+    """Whether the gradient is computed anew, from masks that are not those of the step."""
+    return False
+
   @abc.abstractmethod
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:
     """Returns what the client sends.

@@ -29,11 +29,17 @@ class Chain(Defence):
     object.__setattr__(self, "defences", defences)
     if not defences:
       raise InputError("a chain of no defences; expected one at least, or defences.identity.")
-    if any(isinstance(one, DPSGD) for one in defences[1:]):
-      raise InputError(
-        "dp_sgd computes the gradient anew, so that what comes before it in a chain has no effect."
-        " Make it the first."
-      )
+    for one in defences[1:]:
+      if one.renews or isinstance(one, DPSGD):
+        raise InputError(
+          f"{type(one).__name__} computes the gradient anew, so that what comes before it in a"
+          " chain has no effect. Make it the first."
+        )
+
+  @property
+  def renews(self) -> bool:
+    """Whether the first one does; see `Defence.renews`."""
+    return self.defences[0].renews
 
   @property
   def adapts(self) -> bool:

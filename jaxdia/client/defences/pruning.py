@@ -89,7 +89,7 @@ class Percentile(Defence):
   It is its filter PercentilePrivacy with the same defaults, after Shokri and Shmatikov (2015).
   There, `gamma` is in units of the difference between weights; of a gradient it is that number
   divided by the learning rate. An attacker who knows it asks of what was pruned only that it is no
-  larger than what was sent, and clips the dummy gradient too: smoothly, as g / (1 + (g / gamma)⁴)^¼.
+  larger than what was sent, and clips the dummy gradient too, smoothly: g / (1 + (g / gamma)⁴)^¼.
   With the clipping itself, or its derivative taken as that of the identity, some searches end at
   inverted images.
 
