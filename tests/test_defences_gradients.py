@@ -202,6 +202,7 @@ def test_epsilon_is_that_of_the_gaussian_mechanism():
   one = defences.create("dp_sgd")
   assert one.epsilon(sampling=0.1) < one.epsilon() < one.epsilon(steps=2)
   assert defences.create("dp_sgd", noise_multiplier=0.0).epsilon() == math.inf
+  assert defences.create("dp_sgd,rounding").epsilon() == one.epsilon()
 
 
 def test_a_chain_is_one_defence_after_the_other():

@@ -87,6 +87,23 @@ class Defence(abc.ABC):
     """
     return gradient
 
+  def epsilon(self, delta: float = 1e-5, steps: int = 1, sampling: float = 1.0) -> float:
+    """Returns ε of the differential privacy of some training steps, for an image more or less.
+
+    Args:
+      delta: δ.
+      steps: how many.
+      sampling: probability of an image to be in the batch of a step.
+
+    Returns:
+      ε; infinite if the defence promises none.
+
+    Raises:
+      InputError: a number is out of range, or what computes it is not installed.
+    """
+    del delta, steps, sampling
+    return float("inf")
+
   def noise(self, gradient: Gradient, batch_size: int) -> Scalar | None:
     """Returns how far random draws are expected to have taken the gradient away.
 

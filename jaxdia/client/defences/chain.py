@@ -64,6 +64,10 @@ class Chain(Defence):
       gradient = one.clean(gradient)
     return gradient
 
+  def epsilon(self, delta: float = 1e-5, steps: int = 1, sampling: float = 1.0) -> float:
+    """Returns ε of the first one, which what comes after does not change; see `Defence.epsilon`."""
+    return self.defences[0].epsilon(delta, steps, sampling)
+
   def noise(self, gradient: Gradient, batch_size: int) -> Scalar | None:
     """Returns the sum of their noise; see `Defence.noise`.
 
