@@ -167,6 +167,29 @@ def test_dp_sgd_clips_the_gradient_of_each_image_under_its_own_masks():
   assert abs(np.std(_flat(sent) - _flat(gradient)) / (30 * 0.5 / 3) - 1) < 0.05
 
 
+def test_adaptive_dropout_draws_masks_of_its_own_at_rates_of_its_own(model):
+  step = _step(batch_size=1, rate=0.5)
+  gradient = _gradient_of(step)
+  # At rate 0 they are all ones, and the gradient is that of the network without dropout.
+  none = _send("adaptive_dropout", gradient, step, lowest=0.0, highest=0.0, draws=3)
+  plain = client_gradient(step.model, step.params, None, step.images, step.labels)
+  np.testing.assert_allclose(_flat(none), _flat(plain), rtol=1e-4, atol=1e-6)
+
+  def kept(draws, lowest, highest):  # share of hidden units with a gradient, of 100 steps
+    defence = defences.create("adaptive_dropout", lowest=lowest, highest=highest, draws=draws)
+    keys = jax.random.split(KEY, 100)
+    sent = jax.vmap(lambda key: defence(key, gradient, step))(keys)
+    return np.any(sent["classifier"]["kernel"] != 0, axis=2).mean(axis=1)
+
+  one, two = kept(1, 0.5, 0.5), kept(2, 0.5, 0.5)
+  # 24 units, kept with a probability of 1/2, or 3/4 in one of two draws.
+  assert abs(one.mean() - 0.5) < 0.05 and abs(two.mean() - 0.75) < 0.05
+  wide = kept(1, 0.1, 0.9)
+  assert abs(wide.mean() - 0.5) < 0.1 and wide.std() > 1.5 * one.std()
+  _, _, (secret,) = make_victims(model, 1, defence=defences.create("adaptive_dropout"))
+  assert secret.masks is None
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("dp_accounting"), reason="needs dp-accounting")
 def test_epsilon_is_that_of_the_gaussian_mechanism():
   """Of one step: by Balle and Wang (2018), theorem 8, δ of ε is known in closed form."""
@@ -179,6 +202,7 @@ def test_epsilon_is_that_of_the_gaussian_mechanism():
   one = defences.create("dp_sgd")
   assert one.epsilon(sampling=0.1) < one.epsilon() < one.epsilon(steps=2)
   assert defences.create("dp_sgd", noise_multiplier=0.0).epsilon() == math.inf
+  assert defences.create("dp_sgd,rounding").epsilon() == one.epsilon()
 
 
 def test_a_chain_is_one_defence_after_the_other():
@@ -222,10 +246,13 @@ def test_a_defence_is_a_value_and_keeps_frozen_layers(name):
     ("quantisation", {"bits": 4}, "bits of the quantisation is 4; expected 8 or 16"),
     ("rounding", {"dtype": "float8"}, "dtype of the rounding: 'float8'. Did you mean 'float16'"),
     ("soteria", {"pruned": 1.0}, r"pruned of soteria is 1.0; expected a number in \[0, 1\)"),
+    ("adaptive_dropout", {"highest": 1.0}, "highest of adaptive_dropout is 1.0"),
+    ("adaptive_dropout", {"lowest": 0.8, "highest": 0.2}, "a lowest rate that is not above the hi"),
+    ("adaptive_dropout", {"draws": 0}, "draws of adaptive_dropout is 0; expected"),
     ("dp_sgd", {"max_norm": -1.0}, "max_norm of dp_sgd is -1.0; expected"),
     ("dp_sgd", {"noise_multiplier": -1.0}, "noise_multiplier of dp_sgd is -1.0; expected"),
     ("clipping,clipping", {}, "expected each of them once"),
-    ("clipping,dp_sgd", {}, "dp_sgd computes the gradient anew.* Make it the first"),
+    ("clipping,dp_sgd", {}, "DPSGD computes the gradient anew.* Make it the first"),
     ("dp_sgd,clipping", {"max_norm": 1.0}, "setting of dp_sgd and of clipping, which are both in"),
     ("clipping,top_k", {"std": 1.0}, "setting of the defence clipping,top_k: 'std'"),
     ("clipping,topk", {}, "defence 'topk'. Did you mean 'top_k'"),
@@ -237,7 +264,7 @@ def test_what_a_defence_cannot_be_is_refused(name, settings, message):
 
 
 def test_a_defence_without_its_step_or_its_layer_is_refused():
-  for name in ("soteria", "dp_sgd"):
+  for name in ("soteria", "dp_sgd", "adaptive_dropout"):
     with pytest.raises(InputError, match=f"the defence {name} needs the training step"):
       _send(name, _gradient())
   with pytest.raises(InputError, match="delta is 2"):

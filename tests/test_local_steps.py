@@ -268,7 +268,7 @@ def test_defences_of_a_whole_update_act_on_it_and_those_of_a_single_step_are_ref
   np.testing.assert_array_equal(kept[kept != 0], whole[kept != 0])
   attack = attacks.dia(model, max_iterations=2)
   assert np.isfinite(attacks.solve(KEY, attack, sent).best.objective)
-  for name in ("dp_sgd", "soteria"):
+  for name in ("dp_sgd", "soteria", "adaptive_dropout"):
     with pytest.raises(InputError, match="local steps"):
       observe(KEY, model, params, *batch, local=local, defence=defences.create(name))
 

@@ -1,5 +1,6 @@
 """What an experiment is about to attempt, for a person to read."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 
 from jaxdia.attacks import Attack
 from jaxdia.client import defences, mask_shapes
+from jaxdia.core.errors import InputError
 from jaxdia.engine import Plan
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
@@ -18,6 +20,8 @@ _MASKS = {
   "known": "the client's masks are given to it",
   "free": "masks searched",
 }
+# Of the differential privacy that is said.
+_DELTA = 1e-5
 _LABELS = {"given": "labels given", "recovered": "labels read from the gradient"}
 
 
@@ -48,7 +52,7 @@ def describe(
     "  threat   an honest-but-curious server knows the weights, the dropout rates and"
     f" {_sent(settings.local)}",
     f"  known    {gradient:,} gradient entries a batch",
-    f"  defence  {defences.describe(settings.defence)}",
+    f"  defence  {defences.describe(settings.defence)}{_privacy(settings.defence)}",
   ]
   for name, attack in attacks.items():
     unknowns = [f"{pixels:,} pixels"]
@@ -80,6 +84,15 @@ def _sent(local: LocalSettings) -> str:
   parts += ["in a new order each epoch"] * local.shuffle
   whose = "a client" if local.clients == 1 else f"{local.clients} clients, averaged"
   return f"the update of {whose} ({', '.join(parts)})"
+
+
+def _privacy(defence: defences.Defence) -> str:
+  """Returns what differential privacy a defence promises, if it does."""
+  try:
+    epsilon = defence.epsilon(_DELTA)
+  except InputError:  # nothing is installed that computes it
+    return ""
+  return f", ε = {epsilon:.3g} at δ = {_DELTA:g} for this step" if epsilon < math.inf else ""
 
 
 def _assumptions(attack: Attack) -> str:

@@ -52,6 +52,11 @@ class Defence(abc.ABC):
     """Whether it computes on the training step, and so needs the gradient of a single one."""
     return False
 
+  @property
+  def renews(self) -> bool:
+    """Whether the gradient is computed anew, from masks that are not those of the step."""
+    return False
+
   @abc.abstractmethod
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:
     """Returns what the client sends.
@@ -87,15 +92,32 @@ class Defence(abc.ABC):
     """
     return gradient
 
+  def epsilon(self, delta: float = 1e-5, steps: int = 1, sampling: float = 1.0) -> float:
+    """Returns ε of the differential privacy of some training steps, for an image more or less.
+
+    Args:
+      delta: δ.
+      steps: how many.
+      sampling: probability of an image to be in the batch of a step.
+
+    Returns:
+      ε; infinite if the defence promises none.
+
+    Raises:
+      InputError: a number is out of range, or what computes it is not installed.
+    """
+    del delta, steps, sampling
+    return float("inf")
+
   def noise(self, gradient: Gradient, batch_size: int) -> Scalar | None:
-    """Returns how far at most random draws took the gradient away, as a squared norm.
+    """Returns how far random draws are expected to have taken the gradient away.
 
     Args:
       gradient: that was sent.
       batch_size: of the client.
 
     Returns:
-      f[], what it is with a probability of 98 % no more than; None if nothing is drawn.
+      f[], the mean of the squared norm of what they added; None if nothing is drawn.
     """
     del gradient, batch_size
 
@@ -161,16 +183,13 @@ def global_norm(gradient: Gradient) -> Scalar:
 
 
 def normal_noise(variance: Any, gradient: Gradient) -> Scalar:
-  """Returns what the squared norm of normal noise is at most, with a probability of 98 %.
+  """Returns the mean of the squared norm of normal noise.
 
   Args:
     variance: of an entry.
     gradient: that the noise is in. Entries that are zero have none.
   """
-  leaves = jax.tree.leaves(gradient)
-  count = sum(jnp.sum(leaf != 0, dtype=leaf.dtype) for leaf in leaves)
-  # A sum of squares has the mean `count` and the variance 2 `count`; two standard deviations.
-  return variance * (count + 2 * jnp.sqrt(2 * count))
+  return variance * sum(jnp.sum(leaf != 0, dtype=leaf.dtype) for leaf in jax.tree.leaves(gradient))
 
 
 identity = Identity()

@@ -29,11 +29,17 @@ class Chain(Defence):
     object.__setattr__(self, "defences", defences)
     if not defences:
       raise InputError("a chain of no defences; expected one at least, or defences.identity.")
-    if any(isinstance(one, DPSGD) for one in defences[1:]):
-      raise InputError(
-        "dp_sgd computes the gradient anew, so that what comes before it in a chain has no effect."
-        " Make it the first."
-      )
+    for one in defences[1:]:
+      if one.renews or isinstance(one, DPSGD):
+        raise InputError(
+          f"{type(one).__name__} computes the gradient anew, so that what comes before it in a"
+          " chain has no effect. Make it the first."
+        )
+
+  @property
+  def renews(self) -> bool:
+    """Whether the first one does; see `Defence.renews`."""
+    return self.defences[0].renews
 
   @property
   def adapts(self) -> bool:
@@ -62,6 +68,10 @@ class Chain(Defence):
     for one in reversed(self.defences):
       gradient = one.clean(gradient)
     return gradient
+
+  def epsilon(self, delta: float = 1e-5, steps: int = 1, sampling: float = 1.0) -> float:
+    """Returns ε of the first one, which what comes after does not change; see `Defence.epsilon`."""
+    return self.defences[0].epsilon(delta, steps, sampling)
 
   def noise(self, gradient: Gradient, batch_size: int) -> Scalar | None:
     """Returns the sum of their noise; see `Defence.noise`.

@@ -70,21 +70,7 @@ class DPSGD(Defence):
     return normal_noise((self.max_norm * self.noise_multiplier / batch_size) ** 2, gradient)
 
   def epsilon(self, delta: float = 1e-5, steps: int = 1, sampling: float = 1.0) -> float:
-    """Returns ε of the differential privacy of some training steps, for an image more or less.
-
-    It is computed by the package dp-accounting, from the distribution of the privacy loss.
-
-    Args:
-      delta: δ.
-      steps: how many.
-      sampling: probability of an image to be in the batch of a step.
-
-    Returns:
-      ε; infinite without noise.
-
-    Raises:
-      InputError: a number is out of range, or dp-accounting is not installed.
-    """
+    """Returns ε by the package dp-accounting, from the privacy loss; see `Defence.epsilon`."""
     delta = check_number("delta", delta, lambda value: 0 < value < 1, "a number in (0, 1)")
     steps = check_count("steps", steps, 1)
     in_0_1 = (lambda value: 0 < value <= 1), "a probability above 0"

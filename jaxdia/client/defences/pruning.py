@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxdia.client.defences.base import Defence, Step
+from jaxdia.client.defences.base import Defence, Step, global_norm
 from jaxdia.core.errors import check_number
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Gradient, Key, Scalar
@@ -12,14 +12,24 @@ from jaxdia.core.types import Gradient, Key, Scalar
 _FAR = 1e3
 
 
-def keep_nonzero(gradient: Gradient, target: Gradient) -> Gradient:
-  """Returns a gradient with zeros where another one has them.
+def _sent(gradient: Gradient, target: Gradient) -> Gradient:
+  """Returns of a dummy gradient what was sent of the client's, and what is too large to be pruned.
+
+  What was pruned was no larger than the smallest entry that was sent. So of its entries only what
+  exceeds that is left, which is nothing of the true gradient.
 
   Args:
-    gradient: any.
-    target: of the same shapes.
+    gradient: of the dummy batch.
+    target: that was sent, with zeros for what was pruned.
   """
-  return jax.tree.map(lambda g, t: jnp.where(t != 0, g, 0), gradient, target)
+  least = [jnp.min(jnp.where(t != 0, jnp.abs(t), jnp.inf)) for t in jax.tree.leaves(target)]
+  kept = jax.tree.map(lambda g, t: jnp.where(t != 0, g, 0), gradient, target)
+  # In units of the dummy gradient, as what was sent may have been scaled since.
+  scale = jax.lax.stop_gradient(global_norm(kept)) / global_norm(target)
+  bound = jnp.min(jnp.stack(least)) * scale
+  return jax.tree.map(
+    lambda g, t: jnp.where(t != 0, g, g - jnp.clip(g, -bound, bound)), gradient, target
+  )
 
 
 def _sizes(gradient: Gradient) -> jax.Array:
@@ -32,7 +42,8 @@ class TopK(Defence):
   """Keeps the entries of a gradient that are largest, and sends zeros for the others.
 
   It is the sparsification of Aji and Heafield (2017), and the pruning by which Zhu et al. (2019)
-  hold against their attack. An attacker who knows it leaves out of the distance what was pruned.
+  hold against their attack. An attacker who knows it asks of what was pruned only that it is no
+  larger than what was sent.
 
   Attributes:
     share: of all entries of the gradient together, how much is kept. Of those that are as large as
@@ -62,9 +73,9 @@ class TopK(Defence):
     return jax.tree.map(lambda g: jnp.where(jnp.abs(g) >= least, g, 0), gradient)
 
   def adapt(self, gradient: Gradient, target: Gradient, step: Step) -> Gradient:
-    """Leaves out what was pruned; see `Defence.adapt`."""
+    """Lets pruned entries be small; see `Defence.adapt`."""
     del step
-    return keep_nonzero(gradient, target)
+    return _sent(gradient, target)
 
   def clean(self, gradient: Gradient) -> Gradient:
     """Prunes once more, as noise may have filled the zeros; see `Defence.clean`."""
@@ -77,9 +88,10 @@ class Percentile(Defence):
 
   It is its filter PercentilePrivacy with the same defaults, after Shokri and Shmatikov (2015).
   There, `gamma` is in units of the difference between weights; of a gradient it is that number
-  divided by the learning rate. An attacker who knows it leaves out of the distance what was pruned,
-  and clips the dummy gradient too: smoothly, as g / (1 + (g / gamma)⁴)^¼, for with the clipping
-  itself, or its derivative taken as that of the identity, searches end at inverted images.
+  divided by the learning rate. An attacker who knows it asks of what was pruned only that it is no
+  larger than what was sent, and clips the dummy gradient too, smoothly: g / (1 + (g / gamma)⁴)^¼.
+  With the clipping itself, or its derivative taken as that of the identity, some searches end at
+  inverted images.
 
   Attributes:
     percentile: of the absolute values of all entries together; those below are pruned. Leaves that
@@ -114,7 +126,7 @@ class Percentile(Defence):
     return jax.tree.map(lambda g: self._clip(g) if g.ndim else g, self.clean(gradient))
 
   def adapt(self, gradient: Gradient, target: Gradient, step: Step) -> Gradient:
-    """Leaves out what was pruned, and clips; see `Defence.adapt`."""
+    """Lets pruned entries be small, and clips the others; see `Defence.adapt`."""
     del step
 
     gamma = self.gamma
@@ -123,7 +135,7 @@ class Percentile(Defence):
       ratio = jnp.clip(g / jnp.asarray(gamma, g.dtype), -_FAR, _FAR)
       return gamma * ratio / jnp.sqrt(jnp.sqrt(1 + ratio**4)) if g.ndim else g
 
-    return jax.tree.map(clip, keep_nonzero(gradient, target))
+    return jax.tree.map(clip, _sent(gradient, target))
 
   def clean(self, gradient: Gradient) -> Gradient:
     """Prunes, once more if noise may have filled the zeros; see `Defence.clean`."""
