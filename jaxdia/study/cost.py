@@ -25,8 +25,8 @@ _product_rate = functools.cache(matrix_product_rate)  # measured once
 def estimate(cell: Cell, attack: str | None = None) -> float:
   """Returns about how many seconds a cell takes if no trial ends early.
 
-  Counted are the operations of an iteration, at a share of the rate that this machine
-  reaches in a matrix product. Compilation and closed forms come on top.
+  Counted are the operations of an iteration, of all local steps, at a share of the rate that this
+  machine reaches in a matrix product. Compilation and closed forms come on top.
 
   Args:
     cell: of `plan`.
@@ -47,7 +47,9 @@ def estimate(cell: Cell, attack: str | None = None) -> float:
   rate = efficiency * _product_rate() * len(jax.local_devices())
   d = settings.data
   trials = d.gradients * settings.restarts
-  return _operations(at_one_rate, d.batch_size) * trials * iterations / rate
+  local = settings.local.update
+  steps = local.draws * _operations(at_one_rate, local.images_a_step(d.batch_size))
+  return steps * trials * iterations / rate
 
 
 @functools.lru_cache
