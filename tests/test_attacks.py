@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import make_victims
 
-from jaxdia import attacks, models
+from jaxdia import attacks, data, engine, models
 from jaxdia.attacks import CATALOGUE, AttackSettings, Status, Told
+from jaxdia.client import observe
 from jaxdia.closed_form import recover_labels
 from jaxdia.core.errors import InputError
 
@@ -44,7 +45,7 @@ def _run(name, model, victims, key=0, victim=0, **overrides):
 
 
 # Those that start from a closed form are in test_closed_form.py.
-@pytest.fixture(params=["dlg", "idlg", "ig", "wiig", "dia"])
+@pytest.fixture(params=["dlg", "idlg", "ig", "wiig", "dia", "dia_tv"])
 def name(request):
   return request.param
 
@@ -155,6 +156,38 @@ def test_dia_sees_through_dropout_and_ig_does_not(model):
     images = attacks.solve(jax.random.key(0), attack, observations[0]).best.candidate.images
     errors[name] = float(jnp.mean(jnp.square(images - secrets[0].images)))
   assert errors["dia"] < 1e-3 < errors["ig"]
+
+
+def test_dia_tv_is_dia_with_another_prior_and_schedule(model):
+  attack = attacks.dia_tv(model)
+  assert attack.settings.tv_weight > attacks.dia(model).settings.tv_weight
+  assert attack == attacks.dia(model, tv_weight=attack.settings.tv_weight, schedule="cosine")
+
+
+@pytest.mark.slow
+def test_dia_tv_is_better_than_dia_behind_convolutions():
+  victims = data.load("samples:cifar10", 4, offset=16)
+  images = data.normalize(victims.images, victims.statistics)
+  model = models.create("lenet", images.shape[1:], victims.num_classes, 0.5)
+  params = model.init(jax.random.key(0))
+  seen = [
+    observe(
+      jax.random.key(i),
+      model,
+      params,
+      images[i, None],
+      victims.labels[i, None],
+      statistics=victims.statistics,
+    )[0]
+    for i in range(4)
+  ]
+  errors = {}
+  for name in ("dia", "dia_tv"):
+    attack = attacks.create(name, model, max_iterations=3000)
+    trials = engine.run(engine.Task(jax.random.key(1), attack, seen))
+    found = {trial.job.observation: trial.candidate.images[0] for trial in trials}
+    errors[name] = [np.mean(np.square(found[i] - images[i])) for i in range(4)]
+  assert np.median(errors["dia_tv"]) < 0.5 * np.median(errors["dia"])
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

@@ -68,6 +68,9 @@ CATALOGUE: dict[str, Preset] = {
   "closed_form": Preset(AttackSettings(labels="recovered"), _analytic(ClosedForm)),
   # DIA that starts from there.
   "hybrid": Preset(AttackSettings(labels="recovered"), _analytic(Hybrid)),
+  # DIA for convolutional networks: with the paper's total variation, noise in the image makes up
+  # for wrong masks of the first site.
+  "dia_tv": Preset(AttackSettings(masks="free", tv_weight=3e-3, schedule="cosine"), _search),
 }
 
 
@@ -124,3 +127,8 @@ def closed_form(model: DropoutModel, **overrides: Any) -> Attack:
 def hybrid(model: DropoutModel, **overrides: Any) -> Attack:
   """DIA that starts from a closed form; see `create`."""
   return create("hybrid", model, **overrides)
+
+
+def dia_tv(model: DropoutModel, **overrides: Any) -> Attack:
+  """DIA with more total variation, for convolutional networks; see `create`."""
+  return create("dia_tv", model, **overrides)
