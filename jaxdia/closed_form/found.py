@@ -9,7 +9,7 @@ import numpy as np
 from jaxdia.client import Observation
 from jaxdia.closed_form.labels import recover_labels
 from jaxdia.closed_form.parts import NO_LABEL, Parts, Recovery, Verdict
-from jaxdia.closed_form.sparse import MOST_ROUNDING
+from jaxdia.closed_form.sparse import LEAST_GAP, MOST_ROUNDING, bounds, split_zeros
 from jaxdia.core.errors import InputError
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
 
@@ -148,6 +148,20 @@ class Found:
     if self.determined[number] and not exact and np.isnan(self.error[number]):
       self.error[number] = residual * np.sqrt(np.mean(np.square(image)))
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
+
+  def kept_features(self, features: np.ndarray, rate: float) -> np.ndarray | None:
+    """Returns which inputs of a layer were kept, if those that were dropped stand out.
+
+    Args:
+      features: f64[n].
+      rate: of dropout.
+
+    Returns:
+      f64[n], 1 or 0.
+    """
+    least, most = bounds(features.size, 1.0, rate)
+    zeros = split_zeros(features, np.ones(features.size), least, most, self.rounding)
+    return 1.0 - np.asarray(zeros.zero) if zeros.gap > LEAST_GAP else None
 
   def recovery(self, reason: str) -> Recovery:
     """Returns the result, with the reason why there is not more."""
