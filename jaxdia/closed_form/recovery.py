@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdia.client import Observation
 from jaxdia.closed_form import batch as batches
-from jaxdia.closed_form.found import OF_ROUNDING, Found
+from jaxdia.closed_form.found import Found
 from jaxdia.closed_form.labels import check_sign
 from jaxdia.closed_form.parts import NO_LABEL, Recovery, Verdict
 from jaxdia.closed_form.patches import find_patching
@@ -19,6 +19,7 @@ from jaxdia.closed_form.single import (
   use_first_layer,
   use_patches,
 )
+from jaxdia.closed_form.sparse import MOST_ROUNDING
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.trees import Path
@@ -31,7 +32,11 @@ _MOST_NOISE = 0.1
 
 
 def recover(
-  key: Key, model: DropoutModel, observation: Observation, rounding: float = 0.0
+  key: Key,
+  model: DropoutModel,
+  observation: Observation,
+  rounding: float = 0.0,
+  noise: float | None = None,
 ) -> Recovery:
   """Recovers what linear algebra can from one client's gradient.
 
@@ -49,6 +54,9 @@ def recover(
     rounding: share of the gradient that is known to be rounding, as `updates` says it of weights.
       Values that all fit into half precision are seen without it. Beyond `MOST_ROUNDING` no image
       is called exact; what fits up to this rounding is approximate, with its error.
+    noise: standard deviation of noise on every entry of the gradient, if it is known; where None,
+      it is estimated from what lies outside of the rank of the batch (`noise.py`). It counts as
+      rounding of the same share.
 
   Returns:
     What was recovered, of the gradient's type, on the host. Labels that are neither granted nor
@@ -59,10 +67,10 @@ def recover(
   """
   check_sign(model, observation)
   with jax.enable_x64(True):
-    return _recover(key, model, observation, rounding)
+    return _recover(key, model, observation, rounding, noise)
 
 
-def _recover(key, model, observation, rounding) -> Recovery:
+def _recover(key, model, observation, rounding, noise) -> Recovery:
   size = observation.batch_size
   gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), observation.gradient)
   rounding = max(rounding, find_rounding(gradient).level)
@@ -83,7 +91,7 @@ def _recover(key, model, observation, rounding) -> Recovery:
   if frozen:
     reason = f"the layer {'/'.join(frozen[0])} is frozen: no gradient of it was sent, or a part"
   elif chain is not None:
-    reason = _use_chain(key, model, chain, observation, gradient, found)
+    reason = _use_chain(key, model, chain, observation, gradient, found, noise)
     if size == 1 and chain.pixels is None and convolutions is not None:
       known = (model, chain, convolutions)
       reason = use_convolutions(*known, observation, gradient, found) or reason
@@ -124,7 +132,7 @@ def _why_no_chain(model: DropoutModel) -> str:
   )
 
 
-def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
+def _use_chain(key, model, chain: Chain, observation, gradient, found, noise) -> str:
   """Notes what the dense layers tell; returns why there is not more."""
   size = observation.batch_size
   rates = model.rates
@@ -141,12 +149,12 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
   if size > 1 and size >= narrowest:
     return f"a layer of width {narrowest} cannot hold {size} samples apart"
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), observation.params)
-  # No more than the tolerance allows for.
-  rounding = min(found.rounding, found.tolerance / OF_ROUNDING)
-  rounding = max(rounding, float(np.finfo(observation.dtype).eps))
+  rounding = max(found.rounding, float(np.finfo(observation.dtype).eps))
   result = batches.solve(
-    key, model, chain, params, gradient, size, _MOST_NOISE, observation.loss, rounding
+    key, model, chain, params, gradient, size, _MOST_NOISE, observation.loss, rounding, noise
   )
+  found.set_rounding(result.level)
+  found.pruned = result.pruned
   samples = result.samples
   count = 0 if samples is None else len(samples.label)
   if samples is not None and np.min(samples.residual) <= found.tolerance:
@@ -156,12 +164,14 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
     assert samples is not None  # they are counted
     inputs, residual = samples.inputs[0][i], samples.residual[i]
     features = inputs[: chain.layers[0].inputs]
-    _note_inputs(chain, found, i, features, residual)
+    if (found.pruned or found.rounding > MOST_ROUNDING) and residual <= found.tolerance:
+      found.error[i] = samples.error[i]
+    _note_inputs(chain, found, i, features, residual, bool(np.all(result.told)))
     if not residual <= found.tolerance:
       continue
     if samples.label[i] != NO_LABEL:
       found.set_label(i, int(samples.label[i]))
-    else:
+    elif not found.pruned:
       found.note = (
         "the labels are not told: the derivative by the logits is not that of the loss"
         f" {observation.loss.name} for any of them"
@@ -195,12 +205,17 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found) -> str:
       f"{size - count} of {size} samples were not found: there are too few zeros to tell them"
       f" apart, or the gradient is not that of the loss {observation.loss.name} of such a batch"
     )
+  if found.pruned:
+    return (
+      f"a part of the gradient was not sent; {np.mean(result.told):.0%} of the inputs of its first"
+      " layer are told by what was"
+    )
   if chain.pixels is None:
     return "the first of the dense layers is fed with features, not with pixels"
   return "some images leave more of the gradient unexplained than rounding does"
 
 
-def _note_inputs(chain, found, number, features, residual) -> None:
+def _note_inputs(chain, found, number, features, residual, determined=True) -> None:
   """Notes the inputs of the first layer of a chain."""
   found.residual[number] = residual
   if chain.pixels is None:
@@ -208,4 +223,4 @@ def _note_inputs(chain, found, number, features, residual) -> None:
     return
   image = np.zeros(features.size)
   image[chain.pixels[0]] = features
-  found.set_image(number, image.reshape(found.parts.images.shape[1:]), residual)
+  found.set_image(number, image.reshape(found.parts.images.shape[1:]), residual, determined)
