@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.client import Observation
 from jaxdia.closed_form.chain import last_delta
 from jaxdia.closed_form.convolutions import Before, cotangent_before, solve
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
-from jaxdia.closed_form.found import EXACT
+from jaxdia.closed_form.found import EXACT, Found
 from jaxdia.closed_form.kernel_equations import After
-from jaxdia.closed_form.patches import solve_patches
+from jaxdia.closed_form.patches import Patching, solve_patches
 from jaxdia.closed_form.sparse import bounds
 from jaxdia.closed_form.structure import Chain
 from jaxdia.core.trees import leaves_by_path
+from jaxdia.core.types import Gradient
 from jaxdia.gradients import layer_gradient
+from jaxdia.models import DropoutModel
 
 # An image that leaves more than this of its equations is none.
 _MOST_LEFT = 0.1
@@ -27,7 +30,7 @@ _ROUNDING = (6.0, 15.0)
 _MOST_UNCLEAR = 2
 
 
-def use_patches(patching, gradient, found) -> str:
+def use_patches(patching: Patching, gradient: Gradient, found: Found) -> str:
   """Notes the image that patches tell; returns how well, or why not."""
   patches = solve_patches(patching, gradient)
   if patches is None:
@@ -41,7 +44,7 @@ def use_patches(patching, gradient, found) -> str:
   return f"the patches leave {patches.residual:.1e} of their gradient unexplained"
 
 
-def use_first_layer(model, gradient, found) -> str:
+def use_first_layer(model: DropoutModel, gradient: Gradient, found: Found) -> str:
   """Notes the image that a first dense layer with a bias tells; returns why there is not more."""
   layer = find_first_layer(model.network)
   if layer is None:
@@ -78,7 +81,9 @@ def use_first_layer(model, gradient, found) -> str:
   return f"{name} tells the pixels up to a standard error of {found.error[0]:.1e}"
 
 
-def use_classifier(chain, observation, gradient, rates, found) -> str:
+def use_classifier(
+  chain: Chain, observation: Observation, gradient: Gradient, rates: dict[str, float], found: Found
+) -> str:
   """Notes the inputs of the last layer, of one image."""
   path = chain.layers[0].path
   layer = layer_gradient(gradient, path)
@@ -100,7 +105,9 @@ def use_classifier(chain, observation, gradient, rates, found) -> str:
   return "the classifier is fed with features, not with pixels"
 
 
-def scale_by_classifier(model, observation, gradient, tolerance) -> float:
+def scale_by_classifier(
+  model: DropoutModel, observation: Observation, gradient: Gradient, tolerance: float
+) -> float:
   """Returns by which factor the gradient of one image exceeds that of the loss; NaN if unknown."""
   leaves = {} if model.classifier is None else layer_gradient(gradient, model.classifier)
   if set(leaves) != {"kernel", "bias"}:
@@ -116,7 +123,14 @@ def scale_by_classifier(model, observation, gradient, tolerance) -> float:
   return float(scale) if max(read.residual, misfit) <= tolerance else math.nan
 
 
-def use_convolutions(model, chain: Chain, convolutions: Chain, observation, gradient, found) -> str:
+def use_convolutions(
+  model: DropoutModel,
+  chain: Chain,
+  convolutions: Chain,
+  observation: Observation,
+  gradient: Gradient,
+  found: Found,
+) -> str:
   """Goes on from the inputs of the first dense layer; returns why there is not more, or nothing."""
   after = chain.layers[0]
   if not (found.parts.known_features[after.path][0] and found.residual[0] <= found.tolerance):
