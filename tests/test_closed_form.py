@@ -138,8 +138,9 @@ def test_it_never_claims_more_than_the_gradient_supports(name, size, how):
   assert not (recovery.parts.verdict == Verdict.EXACT).any()
   assert recovery.reason
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(recovery.parts))
-  # What is merely approximate is not held fixed: no mask is called known.
-  assert not any(known.any() for known in recovery.parts.known_masks.values())
+  # Masks are called known where they stand out from the noise, and then they are right.
+  for score in compute_scores(model, secret, recovery):
+    assert score["mask_accuracy"] is None or score["mask_accuracy"] > 0.97
 
 
 @pytest.mark.parametrize("size", [1, 4])

@@ -15,7 +15,10 @@ from jaxdia.client import Loss
 from jaxdia.closed_form import chain as chains
 from jaxdia.closed_form import spaces as planes
 from jaxdia.closed_form import sparse
-from jaxdia.closed_form.found import OF_ROUNDING, tolerance_of
+from jaxdia.closed_form.found import MOST_ALLOWED, OF_ROUNDING, tolerance_of
+from jaxdia.closed_form.missing import Completed, complete, is_pruned
+from jaxdia.closed_form.noise import filled, find_levels
+from jaxdia.closed_form.parts import NO_LABEL
 from jaxdia.closed_form.structure import Chain, activate
 from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
@@ -23,6 +26,8 @@ from jaxdia.models import DropoutModel
 # A sample whose residual is larger is not believed, and not taken out. Those with a small one are
 # taken out first: what is wrong with the others may show when less is in their way.
 _GOOD, _BELIEVED = 1e-4, 0.02
+# Of a pruned gradient nothing is taken out, and pixels that were not sent are missed by the others.
+_PRUNED = 0.3
 # After so many rounds without a sample the search ends. Each has four times the starts of the one
 # before, and a fourth of its first epsilon: they keep to where they start, and do not all end
 # in one place where points crowd without lying on a plane (as for two images of one class).
@@ -32,8 +37,9 @@ _EMPTY_COLUMN = 1e-4
 # In a layer too narrow to have a singular value beyond the batch size, rounding is less than this
 # share of the largest.
 _NO_DIMENSION = 1e-6
-# Rounding of float32 is less than this share of the largest.
-_MOST_ROUNDING = 1e-7
+# No singular value of noise is larger than its standard deviation times the sum of the roots of the
+# two dimensions, were its entries alike; of rounding, whose entries are not, than so many times.
+_OF_EDGE = 4
 
 
 class Copies(NamedTuple):
@@ -60,6 +66,10 @@ class Batch(NamedTuple):
     rank: the least number of dimensions that the gradient of a layer has: fewer than images if
       some coincide, or leave next to nothing.
     rounds: how often was searched.
+    level: how noisy the gradient is, in the layer where it is most.
+    pruned: whether a part of the gradient was not sent.
+    told: f64[inputs (+ 1)] of the first layer, 1 for those that the gradient tells; of others too
+      little was sent.
     copies: what is left if it is one image several times.
   """
 
@@ -67,6 +77,9 @@ class Batch(NamedTuple):
   noise: float
   rank: int
   rounds: int
+  level: float
+  pruned: bool
+  told: np.ndarray
   copies: Copies | None = None
 
 
@@ -80,6 +93,7 @@ def solve(
   most_noise: float,
   loss: Loss,
   rounding: float,
+  noise: float | None = None,
 ) -> Batch:
   """Recovers the samples of a batch from the gradients of a chain of dense layers.
 
@@ -94,52 +108,82 @@ def solve(
     loss: of the client.
     rounding: share of the gradient that rounding changed, at least a unit of the type that the
       client computed in.
+    noise: standard deviation of the noise of an entry; estimated if None.
 
   Returns:
     The samples that fit the gradient.
   """
   links = chains.links_of(chain)
   rate = model.rates.get(links.sites[0])
-  zeros = (rate or 0.0, chains.may_be_silent(links.silent[0]), rounding)
   # The gradient of the logits has no more rank than classes but one, so it is used only where the
   # inputs of the last layer are shown by no other.
   spanning = chain.layers if len(chain.layers) == 2 else chain.layers[:-1]
   matrices = [np.asarray(x.weights) for x in planes.layers_of(spanning, gradient)]
+  parts = [_whole(matrix, batch_size) for matrix in matrices]
+  pixels = parts[0].rows
+  # Pixels of which too little was sent are guessed, as the network takes all of them.
+  told = [(x.rows if k else np.ones(len(x.rows)), x.columns) for k, x in enumerate(parts)]
+  matrices = [
+    x.matrix * rows[:, None] * columns for x, (rows, columns) in zip(parts, told, strict=True)
+  ]
+  pruned = any(part.pruned for part in parts)
+  levels = find_levels(matrices, batch_size, max(rounding, *(x.share for x in parts)), noise)
+  level = max(one.share for one in levels)
+  shares = np.minimum([one.share for one in levels], MOST_ALLOWED)
+  zeros = (rate or 0.0, chains.may_be_silent(links.silent[0]), float(np.max(shares[:2])))
   # Each by itself: an image that is there twice has one dimension before dropout, and two after it.
-  found_ranks = [_rank(matrix, batch_size, most_noise) for matrix in matrices]
+  found_ranks = [
+    _rank(matrix, batch_size, most_noise, one.share)
+    for matrix, one in zip(matrices, levels, strict=True)
+  ]
   ranks, noises = zip(*found_ranks, strict=True)
-  rank, noise = min(ranks), max(noises)
+  rank, outside = min(ranks), max(noises)
   found, empty, rounds, copies = [], 0, 0, None
-  while noise <= most_noise and min(ranks) > 0 and empty < _EMPTY_ROUNDS:
+  while outside <= most_noise and min(ranks) > 0 and empty < _EMPTY_ROUNDS:
     spaces = tuple(
-      planes.span(matrix, n, batch_size) for matrix, n in zip(matrices, ranks, strict=True)
+      planes.span(matrix, n, batch_size, known)
+      for matrix, n, known in zip(matrices, ranks, told, strict=True)
     )
     if ranks[0] == 1 < ranks[1]:
-      copies = _find_copies(key, model, links, params, spaces, zeros, noise, ranks[1])
+      copies = _find_copies(key, model, links, params, spaces, zeros, outside, ranks[1])
       break
     known = _candidates(jax.random.fold_in(key, rounds), spaces, zeros, ranks[0], 4**empty)
     rounds += 1
     samples = None
     if known is not None:
-      samples = chains.complete(model, links, params, spaces, known, batch_size, loss, rounding)
+      samples = chains.complete(
+        model, links, params, spaces, known, batch_size, loss, shares, levels[0].std
+      )
       samples = jax.tree.map(np.asarray, samples)
-      samples = _distinct(samples, max(_BELIEVED, 2 * float(tolerance_of(rounding))))
+      samples = _by_first_layer(samples) if pruned else samples
+      believed = max(_PRUNED if pruned else _BELIEVED, 2 * float(tolerance_of(level)))
+      samples = _distinct(samples, believed, 0 if pruned else _GOOD)
     if samples is None:
       empty += 1
       continue
+    found.append(samples)
+    if pruned:
+      break  # what was not sent cannot be taken out
     empty = 0
     for k, space in enumerate(spaces):
       for inputs, delta in zip(samples.inputs[k], samples.deltas[k], strict=True):
         # Scaled so that the rank becomes exactly one less.
         scale = float(planes.share(inputs, delta, space))
-        matrices[k] = matrices[k] - np.outer(inputs, delta) / scale
-    found.append(samples)
+        rows, columns = told[k]
+        matrices[k] = matrices[k] - np.outer(rows * inputs, columns * delta) / scale
     ranks = [n - len(samples.label) for n in ranks]
   samples = jax.tree.map(lambda *x: np.concatenate(x), *found) if found else None
-  return Batch(samples, noise, rank, rounds, copies)
+  return Batch(samples, outside, rank, rounds, level, pruned, pixels, copies)
 
 
-def _rank(matrix: np.ndarray, most: int, most_noise: float) -> tuple[int, float]:
+def _whole(matrix: np.ndarray, size: int) -> Completed:
+  """Fills in entries that were not sent."""
+  if min(matrix.shape) > size and is_pruned(matrix):
+    return complete(matrix, size)
+  return Completed(matrix, *(np.ones(n) for n in matrix.shape), 0.0, False)
+
+
+def _rank(matrix: np.ndarray, most: int, most_noise: float, level: float) -> tuple[int, float]:
   """Returns the numerical rank of a matrix, or `most` if it is higher, and `Batch.noise`.
 
   The first singular value beyond the batch size is rounding (or noise). A larger one counts if that
@@ -147,14 +191,16 @@ def _rank(matrix: np.ndarray, most: int, most_noise: float) -> tuple[int, float]
   that hardly stands out hides no other.
   """
   # Units that are off in all images make a layer narrower.
-  values = np.linalg.svd(matrix[matrix.any(axis=1)][:, matrix.any(axis=0)], compute_uv=False)
+  matrix = filled(matrix)
+  values = np.linalg.svd(matrix, compute_uv=False)
   if len(values) <= most:
     return int(np.sum(values > _NO_DIMENSION * np.max(values, initial=0))), 0.0
   rest = values[most]
   rank = int(np.sum(rest < most_noise * values[:most]))
-  # Of an exact gradient samples may be lost in rounding; of another, the first to be left out is
-  # about as large as the last that is not.
-  least = values[rank - 1] if 0 < rest < _MOST_ROUNDING * values[0] else values[most - 1]
+  # Of a gradient that is exact, or whose noise is known, samples may be lost in it; of another, the
+  # first to be left out is about as large as the last that is not.
+  known = level * np.linalg.norm(values) * sum(n**-0.5 for n in matrix.shape)
+  least = values[rank - 1] if 0 < rest < _OF_EDGE * known else values[most - 1]
   return rank, float(rest / max(least, 1e-300))
 
 
@@ -162,7 +208,8 @@ def _candidates(key, spaces, zeros_of, left, effort):
   """Returns what candidate samples kept after the first layer, and their vectors there."""
   first, second = spaces[0], spaces[1]
   if left > 1:
-    zero = _find_planes(key, first.right.T, first.padding, zeros_of, left, effort)
+    points = first.right.T
+    zero = _find_planes(key, points, first.columns, first.padding, zeros_of, left, effort)
     return None if zero is None else _see(first, second, zero, zeros_of)
   filled = _filled(first.right.T, zeros_of[-1])
   return _see(first, second, ~filled[None], zeros_of)
@@ -174,7 +221,7 @@ def _filled(points, rounding):
   return sizes > max(_EMPTY_COLUMN, OF_ROUNDING * rounding) * np.max(sizes)
 
 
-def _find_planes(key, points, padding, zeros_of, most, effort):
+def _find_planes(key, points, told, padding, zeros_of, most, effort):
   """Returns on which hyperplanes many points lie, b[planes, points]; None if there are none."""
   rate, silent, rounding = zeros_of
   if not (rate or silent):
@@ -189,7 +236,8 @@ def _find_planes(key, points, padding, zeros_of, most, effort):
     [sparse.search(points, counts, padding, some, 1 / effort) for some in starts]
   )
   # Of the columns that are not empty a sample dropped fewer, as it dropped all of the empty ones.
-  share = max(rate * counts.size - np.sum(counts == 0), 1.0) / np.sum(counts)
+  empty = np.sum((counts == 0) & (told > 0))
+  share = max(rate * np.sum(told) - empty, 1.0) / np.sum(counts)
   zeros = sparse.examine(points, counts, padding, normals, share, silent, rounding)
   chosen = sparse.distinct(zeros)[:most]
   return np.asarray(zeros.zero)[chosen] | (counts == 0) if len(chosen) else None
@@ -205,7 +253,8 @@ def _find_copies(key, model, links, params, spaces, zeros_of, noise, number) -> 
     return None  # an image of any size has such inputs of the second layer
   width = links.layers[0].outputs
   # Between any two copies there is a plane too, of what both kept.
-  zero = _find_planes(key, second.left[:width], second.padding, zeros_of, number**2, 1)
+  rows = second.rows[:width]
+  zero = _find_planes(key, second.left[:width], rows, second.padding, zeros_of, number**2, 1)
   if zero is None:
     return None
   found = [_of_zeros(model, links, params, first, second, one) for one in zero]
@@ -226,7 +275,8 @@ def _of_zeros(model, links, params, first, second, zero):
   points = second.left[: len(zero)]
   kept = 1 - zero.astype(points.dtype)
   h = kept * (points @ sparse.normal(points, zero, second.padding))
-  inputs = planes.first_inputs(first, layers[0], activation, kept, h, links.straight) @ first.left.T
+  coordinates, *_ = planes.first_inputs(first, layers[0], activation, kept, h, links.straight)
+  inputs = coordinates @ first.left.T
   after = kept * activation(inputs @ layers[0].weights)[0]
   after = jnp.append(after, 1.0) if layers[1].biased else after
   left = after - second.left @ (after @ second.left)
@@ -252,11 +302,27 @@ def _refine(first, second, zero, rate, silent, rounding):
   )
 
 
-def _distinct(samples, believed):
+def _by_first_layer(samples):
+  """Judges samples by the equations of their images alone, where those of later layers fail.
+
+  Deltas after the first layer have entries that were not sent, so what is solved for in later
+  layers is off, and with it labels and masks.
+  """
+  failed = ~(samples.residual < _GOOD)
+  active = [samples.active[0], *(x & ~failed[:, None] for x in samples.active[1:])]
+  return samples._replace(
+    active=tuple(active),
+    label=np.where(failed, NO_LABEL, samples.label),
+    scale=np.where(failed, np.nan, samples.scale),
+    residual=np.where(failed, samples.fit, samples.residual),
+  )
+
+
+def _distinct(samples, believed, good):
   """Returns the samples that are believed, each once; None if there is none."""
   kept: list[int] = []
   masks = samples.kept[0]
-  limit = _GOOD if np.min(samples.residual) < _GOOD else believed
+  limit = good if np.min(samples.residual) < good else believed
   for i in np.argsort(samples.residual):
     if not samples.residual[i] < limit:
       break

@@ -56,6 +56,10 @@ class Sample(NamedTuple):
     label: i[]; NO_LABEL if the gradient does not tell it.
     scale: f[], by which factor the gradient exceeds that of the loss.
     residual: f[], how far all this is from what the gradient allows, relative.
+    error: f[], standard error of the inputs of the first layer, by the noise of its gradient and by
+      how well those of the second fit.
+    fit: f[], what is left of the inputs of the second layer, in the direction that its gradient
+      tells of them, by those that follow from the first; relative.
   """
 
   inputs: tuple[jax.Array, ...]
@@ -65,6 +69,8 @@ class Sample(NamedTuple):
   label: jax.Array
   scale: jax.Array
   residual: jax.Array
+  error: jax.Array
+  fit: jax.Array
 
 
 def refine(
@@ -103,9 +109,12 @@ def refine(
 
   def joint_sizes(weights):
     both = vectors(weights)
-    return jnp.linalg.norm(both / jnp.sqrt(jnp.mean(both**2, axis=1, keepdims=True)), axis=0)
+    sizes = jnp.linalg.norm(both / jnp.sqrt(jnp.mean(both**2, axis=1, keepdims=True)), axis=0)
+    return sizes * jnp.sqrt(2 / jnp.maximum(jnp.sum(told, axis=0), 1))
 
   # Reweighted, so that an entry that only seems dropped loses its weight.
+  told = jnp.stack([delta_space.columns, input_space.rows[:count]])
+  off |= ~jnp.any(told > 0, axis=0)
   sizes = joint_sizes(zero.astype(jnp.float64))
   for epsilon in (0.3, 0.1, 0.03, 0.01, 1e-3):
     sizes = joint_sizes(zero.astype(sizes.dtype) / (sizes**2 + epsilon**2))
@@ -162,7 +171,8 @@ def complete(
   known: tuple[jax.Array, jax.Array, jax.Array],
   batch_size: int,
   loss: Loss,
-  rounding: float,
+  levels: jax.Array,
+  std: float,
 ) -> Sample:
   """Recovers samples from what they kept after the first layer.
 
@@ -174,20 +184,22 @@ def complete(
     known: kept, delta and inputs as `refine` gives them, with leading axis k.
     batch_size: of the client.
     loss: of the client.
-    rounding: share of the gradient that rounding changed, at least a unit of the type that the
-      client computed in.
+    levels: f[spaces], share of the gradient of each layer that rounding or noise changed, at least
+      a unit of the type that the client computed in.
+    std: standard deviation of the noise of an entry of the first layer's gradient.
 
   Returns:
     The samples, with leading axis k.
   """
   return jax.lax.map(
-    lambda one: _complete(model, links, params, spaces, batch_size, loss, rounding, *one),
+    lambda one: _complete(model, links, params, spaces, batch_size, loss, levels, std, *one),
     known,
     batch_size=64,
   )
 
 
-def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, delta, h) -> Sample:
+def _complete(model, links, params, spaces, batch_size, loss, levels, std, *known) -> Sample:
+  kept, delta, h = known
   layers = layers_of(links.layers, params)
   last = len(layers) - 1
 
@@ -197,8 +209,13 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
 
     return jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
 
-  coordinates = first_inputs(
-    spaces[0], layers[0], functools.partial(activation, 0), kept, h, links.straight
+  coordinates, spread, fit = first_inputs(
+    spaces[0],
+    layers[0],
+    functools.partial(activation, 0),
+    kept * _rows_after(spaces, 0, len(kept)),
+    h,
+    links.straight,
   )
   inputs = [coordinates @ spaces[0].left.T]
   if layers[0].biased:
@@ -207,22 +224,28 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
   masks, active, slopes = [], [], []
   for k in range(last):
     values, slope = activation(k, inputs[k] @ layers[k].weights)
-    active.append((values != 0) | (slope != 0))
+    # Where neither of two gradients was sent, nothing tells.
+    told = (spaces[k].columns > 0) | (_rows_after(spaces, k, len(values)) > 0)
+    active.append(((values != 0) | (slope != 0)) & told)
     if k:
       rate = None if links.sites[k] is None else model.rates[links.sites[k]]
-      kept, delta = _kept_after(spaces[k : k + 2], delta, active[k], rate, rounding)
+      within_reach = slice(k, k + 2)
+      rounding = jnp.max(levels[within_reach])
+      kept, delta = _kept_after(spaces[within_reach], delta, active[k], rate, rounding)
     # delta = (next delta @ weights.T) * slope, and the next delta lies in the space of its layer.
     inner = layers[k + 1].weights[: len(values)].T
     within = jnp.eye(len(inner)) if k + 1 == last else spaces[k + 1].right
     padding = jnp.zeros(len(inner)) if k + 1 == last else spaces[k + 1].padding
     for _ in range(_TURNS):
       rows = (within @ inner) * (kept * slope)[None]
-      next_delta = least_squares(rows, delta, kept, padding) @ within
+      weights = kept * spaces[k].columns
+      next_delta = least_squares(rows, delta, weights, padding) @ within
       # What was kept shows once more, now that the delta is known that would be if all were. What
       # was wrong in the first place is in this delta too, so it is asked again.
       expected = (next_delta @ inner) * slope
-      least = jnp.maximum(_LEAST_DELTA, _OF_ROUNDING * rounding)
-      sure = jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept)))
+      least = jnp.maximum(_LEAST_DELTA, _OF_ROUNDING * jnp.max(levels[k : k + 2]))
+      told = spaces[k].columns > 0
+      sure = told & (jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept))))
       kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
     slopes.append(kept * slope)
@@ -231,12 +254,16 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
     delta = next_delta
 
   logits, error = inputs[last] @ layers[last].weights, jnp.zeros(())
+  level = jnp.max(levels)
+  # Noise tilts the space that the inputs lie in, and places them there with some error.
+  tilt = std * jnp.linalg.norm(coordinates / spaces[0].values)
+  size = jnp.ones(())
   if links.homogeneous and loss.kind == "cross_entropy" and not loss.label_smoothing:
     size, error = fit_size(logits, delta)
     inputs, logits = [size * x for x in inputs], size * logits
   elif links.homogeneous:
     error = jnp.asarray(jnp.inf)  # of other losses the size of the image is not solved for
-  label, labelled = last_delta(logits, sign * delta, loss, rounding)
+  label, labelled = last_delta(logits, sign * delta, loss, level)
 
   def judge(delta):
     deltas = [delta if loss.reduction == "sum" else delta / batch_size]
@@ -253,10 +280,19 @@ def _complete(model, links, params, spaces, batch_size, loss, rounding, kept, de
 
   # If it is of another loss, it is that of no label; but what was found is rounded.
   with_label, without = judge(labelled), judge(sign * delta)
-  told = with_label[-1] <= jnp.maximum(_BETTER_WITHOUT * without[-1], tolerance_of(rounding))
+  told = with_label[-1] <= jnp.maximum(_BETTER_WITHOUT * without[-1], tolerance_of(level))
   deltas, scale, residual = jax.tree.map(lambda a, b: jnp.where(told, a, b), with_label, without)
   label, scale = jnp.where(told, label, NO_LABEL), jnp.where(told, scale, jnp.nan)
-  return Sample(tuple(inputs), deltas, tuple(masks), tuple(active), label, scale, residual)
+  rows = links.layers[0].inputs
+  spread = size * jnp.sqrt(tilt**2 + spread**2 / rows)
+  spread = jnp.hypot(spread, error * rms(inputs[0][:rows], jnp.ones(rows)))
+  parts = (tuple(inputs), deltas, tuple(masks), tuple(active))
+  return Sample(*parts, label, scale, residual, spread, fit)
+
+
+def _rows_after(spaces, k, count):
+  """Returns f64[count], which inputs of the layer after the k-th its gradient tells."""
+  return spaces[k + 1].rows[:count] if k + 1 < len(spaces) else jnp.ones(count)
 
 
 def _kept_after(spaces, delta, active, rate, rounding):
@@ -316,6 +352,8 @@ def last_delta(
 def _outside(inputs, deltas, spaces):
   """Yields how far a sample is from the spaces of the gradient, each f[] and relative."""
   for vectors in zip(inputs, deltas, spaces, strict=False):
-    for vector, basis in zip(vectors[:2], (vectors[2].left, vectors[2].right.T), strict=True):
+    space = vectors[2]
+    told = (vectors[0] * space.rows, vectors[1] * space.columns)
+    for vector, basis in zip(told, (space.left, space.right.T), strict=True):
       coordinates = vector @ basis
       yield jnp.linalg.norm(vector - basis @ coordinates) / jnp.linalg.norm(vector)

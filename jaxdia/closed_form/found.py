@@ -9,7 +9,7 @@ import numpy as np
 from jaxdia.client import Observation
 from jaxdia.closed_form.labels import recover_labels
 from jaxdia.closed_form.parts import NO_LABEL, Parts, Recovery, Verdict
-from jaxdia.closed_form.sparse import MOST_ROUNDING
+from jaxdia.closed_form.sparse import LEAST_GAP, MOST_ROUNDING, bounds, split_zeros
 from jaxdia.core.errors import InputError
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
 
@@ -18,6 +18,10 @@ EXACT = 1e-3
 # A sample fits a gradient of which it leaves no more than so many times what rounding changed, but
 # never one of which it leaves more than this.
 OF_ROUNDING, _MOST_LEFT = 10, 0.1
+
+
+# So thresholds that go with rounding grow no more from this share of it on.
+MOST_ALLOWED = _MOST_LEFT / OF_ROUNDING
 
 
 def tolerance_of(rounding: float | jax.Array) -> jax.Array:
@@ -39,6 +43,7 @@ class Found:
     scale: likewise.
     note: what is to be said even if all images are exact.
     rounding: share of the gradient that rounding changed.
+    pruned: whether a part of the gradient was not sent, of which nothing is called exact.
     tolerance: a sample that leaves no more of the gradient unexplained, relative, fits it.
     determined: b[B], as in `Recovery`.
   """
@@ -58,8 +63,8 @@ class Found:
     self.error = np.full(size, np.nan)
     self.scale = math.nan
     self.note = ""
-    self.rounding = rounding
-    self.tolerance = float(tolerance_of(rounding))
+    self.set_rounding(rounding)
+    self.pruned = False
     self.determined = np.zeros(size, bool)
     masks = expected_masks(model, size, jnp.float64)
     told = True
@@ -80,6 +85,11 @@ class Found:
       features={},
       known_features={},
     )
+
+  def set_rounding(self, rounding: float) -> None:
+    """Notes a share of the gradient that rounding or noise changed."""
+    self.rounding = rounding
+    self.tolerance = float(tolerance_of(rounding))
 
   def set_label(self, number: int, label: int) -> None:
     """Gives an image its label, and the others those that are left.
@@ -144,20 +154,34 @@ class Found:
     """
     self.parts.images[number] = image
     self.determined[number] = determined and residual <= self.tolerance
-    exact = determined and residual <= EXACT and self.rounding <= MOST_ROUNDING
+    exact = determined and residual <= EXACT and self.rounding <= MOST_ROUNDING and not self.pruned
     if self.determined[number] and not exact and np.isnan(self.error[number]):
       self.error[number] = residual * np.sqrt(np.mean(np.square(image)))
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
+
+  def kept_features(self, features: np.ndarray, rate: float) -> np.ndarray | None:
+    """Returns which inputs of a layer were kept, if those that were dropped stand out.
+
+    Args:
+      features: f64[n].
+      rate: of dropout.
+
+    Returns:
+      f64[n], 1 or 0.
+    """
+    least, most = bounds(features.size, 1.0, rate)
+    zeros = split_zeros(features, np.ones(features.size), least, most, self.rounding)
+    return 1.0 - np.asarray(zeros.zero) if zeros.gap > LEAST_GAP else None
 
   def recovery(self, reason: str) -> Recovery:
     """Returns the result, with the reason why there is not more."""
     parts = jax.tree.map(lambda x: x.astype(self.dtype) if x.dtype == np.float64 else x, self.parts)
     if (parts.verdict == Verdict.EXACT).all():
       reason = ""
-    elif self.determined.all():
+    elif self.determined.all() and not self.pruned:
       reason = (
-        f"rounding changed {self.rounding:.1e} of the gradient, so the pixels are known up to a"
-        f" standard error of about {np.nanmax(self.error):.1e}"
+        f"rounding or noise changed {self.rounding:.1e} of the gradient, so the pixels are"
+        f" known up to a standard error of about {np.nanmax(self.error):.1e}"
       )
     return Recovery(
       parts, self.residual, self.note or reason, self.scale, self.error, self.determined

@@ -37,12 +37,17 @@ class Space(NamedTuple):
     values: f64[rank]; dimensions that are not used any more have 1.
     right: f64[rank, outputs].
     padding: f64[rank], 1 for such dimensions, otherwise 0.
+    rows: f64[inputs (+ 1)], 1 for those that the gradient tells, 0 for those of which too little
+      was sent; these are 0 in `left`.
+    columns: f64[outputs], likewise.
   """
 
   left: jax.Array
   values: jax.Array
   right: jax.Array
   padding: jax.Array
+  rows: jax.Array
+  columns: jax.Array
 
 
 def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
@@ -60,20 +65,21 @@ def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
   return tuple(layers)
 
 
-def span(matrix: np.ndarray, rank: int, size: int) -> Space:
+def span(matrix: np.ndarray, rank: int, size: int, told: tuple[np.ndarray, np.ndarray]) -> Space:
   """Returns the space of a gradient.
 
   Args:
     matrix: f64[inputs, outputs].
     rank: dimensions that are used.
     size: dimensions in all, so that shapes need not change with the rank.
+    told: `rows` and `columns` of the space.
   """
   left, values, right = np.linalg.svd(matrix, full_matrices=False)
   unused = np.arange(size) >= rank
   left = np.where(unused, 0, _resize(left, size, 1))
   right = np.where(unused[:, None], 0, _resize(right, size, 0))
   values = np.where(unused, 1, _resize(values, size, 0))
-  return Space(left, values, right, unused.astype(float))
+  return Space(left, values, right, unused.astype(float), *told)
 
 
 def _resize(array, size, axis):
@@ -159,7 +165,7 @@ def first_inputs(
   kept: jax.Array,
   h: jax.Array,
   straight: bool,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Finds the inputs of the first layer from the direction of those of the second.
 
   `activation(c @ left.T @ W) = s h` on the kept entries, for some scale s: by
@@ -174,7 +180,9 @@ def first_inputs(
     straight: whether the function is linear on either side of 0.
 
   Returns:
-    f64[rank], coordinates of the inputs. Their size is arbitrary where it makes no difference.
+    f64[rank], coordinates of the inputs, and their standard error f64[] in all, by what is left of
+    the equations; and what is left of these, f64[], relative. The size of the inputs is arbitrary
+    where it makes no difference.
   """
   h = h / rms(h, kept)
   rows = first.left.T @ layer.weights
@@ -236,7 +244,31 @@ def first_inputs(
   signs, carries = jax.tree.map(lambda x: x[best], (signs, carries))
   thetas, _, losses = jax.vmap(lambda sign, carry: descend(sign, carry, _STEPS))(signs, carries)
   theta, sign = jax.tree.map(lambda x: x[jnp.argmin(losses)], (thetas, signs))
-  return sign * jnp.exp(theta[rank]) * theta[:rank]
+  r, jacobian = residuals(theta, sign)
+  scale = sign * jnp.exp(theta[rank])
+  # By c and the scale; the coordinates are their product.
+  by_theta = jnp.concatenate([scale * jnp.eye(rank), scale * theta[None, :rank]]).T
+  fit = jnp.sqrt(jnp.sum(r**2) / jnp.maximum(count, 1))
+  return scale * theta[:rank], _spread(jacobian, r, padding, by_theta), fit
+
+
+def _spread(jacobian, left, padding, by=None):
+  """Returns the standard error of what was solved for, all entries together.
+
+  Args:
+    jacobian: f64[k, n], derivatives of the n equations.
+    left: f64[n], what is left of them.
+    padding: f64[k], 1 for unknowns that are none.
+    by: f64[m, k], what is wanted by the unknowns; these themselves if None.
+  """
+  used = 1 - padding
+  matrix = jacobian @ jacobian.T
+  matrix += jnp.diag(padding * (1 + jnp.trace(matrix)) + 1e-14 * jnp.trace(matrix) + 1e-300)
+  by = jnp.diag(used) if by is None else by * used[None]
+  equations = jnp.sum(jnp.any(jacobian != 0, axis=0), dtype=used.dtype) - jnp.sum(used)
+  variance = jnp.sum(left**2) / jnp.maximum(equations, 1)
+  inverse = jax.scipy.linalg.solve(matrix, by.T, assume_a="pos")
+  return jnp.sqrt(variance * jnp.sum(by.T * inverse))
 
 
 def _straight_inputs(first, layer, activation, rows, kept, h):
@@ -248,8 +280,17 @@ def _straight_inputs(first, layer, activation, rows, kept, h):
     outputs = values / jnp.where((values > 0) | (negative == 0), positive, -negative)
     c = least_squares(rows, outputs, kept, first.padding)
     c += least_squares(rows, outputs - c @ rows, kept, first.padding)
-    return c, jnp.sum(kept * (activation(c @ rows)[0] - values) ** 2)
+    left = activation(c @ rows)[0] - values
+    slopes = activation(c @ rows)[1]
+    return (
+      c,
+      jnp.sum(kept * left**2),
+      _spread(rows * (kept * slopes)[None], kept * left, first.padding),
+    )
 
-  solutions, losses = jax.vmap(solve)(jnp.asarray([1.0, -1.0]))
-  c = solutions[jnp.argmin(losses)]
-  return c / (c @ first.left[-1]) if layer.biased else c
+  solutions, losses, spreads = jax.vmap(solve)(jnp.asarray([1.0, -1.0]))
+  best = jnp.argmin(losses)
+  c, spread = solutions[best], spreads[best]
+  size = 1 / (c @ first.left[-1]) if layer.biased else 1.0
+  fit = jnp.sqrt(losses[best] / jnp.maximum(jnp.sum(kept), 1))
+  return size * c, jnp.abs(size) * spread, fit

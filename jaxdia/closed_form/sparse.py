@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.closed_form.noise import CLEAN
+
 _STEPS = 110
 _SHRINK = 0.9
 # From one value to the next, in order of size, near-zeros and the rest differ by this factor.
@@ -138,7 +140,7 @@ def split_zeros(
   """
   sizes = jnp.where(counts > 0, jnp.abs(values), jnp.inf)
   order = jnp.sort(sizes)
-  noisy = rounding > MOST_ROUNDING
+  noisy = rounding > CLEAN
   floor = jnp.where(noisy, rounding, 1e-14) * jnp.max(jnp.where(counts > 0, sizes, 0)) + 1e-300
   logs = jnp.log(jnp.maximum(order, floor))
   number = jnp.arange(1.0, len(order))  # of zeros, if the gap is after so many

@@ -1,0 +1,109 @@
+"""No image is called exact that is not in the batch, whatever was done to the gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdia import models
+from jaxdia.client import client_gradient, observe
+from jaxdia.closed_form import Verdict, recover
+from jaxdia.core.errors import InputError
+
+# An exact image is nearer than this to one of the batch, mean squared, normalised.
+_MOST = 1e-4
+
+
+def _each(change):
+  return lambda o, rng: jax.tree.map(lambda x: change(np.asarray(x), rng), o.gradient)
+
+
+def _quantised(x, rng):
+  step = np.abs(x).max() / 127
+  return np.round(x / step) * step
+
+
+def _pruned(x, rng):
+  return np.where(np.abs(x) < np.quantile(np.abs(x), rng.choice([0.3, 0.7, 0.9])), 0, x)
+
+
+def _noised(x, rng):
+  return x + 10.0 ** rng.uniform(-7, -0.5) * x.std() * rng.normal(size=x.shape)
+
+
+def _factor(observation, rng):
+  factor = rng.uniform(0.1, 9)
+  return jax.tree.map(lambda x: factor * x, observation.gradient)
+
+
+def _decayed(observation, rng):
+  decay = 10.0 ** rng.uniform(-7, -2)
+  return jax.tree.map(lambda x, w: x + decay * w, observation.gradient, observation.params)
+
+
+SPOILS = {
+  "plain": lambda o, rng: o.gradient,
+  "noise": _each(_noised),
+  "bfloat16": _each(lambda x, rng: x.astype(jnp.bfloat16)),
+  "float16": _each(lambda x, rng: x.astype(np.float16)),
+  "factor": _factor,
+  "pruned": _each(_pruned),
+  "quantised": _each(_quantised),
+  "decay": _decayed,
+  "batch size": lambda o, rng: o.gradient,
+  "two steps": lambda o, rng: o.gradient,
+  "copies": lambda o, rng: o.gradient,
+  "blank": lambda o, rng: o.gradient,
+}
+
+
+def _play(kind, seed):
+  """Returns a verdict and a distance to the batch for each image of one spoiled gradient."""
+  rng = np.random.default_rng(seed)
+  size = int(rng.integers(1, 4))
+  model = models.create("mlp", (6, 6, 1), 10, 0.5, hidden_sizes=(96, 96), use_bias=bool(seed % 2))
+  params = model.init(jax.random.key(seed))
+  images = rng.uniform(size=(size, 6, 6, 1)).astype(np.float32)
+  if kind == "blank":
+    images[0] = 0
+  if kind == "copies":
+    images[-1] = images[0]
+  labels = rng.integers(0, 10, size)
+  seen, secret = observe(jax.random.key(seed + 1), model, params, images, labels)
+  gradient = SPOILS[kind](seen, rng)
+  known = images
+  if kind == "two steps":
+    other = rng.uniform(size=images.shape).astype(np.float32)
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    second = client_gradient(model, moved, secret.masks, other, jnp.asarray(labels))
+    gradient = jax.tree.map(lambda a, b: a + b, gradient, second)
+    known = np.concatenate([images, other])
+  named = size + 1 if kind == "batch size" and seed % 3 else max(size - (kind == "batch size"), 1)
+  gradient = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient)
+  seen = dataclasses.replace(seen, gradient=gradient, batch_size=named, labels=None)
+  try:
+    parts = recover(jax.random.key(2), model, seen).parts
+  except InputError:  # of a gradient of the opposite sign, as noise makes it
+    return []
+  return [
+    (Verdict(int(v)), float(np.mean((known - image) ** 2, axis=(1, 2, 3)).min()))
+    for v, image in zip(parts.verdict, np.asarray(parts.images), strict=True)
+  ]
+
+
+@pytest.mark.parametrize("kind", SPOILS)
+def test_what_is_called_exact_is_in_the_batch(kind):
+  found = [each for seed in range(3) for each in _play(kind, seed)]
+  assert all(distance < _MOST for verdict, distance in found if verdict == Verdict.EXACT)
+  if kind in ("plain", "factor"):
+    assert found and all(verdict == Verdict.EXACT for verdict, _ in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SPOILS)
+def test_it_is_so_in_ten_thousand_gradients(kind):
+  for seed in range(3, 3 + 10_000 // len(SPOILS) + 1):
+    wrong = [d for v, d in _play(kind, seed) if v == Verdict.EXACT and not d < _MOST]
+    assert not wrong, (kind, seed, wrong)
