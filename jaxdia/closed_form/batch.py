@@ -180,7 +180,8 @@ def _whole(matrix: np.ndarray, size: int) -> Completed:
   """Fills in entries that were not sent."""
   if min(matrix.shape) > size and is_pruned(matrix):
     return complete(matrix, size)
-  return Completed(matrix, *(np.ones(n) for n in matrix.shape), 0.0, False)
+  rows, columns = (np.ones(n) for n in matrix.shape)
+  return Completed(matrix, rows, columns, 0.0, False)
 
 
 def _rank(matrix: np.ndarray, most: int, most_noise: float, level: float) -> tuple[int, float]:

@@ -248,8 +248,8 @@ def first_inputs(
   scale = sign * jnp.exp(theta[rank])
   # By c and the scale; the coordinates are their product.
   by_theta = jnp.concatenate([scale * jnp.eye(rank), scale * theta[None, :rank]]).T
-  fit = jnp.sqrt(jnp.sum(r**2) / jnp.maximum(count, 1))
-  return scale * theta[:rank], _spread(jacobian, r, padding, by_theta), fit
+  left = jnp.sqrt(jnp.sum(r**2) / jnp.maximum(count, 1))
+  return scale * theta[:rank], _spread(jacobian, r, padding, by_theta), left
 
 
 def _spread(jacobian, left, padding, by=None):
