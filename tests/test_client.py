@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import IMAGE_SHAPE
 
-from jaxdia.client import client_gradient, client_loss, observe
+from jaxdia.client import client_gradient, client_loss, defences, observe
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Statistics
 
@@ -30,7 +30,9 @@ def test_the_server_sees_the_gradient_of_the_secret_and_nothing_else(model, batc
   np.testing.assert_array_equal(observation.labels, labels)
   assert observation.batch_size == 2 and observation.mean == 0.5 and observation.std == 0.25
   fields = {"params", "gradient", "labels", "mean", "std", "averages", "batch_size", "loss"}
-  assert set(vars(observation)) == fields and observation.averages is None
+  assert set(vars(observation)) == fields | {"local", "defence"}
+  assert observation.averages is None and observation.local is None
+  assert observation.defence == defences.identity
 
 
 def test_labels_are_not_seen_unless_revealed(model, batch):
