@@ -112,7 +112,7 @@ def test_observations_of_several_losses_share_no_call(model):
   _, (first,), _ = make_victims(model, 1)
   second = dataclasses.replace(first, loss="mean_squared_error")
   task = engine.Task(jax.random.key(0), attacks.ig(model, max_iterations=1), [first, second])
-  with pytest.raises(InputError, match="another batch size or loss"):
+  with pytest.raises(InputError, match="another batch size, loss or defence"):
     engine.run(task)
 
 
