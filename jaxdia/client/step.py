@@ -136,7 +136,7 @@ def observe(
     local=local,
     defence=defence,
   )
-  return observation, Secret(images, labels, None if defence.renews else masks)
+  return observation, Secret(images, labels, None if defence.redraws else masks)
 
 
 _compiled_gradient = jax.jit(client_gradient, static_argnames="loss")

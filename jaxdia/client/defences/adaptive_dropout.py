@@ -29,6 +29,10 @@ class AdaptiveDropout(Defence):
       step is missing.
   """
 
+  of_step = True
+  renews = True
+  redraws = True
+
   lowest: float = 0.25
   highest: float = 0.75
   draws: int = static(default=1)
@@ -45,16 +49,6 @@ class AdaptiveDropout(Defence):
       )
     draws = check_count("draws of adaptive_dropout", self.draws, 1)
     object.__setattr__(self, "draws", draws)
-
-  @property
-  def of_step(self) -> bool:
-    """It does; see `Defence.of_step`."""
-    return True
-
-  @property
-  def renews(self) -> bool:
-    """It computes a gradient of its own; see `Defence.renews`."""
-    return True
 
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:
     """Returns the mean gradient over the draws; see `Defence.__call__`."""

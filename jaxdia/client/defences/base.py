@@ -1,7 +1,7 @@
 """What a defence is: what a client does to its gradient, and what an attacker makes of it."""
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,22 +40,19 @@ class Defence(abc.ABC):
   A defence is a `jaxdia.core.trees.value_tree`: frozen, equal by value, and a pytree whose leaves
   are the numbers that a program takes as they come. So attackers of one defence share a program,
   whatever its settings are.
+
+  Attributes:
+    adapts: whether `adapt` is needed for every distance; the dummy gradient is then formed whole.
+    of_step: whether it computes on the training step, and so needs the gradient of a single one.
+    renews: whether it computes the gradient anew, so that nothing that comes before it has an
+      effect.
+    redraws: whether it does so with masks that are not those of the step.
   """
 
-  @property
-  def adapts(self) -> bool:
-    """Whether `adapt` is needed for every distance; the dummy gradient is then formed whole."""
-    return False
-
-  @property
-  def of_step(self) -> bool:
-    """Whether it computes on the training step, and so needs the gradient of a single one."""
-    return False
-
-  @property
-  def renews(self) -> bool:
-    """Whether the gradient is computed anew, from masks that are not those of the step."""
-    return False
+  adapts: ClassVar[bool] = False
+  of_step: ClassVar[bool] = False
+  renews: ClassVar[bool] = False
+  redraws: ClassVar[bool] = False
 
   @abc.abstractmethod
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 
 from jaxdia.client.defences.base import Defence, Step, as_defence
 from jaxdia.client.defences.clipping import Clipping
-from jaxdia.client.defences.dp_sgd import DPSGD
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Gradient, Key, Scalar
@@ -30,7 +29,7 @@ class Chain(Defence):
     if not defences:
       raise InputError("a chain of no defences; expected one at least, or defences.identity.")
     for one in defences[1:]:
-      if one.renews or isinstance(one, DPSGD):
+      if one.renews:
         raise InputError(
           f"{type(one).__name__} computes the gradient anew, so that what comes before it in a"
           " chain has no effect. Make it the first."
@@ -38,17 +37,22 @@ class Chain(Defence):
 
   @property
   def renews(self) -> bool:
-    """Whether the first one does; see `Defence.renews`."""
+    """Whether the first one does; see `Defence`."""
     return self.defences[0].renews
 
   @property
+  def redraws(self) -> bool:
+    """Whether the first one does; see `Defence`."""
+    return self.defences[0].redraws
+
+  @property
   def adapts(self) -> bool:
-    """Whether one of them needs it; see `Defence.adapts`."""
+    """Whether one of them needs it; see `Defence`."""
     return any(one.adapts for one in self.defences)
 
   @property
   def of_step(self) -> bool:
-    """Whether one of them does; see `Defence.of_step`."""
+    """Whether one of them does; see `Defence`."""
     return any(one.of_step for one in self.defences)
 
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:

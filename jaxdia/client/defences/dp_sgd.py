@@ -32,6 +32,10 @@ class DPSGD(Defence):
       is called, the step is missing, or the network has no gradients of single images.
   """
 
+  adapts = True
+  of_step = True
+  renews = True
+
   max_norm: float = 1.0
   noise_multiplier: float = 1.0
 
@@ -42,16 +46,6 @@ class DPSGD(Defence):
     ):
       value = check_number(f"{name} of dp_sgd", getattr(self, name), is_valid, expected)
       object.__setattr__(self, name, value)
-
-  @property
-  def adapts(self) -> bool:
-    """It is needed; see `Defence.adapts`."""
-    return True
-
-  @property
-  def of_step(self) -> bool:
-    """It does; see `Defence.of_step`."""
-    return True
 
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:
     """Returns the noised mean of clipped gradients; see `Defence.__call__`."""

@@ -53,16 +53,13 @@ class TopK(Defence):
     InputError: it is no number above 0 and at most 1.
   """
 
+  adapts = True
+
   share: float = 0.1
 
   def __post_init__(self):
     in_0_1 = (lambda value: 0 < value <= 1), "a number above 0, at most 1"
     object.__setattr__(self, "share", check_number("share of top_k", self.share, *in_0_1))
-
-  @property
-  def adapts(self) -> bool:
-    """It is needed; see `Defence.adapts`."""
-    return True
 
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:
     """Returns the pruned gradient; see `Defence.__call__`."""
@@ -102,6 +99,8 @@ class Percentile(Defence):
     InputError: percentile is no number from 0 to 100, or gamma none above 0.
   """
 
+  adapts = True
+
   percentile: float = 10.0
   gamma: float = 0.01
 
@@ -115,11 +114,6 @@ class Percentile(Defence):
       )
       object.__setattr__(self, name, value)
 
-  @property
-  def adapts(self) -> bool:
-    """It is needed; see `Defence.adapts`."""
-    return True
-
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:
     """Returns the pruned and clipped gradient; see `Defence.__call__`."""
     del key, step
@@ -129,11 +123,9 @@ class Percentile(Defence):
     """Lets pruned entries be small, and clips the others; see `Defence.adapt`."""
     del step
 
-    gamma = self.gamma
-
     def clip(g):  # smoothly; its derivative is 0 where nothing of g is left to see
-      ratio = jnp.clip(g / jnp.asarray(gamma, g.dtype), -_FAR, _FAR)
-      return gamma * ratio / jnp.sqrt(jnp.sqrt(1 + ratio**4)) if g.ndim else g
+      ratio = jnp.clip(g / jnp.asarray(self.gamma, g.dtype), -_FAR, _FAR)
+      return self.gamma * ratio / jnp.sqrt(jnp.sqrt(1 + ratio**4)) if g.ndim else g
 
     return jax.tree.map(clip, _sent(gradient, target))
 

@@ -27,21 +27,14 @@ class Soteria(Defence):
       has no dense layer that gives the logits.
   """
 
+  adapts = True
+  of_step = True
+
   pruned: float = 0.5
 
   def __post_init__(self):
     in_0_1 = (lambda value: 0 <= value < 1), "a number in [0, 1)"
     object.__setattr__(self, "pruned", check_number("pruned of soteria", self.pruned, *in_0_1))
-
-  @property
-  def adapts(self) -> bool:
-    """It is needed; see `Defence.adapts`."""
-    return True
-
-  @property
-  def of_step(self) -> bool:
-    """It does; see `Defence.of_step`."""
-    return True
 
   def __call__(self, key: Key, gradient: Gradient, step: Step | None = None) -> Gradient:
     """Returns the gradient without these rows; see `Defence.__call__`."""
