@@ -1,7 +1,15 @@
 """The victim's side: what a client computes, and what of it the server sees."""
 
 from jaxdia.client import defences
-from jaxdia.client.local import LocalUpdate, draw_masks, local_gradient, mask_shapes, shuffled
+from jaxdia.client.local import (
+  LocalUpdate,
+  as_local,
+  draw_masks,
+  local_gradient,
+  mask_shapes,
+  shuffled,
+  steps_of,
+)
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.client.step import client_gradient, client_loss, observe
@@ -12,6 +20,7 @@ __all__ = [
   "Loss",
   "Observation",
   "Secret",
+  "as_local",
   "client_gradient",
   "client_loss",
   "defences",
@@ -20,4 +29,5 @@ __all__ = [
   "mask_shapes",
   "observe",
   "shuffled",
+  "steps_of",
 ]

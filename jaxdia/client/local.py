@@ -133,6 +133,25 @@ def shuffled(key: Key, local: LocalUpdate, batch_size: int) -> LocalUpdate:
   return dataclasses.replace(local, order=order)
 
 
+def as_local(local: LocalUpdate | None) -> LocalUpdate | None:
+  """Returns local steps, or None if they are but the gradient of one batch.
+
+  Args:
+    local: what a client does before it sends anything; None for one gradient.
+  """
+  return None if local is None or local.is_gradient else local
+
+
+def steps_of(local: LocalUpdate | None, batch_size: int) -> tuple[int, int]:
+  """Returns how many steps there are in all, and how many images each takes.
+
+  Args:
+    local: what a client does; None for one gradient.
+    batch_size: images of all clients.
+  """
+  return (1, batch_size) if local is None else (local.draws, local.images_a_step(batch_size))
+
+
 def mask_shapes(
   model: DropoutModel, local: LocalUpdate | None, batch_size: int
 ) -> dict[str, tuple[int, ...]]:
@@ -143,10 +162,9 @@ def mask_shapes(
     local: what the client did; None for one gradient.
     batch_size: images of all clients.
   """
-  if local is None:
-    return model.mask_shapes(batch_size)
-  shapes = model.mask_shapes(local.images_a_step(batch_size))
-  return {site: (local.draws, *shape) for site, shape in shapes.items()}
+  draws, each = steps_of(local, batch_size)
+  shapes = model.mask_shapes(each)
+  return shapes if local is None else {site: (draws, *shape) for site, shape in shapes.items()}
 
 
 def draw_masks(
@@ -166,8 +184,8 @@ def draw_masks(
   """
   if local is None:
     return sample_masks(key, model, batch_size, dtype)
-  each = local.images_a_step(batch_size)
-  keys = jax.random.split(key, local.draws)
+  draws, each = steps_of(local, batch_size)
+  keys = jax.random.split(key, draws)
   return jax.vmap(lambda k: sample_masks(k, model, each, dtype))(keys)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxdia.client.defences import Defence, as_defence, identity
-from jaxdia.client.local import LocalUpdate
+from jaxdia.client.local import LocalUpdate, as_local
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
@@ -134,7 +134,8 @@ def _fit_averages(averages: Any, dtype: Any) -> dict[str, Averages] | None:
 
 def _fit_local(local: LocalUpdate | None, size: int, dtype: Any) -> LocalUpdate | None:
   """Returns local steps with numbers of the params' type; None if they are but a gradient."""
-  if local is None or local.is_gradient:
+  local = as_local(local)
+  if local is None:
     return None
   local.images_a_step(size)  # refuses those that cannot be shared out
   numbers = ("learning_rate", "momentum")

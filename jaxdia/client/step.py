@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxdia.client.defences import Defence, Step, as_defence, identity
-from jaxdia.client.local import LocalUpdate, draw_masks, local_gradient
+from jaxdia.client.local import LocalUpdate, as_local, draw_masks, local_gradient
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.core.errors import InputError
@@ -120,8 +120,7 @@ def observe(
   _check_batch(model, images, labels, statistics)
   dtype = jnp.result_type(*jax.tree.leaves(params))
   images, labels = jnp.asarray(images, dtype), jnp.asarray(labels, jnp.int32)
-  if local is not None and local.is_gradient:
-    local = None
+  local = as_local(local)
   masks = draw_masks(key, model, local, images.shape[0], dtype)
   gradient = _compiled_gradient(model, params, masks, images, labels, loss, local)
   step = None if local else Step(model, params, masks, images, labels, loss)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxdia.client import Observation, mask_shapes
+from jaxdia.client import Observation, mask_shapes, steps_of
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.machine import memory_of
 from jaxdia.engine.jobs import RECORDED
@@ -57,11 +57,11 @@ def _lane_bytes(model: DropoutModel, observation: Observation) -> int:
   entries = sum(int(np.prod(shape)) for shape in masks.values())
   formed = sum(leaf.size for leaf in jax.tree.leaves(observation.params))
   thin = patches = 0
-  draws = local.draws if local else 1
+  draws, each = steps_of(local, size)
   layers = choose_layers(model, size, "auto", local, observation.defence)
   factored = {x.path for x in layers}
   as_products = model.as_products()
-  for layer in model.products(local.images_a_step(size) if local else size):
+  for layer in model.products(each):
     if layer.path in factored:
       formed -= layer.inputs * layer.outputs
       thin += draws * sum(layer.rows) * (layer.inputs + layer.outputs)

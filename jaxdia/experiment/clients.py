@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxdia import data
-from jaxdia.client import LocalUpdate, Observation, Secret, observe, shuffled
+from jaxdia.client import LocalUpdate, Observation, Secret, as_local, observe, shuffled
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Key, Masks, Params
 from jaxdia.experiment.config import ClientsSettings, DataSettings
@@ -88,7 +88,7 @@ class Clients:
     local, size = settings.local.update, settings.data.batch_size
     if settings.local.shuffle:
       local = shuffled(jax.random.fold_in(key, 2), local, size)
-    self.local: LocalUpdate | None = None if local.is_gradient else local
+    self.local: LocalUpdate | None = as_local(local)
     count = settings.data.gradients
     pairs = Lazy(count, self._observe, KEPT)
     self.observations: Sequence[Observation] = Lazy(count, lambda i: pairs[i][0])

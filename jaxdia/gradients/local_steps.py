@@ -34,15 +34,15 @@ class Rows(NamedTuple):
   deltas: Float[Array, "rows outputs"]
 
 
-# step(leaves, {path: what is to be added to the kernel}, masks, images, labels)
+# gradient(leaves, {path: what is to be added to the kernel}, masks, images, labels)
 # -> (gradient by the leaves, {path: kernel gradient})
-Step = Callable[
+StepGradient = Callable[
   [Leaves, dict[Path, Rows], Masks | None, Images, Labels], tuple[Leaves, dict[Path, Rows]]
 ]
 
 
 def local_rows(
-  step: Step,
+  gradient: StepGradient,
   leaves: Leaves,
   layers: Sequence[DenseLayer],
   masks: Masks | None,
@@ -53,7 +53,7 @@ def local_rows(
   """Returns what clients send after local steps of SGD; see `jaxdia.client.local_gradient`.
 
   Args:
-    step: the gradient of one step.
+    gradient: of one step.
     leaves: of the params, those whose gradient is formed.
     layers: those whose kernel gradients are not.
     masks: {site: f[draws, shape]}; None for the network without dropout.
@@ -87,8 +87,8 @@ def local_rows(
     added = {
       path: Rows(_flat(rows.inputs), _flat(by_step * rows.deltas)) for path, rows in history.items()
     }
-    gradient, found = step(here, added, masks, images[chosen], labels[chosen])
-    trace = {path: momentum * x + gradient[path] for path, x in trace.items()}
+    formed, found = gradient(here, added, masks, images[chosen], labels[chosen])
+    trace = {path: momentum * x + formed[path] for path, x in trace.items()}
     moved = {path: x + trace[path] for path, x in moved.items()}
     sent = {path: x + trace[path] for path, x in sent.items()}
     history = {

@@ -20,7 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from jaxdia.client import CROSS_ENTROPY, LocalUpdate, Loss, Observation, local_gradient
+from jaxdia.client import (
+  CROSS_ENTROPY,
+  LocalUpdate,
+  Loss,
+  Observation,
+  local_gradient,
+  steps_of,
+)
 from jaxdia.client.defences import Defence, Step, identity
 from jaxdia.core.precision import full_precision
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
@@ -114,8 +121,8 @@ def choose_layers(
     return ()
   if local and local.optimizer != "sgd":  # Adam's way is not thin
     return ()
-  draws = local.draws if local else 1
-  layers = model.products(local.images_a_step(batch_size) if local else batch_size)
+  draws, each = steps_of(local, batch_size)
+  layers = model.products(each)
   return layers if method == "factored" else tuple(x for x in layers if _is_cheaper(x, draws))
 
 
@@ -154,13 +161,13 @@ def prepare(
   noise = defence.noise(gradient, size)
   kernels = {}
   local = observation.local
+  draws, _ = steps_of(local, size)
   for layer in choose_layers(model, size, method, local, defence):
     kernel = gradient.pop((*layer.path, "kernel"), None)
     if kernel is None:  # of a frozen layer
       continue
     kernel = kernel.reshape(layer.inputs, layer.outputs)  # it may have more axes than a matrix
-    rank = sum(layer.rows) * (local.draws if local else 1)
-    factors = factorize(kernel, rank) if compress else None
+    factors = factorize(kernel, draws * sum(layer.rows)) if compress else None
     kernels[layer.path] = kernel if factors is None else factors
   names = ("params", "labels", "mean", "std", "averages", "local")
   fields = {name: getattr(observation, name) for name in names}
@@ -232,10 +239,9 @@ def compare(
   Returns:
     The comparison; differentiable by masks, images and labels.
   """
-  batch_size = images.shape[0]
   layers = []
   if target.kernels:
-    each = local.images_a_step(batch_size) if local else batch_size
+    _, each = steps_of(local, images.shape[0])
     layers = [x for x in model.products(each) if x.path in target.kernels]
   leaves = leaves_by_path(params)
   fixed = {path: leaves[path] for path in leaves if path not in target.formed}
