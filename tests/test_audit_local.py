@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from audit_cases import config_of, write
+from audit_cases import config_of, nets, write
 
 from jaxdia import audit, data, models
 from jaxdia.audit.attempts import prove
@@ -12,7 +12,9 @@ from jaxdia.client import LocalUpdate, client_gradient, observe
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import leaves_by_name
 from jaxdia.models import sample_masks
+from jaxdia.report import write_audit_report
 
+__all__ = ["nets"]  # a fixture
 EPOCHS, RATE = 3, 0.02
 
 
@@ -51,6 +53,20 @@ def test_what_was_found_is_held_against_all_steps():
   assert true.residual < 1e-5 and abs(true.factor - 1) < 1e-5
   swapped = prove(model, seen, secret.masks, images[::-1], labels[::-1])
   assert swapped.residual > 0.1
+
+
+@pytest.mark.parametrize(
+  "fields, said",
+  [
+    ({"learning_rate": None}, "weights before and after 1 step at an unknown learning rate"),
+    ({}, "weights before and after 1 step at learning rate 0.1"),
+    ({"local_epochs": 2}, "weights before and after the update of a client (2 x 1 steps of sgd at"),
+  ],
+)
+def test_the_report_says_what_came_between_the_weights(fields, said, tmp_path):
+  write(tmp_path, "linen")
+  audit.run(config_of(tmp_path, "linen", "after", **fields), tmp_path / "run")
+  assert said in write_audit_report(tmp_path / "run").read_text()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What an experiment is about to attempt, for a person to read."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -10,9 +11,9 @@ from jaxdia.attacks import Attack
 from jaxdia.client import defences, mask_shapes
 from jaxdia.core.errors import InputError
 from jaxdia.engine import Plan
+from jaxdia.experiment import local
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
-from jaxdia.experiment.local import LocalSettings
 from jaxdia.experiment.network import common_rate
 
 _MASKS = {
@@ -50,7 +51,7 @@ def describe(
     f"  model    {settings.model.name}, dropout rate {common_rate(model):g} at {len(model.sites)}"
     " sites, random weights",
     "  threat   an honest-but-curious server knows the weights, the dropout rates and"
-    f" {_sent(settings.local)}",
+    f" {local.describe(dataclasses.asdict(settings.local)) or 'one client gradient'}",
     f"  known    {gradient:,} gradient entries a batch",
     f"  defence  {defences.describe(settings.defence)}{_privacy(settings.defence)}",
   ]
@@ -73,17 +74,6 @@ def describe(
       f" {device.platform} device(s) ({device.device_kind})"
     )
   return "\n".join([*lines, f"  run      {what}{'' if searches else ', each once'}"])
-
-
-def _sent(local: LocalSettings) -> str:
-  """Returns what of a client the server sees."""
-  if local.update.is_gradient:
-    return "one client gradient"
-  parts = [f"{local.epochs} x {local.steps} steps of {local.optimizer} at {local.learning_rate:g}"]
-  parts += [f"momentum {local.momentum:g}"] * bool(local.momentum)
-  parts += ["in a new order each epoch"] * local.shuffle
-  whose = "a client" if local.clients == 1 else f"{local.clients} clients, averaged"
-  return f"the update of {whose} ({', '.join(parts)})"
 
 
 def _privacy(defence: defences.Defence) -> str:

@@ -1,6 +1,8 @@
 """What the clients of an experiment do before they send anything."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from jaxdia.client import LocalUpdate
 from jaxdia.client.local import Optimizer
@@ -38,3 +40,22 @@ class LocalSettings:
     fields = dataclasses.asdict(self)
     del fields["shuffle"]
     return LocalUpdate(**fields)
+
+
+def describe(local: Mapping[str, Any]) -> str | None:
+  """Returns what clients do before they send anything, for people to read; None for one gradient.
+
+  Args:
+    local: fields of `LocalSettings`, of which results of other versions may lack some.
+  """
+  fields = dataclasses.asdict(LocalSettings()) | dict(local)
+  counts = tuple(fields[name] for name in ("epochs", "steps", "clients"))
+  if counts == (1, 1, 1) and fields["optimizer"] == "sgd":
+    return None
+  parts = [
+    f"{counts[0]} x {counts[1]} steps of {fields['optimizer']} at {fields['learning_rate']:g}"
+  ]
+  parts += [f"momentum {fields['momentum']:g}"] * bool(fields["momentum"])
+  parts += ["in a new order each epoch"] * bool(fields["shuffle"])
+  whose = "a client" if counts[2] == 1 else f"{counts[2]} clients, averaged"
+  return f"the update of {whose} ({', '.join(parts)})"

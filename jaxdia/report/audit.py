@@ -10,6 +10,7 @@ from jaxdia.audit import images_path
 from jaxdia.audit.schema import VERDICTS, Audit, Update
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz
+from jaxdia.experiment.local import describe
 from jaxdia.experiment.progress import duration
 from jaxdia.report import figures, words
 from jaxdia.report.page import write_page
@@ -139,22 +140,22 @@ def _known(audit: Audit) -> list[tuple[str, str]]:
   if settings["gradient"]:
     rows.append(("update", "a gradient"))
   else:
-    steps = _steps(settings)
     what = "weights before and after" if settings["after"] else "difference of the weights after"
-    rows.append(("update", f"{what} {steps} at learning rate {settings['learning_rate']:g}"))
+    rows.append(("update", f"{what} {_training(settings)}"))
   if settings["weight_decay"]:
     rows.append(("weight decay", f"{settings['weight_decay']:g}"))
   return rows
 
 
-def _steps(settings: dict[str, Any]) -> str:
-  epochs, steps = settings.get("local_epochs", 1), settings["local_steps"]
-  text = f"{steps} step{'s' * (steps != 1)}" if epochs == 1 else f"{epochs} epochs of {steps}"
-  text += " of Adam" * (settings.get("optimizer") == "adam")
-  if settings.get("momentum"):
-    text += f" with momentum {settings['momentum']:g}"
-  clients = settings.get("clients", 1)
-  return text + (f" of {clients} clients, averaged," if clients > 1 else "")
+def _training(settings: dict[str, Any]) -> str:
+  """Returns what came between the weights; of older audits too, which know steps alone."""
+  names = {"epochs": "local_epochs", "steps": "local_steps"}
+  names |= {name: name for name in ("learning_rate", "optimizer", "momentum", "clients")}
+  steps = describe({field: settings[name] for field, name in names.items() if name in settings})
+  if steps is not None:
+    return steps
+  rate = settings["learning_rate"]
+  return f"1 step at {'an unknown learning rate' if rate is None else f'learning rate {rate:g}'}"
 
 
 def _loss(loss: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from jaxdia.evaluation import NEARLY_EXACT_SSIM, RECOGNISABLE_SSIM
+from jaxdia.experiment.local import describe
 from jaxdia.experiment.progress import duration
 from jaxdia.experiment.schema import Row
 from jaxdia.report.results import Cell, Study
@@ -190,10 +191,10 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
     texts.append(
       f"Each image was attacked under {times} sets of dropout masks, and counts for each."
     )
-  if steps := {_steps(cell.config.local) for cell in study.done} - {None}:
+  if steps := {describe(cell.config.local) for cell in study.done} - {None}:
     texts.append(
-      "Clients trained for several local steps before they sent anything:"
-      f" {'; '.join(sorted(steps))}. All attacks knew how many, and the images of each."
+      f"The server saw {'; '.join(sorted(steps))}. All attacks knew the steps, and which images"
+      " were in each."
     )
   if defended := {row.defence for cell in study.done for row in cell.rows} - {None, "none"}:
     texts.append(
@@ -224,15 +225,6 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
     text += f" {attack_label(attack)} rebuilt lies nearer to its own original than to any other"
     texts.append(text + (f" of a pool of {pool} images." if pool else "."))
   return texts
-
-
-def _steps(local: dict[str, Any]) -> str | None:
-  """Returns what clients did between two looks of the server, if it is more than a step."""
-  counts = {name: local.get(name) or 1 for name in ("epochs", "steps", "clients")}
-  if max(counts.values()) == 1:
-    return None
-  text = f"{counts['epochs']} epochs of {counts['steps']} steps at {local.get('learning_rate')}"
-  return text + f", the mean of {counts['clients']} clients" * (counts["clients"] > 1)
 
 
 def _told(study: Study, attack: str) -> str:
