@@ -17,7 +17,7 @@ from jaxdia.closed_form import spaces as planes
 from jaxdia.closed_form import sparse
 from jaxdia.closed_form.found import MOST_ALLOWED, OF_ROUNDING, tolerance_of
 from jaxdia.closed_form.missing import Completed, complete, is_pruned
-from jaxdia.closed_form.noise import filled, find_levels
+from jaxdia.closed_form.noise import Spectrum, find_levels, spectrum
 from jaxdia.closed_form.parts import NO_LABEL
 from jaxdia.closed_form.structure import Chain, activate
 from jaxdia.core.types import Gradient, Key, Params
@@ -127,14 +127,15 @@ def solve(
     x.matrix * rows[:, None] * columns for x, (rows, columns) in zip(parts, told, strict=True)
   ]
   pruned = any(part.pruned for part in parts)
-  levels = find_levels(matrices, batch_size, max(rounding, *(x.share for x in parts)), noise)
+  spectra = [spectrum(matrix) for matrix in matrices]
+  levels = find_levels(spectra, batch_size, max(rounding, *(x.share for x in parts)), noise)
   level = max(one.share for one in levels)
   shares = np.minimum([one.share for one in levels], MOST_ALLOWED)
   zeros = (rate or 0.0, chains.may_be_silent(links.silent[0]), float(np.max(shares[:2])))
   # Each by itself: an image that is there twice has one dimension before dropout, and two after it.
   found_ranks = [
-    _rank(matrix, batch_size, most_noise, one.share)
-    for matrix, one in zip(matrices, levels, strict=True)
+    _rank(seen, batch_size, most_noise, one.share)
+    for seen, one in zip(spectra, levels, strict=True)
   ]
   ranks, noises = zip(*found_ranks, strict=True)
   rank, outside = min(ranks), max(noises)
@@ -184,23 +185,21 @@ def _whole(matrix: np.ndarray, size: int) -> Completed:
   return Completed(matrix, rows, columns, 0.0, False)
 
 
-def _rank(matrix: np.ndarray, most: int, most_noise: float, level: float) -> tuple[int, float]:
-  """Returns the numerical rank of a matrix, or `most` if it is higher, and `Batch.noise`.
+def _rank(seen: Spectrum, most: int, most_noise: float, level: float) -> tuple[int, float]:
+  """Returns the numerical rank of a gradient, or `most` if it is higher, and `Batch.noise`.
 
   The first singular value beyond the batch size is rounding (or noise). A larger one counts if that
   is less than the share `most_noise` of it, with more than which nothing is looked for: so an image
   that hardly stands out hides no other.
   """
-  # Units that are off in all images make a layer narrower.
-  matrix = filled(matrix)
-  values = np.linalg.svd(matrix, compute_uv=False)
+  values = seen.values
   if len(values) <= most:
     return int(np.sum(values > _NO_DIMENSION * np.max(values, initial=0))), 0.0
   rest = values[most]
   rank = int(np.sum(rest < most_noise * values[:most]))
   # Of a gradient that is exact, or whose noise is known, samples may be lost in it; of another, the
   # first to be left out is about as large as the last that is not.
-  known = level * np.linalg.norm(values) * sum(n**-0.5 for n in matrix.shape)
+  known = level * np.linalg.norm(values) * sum(n**-0.5 for n in seen.shape)
   least = values[rank - 1] if 0 < rest < _OF_EDGE * known else values[most - 1]
   return rank, float(rest / max(least, 1e-300))
 

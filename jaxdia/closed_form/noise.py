@@ -18,6 +18,18 @@ _FILLED = 0.03
 _LEAST_VALUES = 6
 
 
+class Spectrum(NamedTuple):
+  """The singular values of a layer's gradient, without units that are off in all images.
+
+  Attributes:
+    values: f64[least of the shape], in descending order.
+    shape: rows and columns that are not all zero.
+  """
+
+  values: np.ndarray
+  shape: tuple[int, int]
+
+
 class Level(NamedTuple):
   """How noisy the gradient of a layer is.
 
@@ -30,8 +42,18 @@ class Level(NamedTuple):
   std: float
 
 
+def spectrum(matrix: np.ndarray) -> Spectrum:
+  """Returns the singular values of a gradient.
+
+  Args:
+    matrix: f64[inputs, outputs].
+  """
+  filled = matrix[matrix.any(axis=1)][:, matrix.any(axis=0)]
+  return Spectrum(np.linalg.svd(filled, compute_uv=False), filled.shape)
+
+
 def find_levels(
-  matrices: list[np.ndarray],
+  spectra: list[Spectrum],
   batch_size: int,
   rounding: float,
   noise: float | None,
@@ -39,7 +61,7 @@ def find_levels(
   """Returns how noisy the gradients of layers are.
 
   Args:
-    matrices: f64[inputs, outputs], the gradients.
+    spectra: of their gradients.
     batch_size: of the client.
     rounding: the least share, as of rounding that is known.
     noise: standard deviation of an entry, if it is known; else it is estimated.
@@ -47,10 +69,9 @@ def find_levels(
   Returns:
     One for each. A layer too narrow to show its noise has as much as the one that shows most.
   """
-  matrices = [filled(matrix) for matrix in matrices]
-  stds = [_estimate(matrix, batch_size) if noise is None else noise for matrix in matrices]
-  sizes = [max(float(np.linalg.norm(matrix)), 1e-300) for matrix in matrices]
-  counts = [np.sqrt(matrix.size) for matrix in matrices]
+  stds = [_estimate(one, batch_size) if noise is None else noise for one in spectra]
+  sizes = [max(float(np.linalg.norm(one.values)), 1e-300) for one in spectra]
+  counts = [np.sqrt(np.prod(one.shape)) for one in spectra]
   shown = [std for std in stds if std is not None]
   stds = [max(shown, default=0.0) if std is None else std for std in stds]
   shares = [std * n / size for std, n, size in zip(stds, counts, sizes, strict=True)]
@@ -63,17 +84,12 @@ def find_levels(
   return levels
 
 
-def filled(matrix: np.ndarray) -> np.ndarray:
-  """Returns a matrix without the rows and columns that are all zero: units off in all images."""
-  return matrix[matrix.any(axis=1)][:, matrix.any(axis=0)]
-
-
-def _estimate(matrix: np.ndarray, rank: int) -> float | None:
+def _estimate(seen: Spectrum, rank: int) -> float | None:
   """Returns the standard deviation of an entry; 0 for none, None if it does not show."""
-  rest = np.linalg.svd(matrix, compute_uv=False)[rank:]
+  rest = seen.values[rank:]
   if len(rest) < _LEAST_VALUES:
     return None
   smaller = rest[len(rest) // 2 :]
   if not np.mean(smaller**2) > (_FILLED**2) * np.mean(rest**2):
     return 0.0
-  return float(np.sqrt(np.sum(rest**2) / ((matrix.shape[0] - rank) * (matrix.shape[1] - rank))))
+  return float(np.sqrt(np.sum(rest**2) / np.prod([n - rank for n in seen.shape])))
