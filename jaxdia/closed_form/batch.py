@@ -19,6 +19,7 @@ from jaxdia.closed_form.found import MOST_ALLOWED, OF_ROUNDING, tolerance_of
 from jaxdia.closed_form.missing import Completed, complete, is_pruned
 from jaxdia.closed_form.noise import Spectrum, find_levels, spectrum
 from jaxdia.closed_form.parts import NO_LABEL
+from jaxdia.closed_form.serial import batched_map
 from jaxdia.closed_form.structure import Chain, activate
 from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
@@ -297,8 +298,8 @@ def _see(first, second, zero, zeros_of):
 @jax.jit
 def _refine(first, second, zero, rate, silent, rounding):
   off = jnp.zeros(zero.shape[1], bool)  # none is known to be
-  return jax.lax.map(
-    lambda one: chains.refine(first, second, one, off, rate, silent, rounding), zero, batch_size=64
+  return batched_map(
+    lambda one: chains.refine(first, second, one, off, rate, silent, rounding), zero
   )
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxdia.client import Loss
 from jaxdia.closed_form.found import tolerance_of
 from jaxdia.closed_form.parts import NO_LABEL
+from jaxdia.closed_form.serial import after, batched_map
 from jaxdia.closed_form.spaces import (
   Space,
   first_inputs,
@@ -124,6 +125,7 @@ def refine(
   chosen = zeros.zero & (zeros.gap > LEAST_GAP)  # a sample may have dropped nothing
   kept = on * (1 - chosen.astype(on.dtype))
   delta, inputs = vectors(1 - kept)
+  kept = after(kept, delta)
   # What only seemed dropped can be seen again in these, so they are not made zero there.
   return kept, on * delta, on * inputs
 
@@ -191,10 +193,8 @@ def complete(
   Returns:
     The samples, with leading axis k.
   """
-  return jax.lax.map(
-    lambda one: _complete(model, links, params, spaces, batch_size, loss, levels, std, *one),
-    known,
-    batch_size=64,
+  return batched_map(
+    lambda one: _complete(model, links, params, spaces, batch_size, loss, levels, std, *one), known
   )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.closed_form.serial import after
 from jaxdia.core.types import Params
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import DenseLayer
@@ -249,7 +250,8 @@ def first_inputs(
   # By c and the scale; the coordinates are their product.
   by_theta = jnp.concatenate([scale * jnp.eye(rank), scale * theta[None, :rank]]).T
   left = jnp.sqrt(jnp.sum(r**2) / jnp.maximum(count, 1))
-  return scale * theta[:rank], _spread(jacobian, r, padding, by_theta), left
+  spread = _spread(jacobian, r, padding, by_theta)
+  return after(scale * theta[:rank], spread), spread, left
 
 
 def _spread(jacobian, left, padding, by=None):
@@ -290,7 +292,7 @@ def _straight_inputs(first, layer, activation, rows, kept, h):
 
   solutions, losses, spreads = jax.vmap(solve)(jnp.asarray([1.0, -1.0]))
   best = jnp.argmin(losses)
-  c, spread = solutions[best], spreads[best]
+  c, spread = after(solutions, spreads)[best], spreads[best]
   size = 1 / (c @ first.left[-1]) if layer.biased else 1.0
   fit = jnp.sqrt(losses[best] / jnp.maximum(jnp.sum(kept), 1))
   return size * c, jnp.abs(size) * spread, fit

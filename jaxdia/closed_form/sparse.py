@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.closed_form.noise import CLEAN
+from jaxdia.closed_form.serial import batched_map
 
 _STEPS = 110
 _SHRINK = 0.9
@@ -79,7 +80,7 @@ def _search(points, counts, padding, starts, scale):
 
     return jax.lax.fori_loop(0, _STEPS, step, (q, scale / jnp.sqrt(rank)))[0]
 
-  return jax.lax.map(one, starts, batch_size=64)
+  return batched_map(one, starts)
 
 
 def normal(points: jax.Array, chosen: jax.Array, padding: jax.Array) -> jax.Array:
@@ -101,8 +102,7 @@ def normal(points: jax.Array, chosen: jax.Array, padding: jax.Array) -> jax.Arra
 
 
 def _least_eigenvector(matrix, padding, start, steps):
-  # Inverse iteration, not eigh: it is cheaper, and batched LAPACK calls that may run side by side
-  # can wait for each other for ever on a CPU with few cores (jaxlib 0.10.2), so there is one chain.
+  # Inverse iteration, not eigh: it is cheaper, and one chain of LAPACK calls (see `serial`).
   trace = jnp.trace(matrix)
   size = jnp.where(trace > 0, trace, 1.0)  # of no points, any vector will do
   factor = jax.scipy.linalg.cho_factor(
@@ -196,7 +196,7 @@ def examine(
       zeros = split_zeros(points @ q, counts, least, most, rounding)
     return zeros
 
-  return jax.lax.map(one, normals, batch_size=64)
+  return batched_map(one, normals)
 
 
 def bounds(
