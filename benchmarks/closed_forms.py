@@ -9,7 +9,6 @@ python benchmarks/closed_forms.py --cases=mlp:digits:8:0.5 --train_steps=100   #
 import dataclasses
 import time
 
-import digits
 import jax
 import numpy as np
 from absl import flags
@@ -68,7 +67,7 @@ def main() -> None:
 
 def _load(dataset, size):
   if dataset == "digits":
-    return digits.load()[1]
+    return data.load("sklearn:digits/test", data.available("sklearn:digits/test"))
   source = (_SOURCE.value or "samples:{}").replace("{}", dataset)
   options = {"image_size": 224 if dataset == "imagenet" else None, "statistics": dataset}
   try:
@@ -88,9 +87,9 @@ def _victims(name, dataset, size, rate):
   if _TRAIN_STEPS.value:
     if dataset != "digits":
       raise InputError(f"--train_steps is for digits, not {dataset}, of which there are too few.")
-    seen = digits.load()[0]
+    seen = data.load("sklearn:digits/train", data.available("sklearn:digits/train"))
     inputs = data.normalize(seen.images, seen.statistics)
-    params, _ = train(jax.random.key(1), model, params, inputs, seen.labels, _TRAIN_STEPS.value)
+    params = train(jax.random.key(1), model, params, inputs, seen.labels, _TRAIN_STEPS.value)
     reached = float(accuracy(model, params, images, victims.labels))
   pairs = []
   for i in range(_BATCHES.value):

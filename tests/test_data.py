@@ -273,6 +273,6 @@ def test_statistics_are_checked(mean, std, message):
 
 def test_each_data_set_is_known_in_one_place():
   for name, known in data.DATASETS.items():
-    assert data.available(f"samples:{name}") == 20
+    assert known.samples is None or data.available(f"samples:{name}") == 20
     assert data.statistics_of(name) is data.STATISTICS[name] is known.statistics
   assert data.statistics_of("neutral") is data.NEUTRAL

@@ -1,4 +1,4 @@
-"""Training as clients do it, with dropout: weights that have learnt something."""
+"""Training by what clients send, with dropout and defences: weights that have learnt something."""
 
 import functools
 from typing import Any
@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdia.client.defences import Defence, Step, identity
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
-from jaxdia.client.step import client_loss
+from jaxdia.client.step import client_gradient
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.types import Key, Params
 from jaxdia.models import DropoutModel, sample_masks
@@ -23,55 +24,68 @@ def train(
   steps: int,
   *,
   batch_size: int = 64,
+  clients: int = 1,
   learning_rate: float = 1e-3,
   loss: Loss = CROSS_ENTROPY,
-) -> tuple[Params, jax.Array]:
-  """Trains a network with its dropout by Adam.
+  defence: Defence = identity,
+) -> Params:
+  """Trains a network with its dropout: the server descends the mean of what clients send by Adam.
 
   Args:
-    key: random key, of the batches and the masks.
+    key: random key, of the batches, the masks and what defences draw. The first steps of a longer
+      training with the same key are those of a shorter one.
     model: the network.
     params: to begin with.
     images: f[N, H, W, C], normalised, of the params' type.
     labels: i[N] classes.
     steps: how many.
-    batch_size: of each step, drawn from all images.
+    batch_size: of each client in a step.
+    clients: in a step; their images are drawn from all, and differ.
     learning_rate: of Adam.
     loss: of the logits.
+    defence: what each client does to its gradient before it sends it.
 
   Returns:
-    The trained params; and f[steps], the loss of each batch.
+    The trained params.
 
   Raises:
-    InputError: there are fewer images than a batch takes, or a number is no count.
+    InputError: there are fewer images than the clients of a step take, a number is no count, or the
+      defence does not suit the network.
   """
   images, labels = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
   steps, batch_size = check_count("steps", steps, 1), check_count("batch_size", batch_size, 1)
-  if batch_size > len(images):
+  clients = check_count("clients", clients, 1)
+  if clients * batch_size > len(images):
     raise InputError(
-      f"batch_size is {batch_size}; expected no more than the {len(images)} images to train on."
+      f"{clients} clients with batch_size {batch_size} take {clients * batch_size} images a step;"
+      f" expected no more than the {len(images)} images to train on."
     )
-  keys = jax.random.split(key, steps)
-  return _train(keys, model, params, images, labels, batch_size, learning_rate, loss)
+  shape = (clients, batch_size)
+  return _train(key, model, params, images, labels, steps, learning_rate, defence, shape, loss)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 7))
-def _train(keys, model, params, images, labels, batch_size, learning_rate, loss):
+@functools.partial(jax.jit, static_argnums=(8, 9))
+def _train(key, model, params, images, labels, steps, learning_rate, defence, shape, loss):
   optimizer = optax.adam(learning_rate)
 
-  def step(carry, key):
-    params, state = carry
-    of_batch, of_masks = jax.random.split(key)
-    chosen = jax.random.choice(of_batch, len(images), (batch_size,), replace=False)
-    masks = sample_masks(of_masks, model, batch_size, images.dtype)
-    value, gradient = jax.value_and_grad(client_loss, argnums=1)(
-      model, params, masks, images[chosen], labels[chosen], loss
-    )
-    updates, state = optimizer.update(gradient, state)
-    return (optax.apply_updates(params, updates), state), value
+  def send(key, params, images, labels):
+    of_masks, of_defence = jax.random.split(key)
+    masks = sample_masks(of_masks, model, len(images), images.dtype)
+    gradient = client_gradient(model, params, masks, images, labels, loss)
+    return defence(of_defence, gradient, Step(model, params, masks, images, labels, loss))
 
-  (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), keys)
-  return params, losses
+  def step(number, carry):
+    params, state = carry
+    of_batches, *of_clients = jax.random.split(jax.random.fold_in(key, number), 1 + shape[0])
+    chosen = jax.random.choice(of_batches, len(images), shape, replace=False)
+    sent = jax.vmap(send, (0, None, 0, 0))(
+      jnp.stack(of_clients), params, images[chosen], labels[chosen]
+    )
+    mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), sent)
+    updates, state = optimizer.update(mean, state)
+    return optax.apply_updates(params, updates), state
+
+  return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
 
 
 @jax.jit

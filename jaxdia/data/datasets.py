@@ -10,20 +10,20 @@ class Dataset(NamedTuple):
   """What is public of a data set.
 
   Attributes:
-    samples: how the names of foolbox's files with its images begin.
+    samples: how the names of foolbox's files with its images begin; None if it has none.
     num_classes: how many.
     statistics: mean and standard deviation of its pixels.
     class_names: one a class in the order of the labels, or None if they are not kept here.
   """
 
-  samples: str
+  samples: str | None
   num_classes: int
   statistics: Statistics
   class_names: tuple[str, ...] | None = None
 
 
 # The statistics of MNIST, CIFAR-10 and ImageNet: as the paper's authors use them. The other two:
-# of the training sets, as commonly published.
+# of the training sets, as commonly published. Of digits: of `sklearn:digits/train`.
 DATASETS: dict[str, Dataset] = {
   "mnist": Dataset(
     samples="mnist",
@@ -61,6 +61,12 @@ DATASETS: dict[str, Dataset] = {
     samples="imagenet",
     num_classes=1000,
     statistics=Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  ),
+  "digits": Dataset(
+    samples=None,
+    num_classes=10,
+    statistics=Statistics(0.3054157495498657, 0.37600651383399963),
+    class_names=tuple("0123456789"),
   ),
 }
 STATISTICS: dict[str, Statistics] = {name: known.statistics for name, known in DATASETS.items()}

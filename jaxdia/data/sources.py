@@ -17,6 +17,9 @@ from jaxdia.core.files import UnreadableFile, read_npz
 from jaxdia.data.datasets import DATASETS
 from jaxdia.data.pictures import ENDINGS, read_picture
 
+# The splits of scikit-learn's 1,797 digits, in a random order that is always the same.
+DIGITS = {"train": slice(None, 1400), "test": slice(1400, None)}
+
 
 class Raw(NamedTuple):
   """What a source gives.
@@ -39,15 +42,16 @@ class Raw(NamedTuple):
 
 
 def _samples(name: str, wanted: slice) -> Raw:
-  if name not in DATASETS:
-    raise unknown("data set of samples:", name, DATASETS)
+  with_samples = {known: dataset for known, dataset in DATASETS.items() if dataset.samples}
+  if name not in with_samples:
+    raise unknown("data set of samples:", name, with_samples)
   spec = importlib.util.find_spec("foolbox")  # only its files: it need not be imported
   if spec is None or not spec.submodule_search_locations:
     raise InputError(
       f"samples:{name} needs the images that the package foolbox ships. Run"
       ' pip install "jaxdia[samples]", or choose another source.'
     )
-  known = DATASETS[name]
+  known = with_samples[name]
   folder = pathlib.Path(spec.submodule_search_locations[0]) / "data"
   found = {}
   for path in folder.iterdir():
@@ -57,6 +61,26 @@ def _samples(name: str, wanted: slice) -> Raw:
   images = [read_picture(path) for path, _ in files[wanted]]
   labels = [label for _, label in files[wanted]]
   return Raw(images, labels, known.num_classes, name, len(files), known.class_names)
+
+
+def _sklearn(name: str, wanted: slice) -> Raw:
+  splits = {f"digits/{split}": part for split, part in DIGITS.items()}
+  if name not in splits:
+    raise unknown("data set of sklearn:", name, splits)
+  try:
+    from sklearn.datasets import load_digits  # slow to import, and only this source needs it
+  except ImportError as error:
+    raise InputError(
+      f"sklearn:{name} needs the package scikit-learn ({first_line(error)}). Run"
+      ' pip install "jaxdia[digits]", or choose another source.'
+    ) from error
+  digits: Any = load_digits()
+  # Shuffled, so that the splits are alike.
+  chosen = np.random.default_rng(0).permutation(len(digits.images))[splits[name]]
+  images = digits.images[chosen[wanted], :, :, None].astype(np.float32) / 16
+  labels = [int(label) for label in digits.target[chosen[wanted]]]
+  known = DATASETS["digits"]
+  return Raw(list(images), labels, known.num_classes, "digits", len(chosen), known.class_names)
 
 
 def _tfds(name: str, wanted: slice) -> Raw:
@@ -250,6 +274,7 @@ def _in_order(folders: list[pathlib.Path]) -> list[pathlib.Path]:
 
 SOURCES: dict[str, Callable[[str, slice], Raw]] = {
   "samples": _samples,
+  "sklearn": _sklearn,
   "tfds": _tfds,
   "npz": _npz,
   "folder": _folder,

@@ -65,7 +65,8 @@ def load(
 
   Args:
     source: "samples:NAME" (20 real images each of mnist, fashion_mnist, cifar10,
-      cifar100, imagenet; no network), "tfds:NAME/SPLIT", "npz:PATH" (arrays
+      cifar100, imagenet; no network), "sklearn:digits/train" and "sklearn:digits/test"
+      (1,400 and 397 digits of 8 x 8 pixels; no network), "tfds:NAME/SPLIT", "npz:PATH" (arrays
       `images`, uint8, uint16 or float in [0, 1], NHWC, `labels`, and perhaps
       `class_names`) or "folder:PATH" (a sub-folder for each class, labelled in
       alphabetical order; if all names are numbers, in that of the numbers, so that

@@ -184,6 +184,16 @@ _METRICS = (
     columns=(Column("value", "pool", "IIP pool", ("report",)),),
   ),
   Metric(
+    name="accuracy", label="test accuracy", format="{:.1%}", of="attack", larger_is_better=True,
+    meaning="share of images for tests that the network classifies rightly after its training",
+    columns=(Column("value", "test_accuracy", "test accuracy", TABLES),),
+  ),
+  Metric(
+    name="epsilon", label="ε", format="{:.3g}", of="attack", larger_is_better=False,
+    meaning="ε of the differential privacy of an image in the whole training, at δ = 1e-5",
+    columns=(Column("value", "epsilon", "ε", TABLES),),
+  ),
+  Metric(
     name="mask_accuracy", label="masks right", format="{:.1%}", larger_is_better=True,
     meaning="share of the client's dropout mask, kept or dropped, that the attack found; a guess"
     " already gets much of it",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from jaxdia import data
 from jaxdia.client import LocalUpdate, Observation, Secret, as_local, observe, shuffled
+from jaxdia.client.training import accuracy, train
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Key, Masks, Params
 from jaxdia.experiment.config import ClientsSettings, DataSettings
 from jaxdia.experiment.network import create_model, source_digest
+from jaxdia.experiment.training import DELTA
 from jaxdia.models import DropoutModel
 
 # Images among which a reconstruction is to be identified, if the source has so many, and the most
@@ -83,7 +86,10 @@ class Clients:
     self.model: DropoutModel = create_model(settings.model, shape, self.data.num_classes)
     key = jax.random.key(settings.seed)
     params = _draw_params(self.model, jax.random.fold_in(key, 0))
-    self.params: Params = jax.tree.map(lambda x: x.astype(settings.precision), params)
+    params = jax.tree.map(lambda x: x.astype(settings.precision), params)
+    if settings.training.before:
+      params = self._train(jax.random.fold_in(key, 3), params)
+    self.params: Params = params
     self._client_key = jax.random.fold_in(key, 1)
     local, size = settings.local.update, settings.data.batch_size
     if settings.local.shuffle:
@@ -125,6 +131,52 @@ class Clients:
       local=self.local,
     )
 
+  def _train(self, key: Key, params: Params) -> Params:
+    """Returns the weights before the gradients that are attacked."""
+    settings, training = self.settings, self.settings.training
+    return train(
+      key,
+      self.model,
+      params,
+      *self._load(str(training.source)),
+      training.before,
+      batch_size=settings.data.batch_size,
+      clients=training.clients,
+      learning_rate=training.learning_rate,
+      defence=settings.defence,
+    )
+
+  def _load(self, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all images of a source, as those that are attacked are, and their labels."""
+    count, settings = data.available(source), self.settings
+    of_all = dataclasses.replace(
+      settings.data, source=source, offset=0, count=count, batch_size=1, num_classes=None
+    )
+    loaded = load_images(of_all)
+    if loaded.images.shape[1:] != self.data.images.shape[1:]:
+      raise InputError(
+        f"{source} has images of shape {loaded.images.shape[1:]}, but those that are attacked have"
+        f" {self.data.images.shape[1:]}. Set config.data.image_size, or train on others."
+      )
+    if loaded.num_classes > self.data.num_classes:
+      raise InputError(
+        f"{source} has {loaded.num_classes} classes, but the images that are attacked have"
+        f" {self.data.num_classes}. Set config.data.num_classes, or train on others."
+      )
+    images = data.normalize(loaded.images, self.data.statistics)
+    return images.astype(settings.precision), loaded.labels
+
+  def test(self) -> float | None:
+    """Returns the share of the test images that the network gets right, or None.
+
+    Raises:
+      InputError: about these images.
+    """
+    source = self.settings.training.test_source
+    if source is None:
+      return None
+    return float(accuracy(self.model, self.params, *self._load(source)))
+
   @functools.cached_property
   def pool(self) -> np.ndarray:
     """f32[P, H, W, C], pixels of the first images of the source, and of the clients.
@@ -152,6 +204,44 @@ class Clients:
       "data": {"sha256": digest(self.data)},
       "model": {} if source is None else {"sha256": source},
     }
+
+
+@functools.lru_cache(maxsize=8)  # cells of a study differ in when they are attacked
+def _test(settings: ClientsSettings) -> float | None:
+  return Clients(settings).test()
+
+
+def test_accuracy(settings: ClientsSettings) -> float | None:
+  """Returns the share of the test images that the network gets right after its training, or None.
+
+  Args:
+    settings: of the clients.
+
+  Raises:
+    InputError: about the images to train or to test on.
+  """
+  whole = dataclasses.replace(settings.training, attacked_after=None)
+  return _test(settings._replace(training=whole))
+
+
+def epsilon(settings: ClientsSettings) -> float | None:
+  """Returns ε of the whole training at `DELTA`, by `Defence.epsilon`; None if there is none.
+
+  Each step is taken to draw its images by chance, independently of each other.
+
+  Args:
+    settings: of the clients.
+  """
+  training = settings.training
+  if not training.steps:
+    return None
+  count = data.available(str(training.source))
+  share = min(1.0, training.clients * settings.data.batch_size / count)
+  try:
+    found = settings.defence.epsilon(DELTA, training.steps, share)
+  except InputError:  # nothing is installed that computes it
+    return None
+  return found if math.isfinite(found) else None
 
 
 @jax.jit  # once for a network at all its rates

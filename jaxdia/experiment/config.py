@@ -12,8 +12,9 @@ from ml_collections import config_dict
 from jaxdia.attacks import CATALOGUE, AttackSettings
 from jaxdia.client import defences
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
-from jaxdia.data import STATISTICS
+from jaxdia.data import DATASETS
 from jaxdia.experiment.local import LocalSettings
+from jaxdia.experiment.training import TrainingSettings
 from jaxdia.gradients import METHODS, Method
 from jaxdia.models import CONVOLVE, MODELS, Convolve, check_rate
 
@@ -26,7 +27,8 @@ class DataSettings:
   """Which images are attacked; see `jaxdia.data.load`, which checks what it takes.
 
   Attributes:
-    source: where the images come from: samples:NAME, tfds:NAME/SPLIT, npz:PATH or folder:PATH.
+    source: where the images come from: samples:NAME, sklearn:digits/SPLIT, tfds:NAME/SPLIT,
+      npz:PATH or folder:PATH.
     count: number of images.
     offset: index of the first image.
     batch_size: images in one client's batch; it divides `count`.
@@ -144,6 +146,7 @@ class ClientsSettings(typing.NamedTuple):
   precision: str
   data: DataSettings
   model: ModelSettings
+  training: TrainingSettings
   local: LocalSettings
   defence: defences.Defence
 
@@ -157,6 +160,7 @@ class ExperimentSettings:
     precision: floating-point type of weights, gradients and search.
     data: the images.
     model: the network.
+    training: what its weights have learnt.
     local: what the clients do before they send anything.
     defence: what the clients do to their gradients before they send them.
     restarts: trials for each gradient; the one with the best objective counts.
@@ -168,6 +172,7 @@ class ExperimentSettings:
   precision: str = "float32"
   data: DataSettings = DataSettings()
   model: ModelSettings = ModelSettings()
+  training: TrainingSettings = TrainingSettings()
   local: LocalSettings = LocalSettings()
   defence: defences.Defence = defences.identity
   restarts: int = 1
@@ -194,6 +199,7 @@ class ExperimentSettings:
       "precision": self.precision,
       "data": dataclasses.asdict(self.data),
       "model": self.model.to_json(),
+      "training": dataclasses.asdict(self.training),
       "local": dataclasses.asdict(self.local),
       "defence": defences.to_json(self.defence),
       "restarts": self.restarts,
@@ -216,6 +222,7 @@ def default_config() -> ml_collections.ConfigDict:
       "precision": "float32",
       "data": _group(DataSettings),
       "model": ModelSettings().to_json(),
+      "training": _group(TrainingSettings),
       "local": _group(LocalSettings),
       "defence": default_defence(),
       "attack": {"name": "dia", "restarts": 1} | _group(AttackSettings, unset=True),
@@ -255,12 +262,15 @@ def validate(config: ml_collections.ConfigDict) -> ExperimentSettings:
     InputError: a field that does not exist, or a value that it cannot take.
   """
   fields = plain(ml_collections.ConfigDict(config).to_dict())
-  groups = ("data", "model", "local", "defence", "attack", "engine")
+  groups = ("data", "model", "training", "local", "defence", "attack", "engine")
   check_names("config field", fields, ("seed", "precision", *groups))
-  data, model, local, defence, attack, engine = (pop_group(fields, name) for name in groups)
+  data, model, training, local, defence, attack, engine = (
+    pop_group(fields, name) for name in groups
+  )
   return ExperimentSettings(
     data=make_settings(DataSettings, "data", data),
     model=model_settings(model),
+    training=make_settings(TrainingSettings, "training", training),
     local=make_settings(LocalSettings, "local", local),
     defence=make_defence(defence),
     restarts=attack.pop("restarts", 1),
@@ -382,8 +392,9 @@ def config_for(model: str, dataset: str, **options: Any) -> ml_collections.Confi
   Raises:
     InputError: there is no such data set.
   """
-  if dataset not in STATISTICS:
-    raise unknown("data set of the config:", dataset, STATISTICS)
+  with_samples = [name for name, known in DATASETS.items() if known.samples]
+  if dataset not in with_samples:
+    raise unknown("data set of the config:", dataset, with_samples)
   config: Any = default_config()
   config.data.source = f"samples:{dataset}"
   if dataset == "imagenet":

@@ -11,18 +11,17 @@ from jaxdia.attacks import Attack
 from jaxdia.client import defences, mask_shapes
 from jaxdia.core.errors import InputError
 from jaxdia.engine import Plan
-from jaxdia.experiment import local
+from jaxdia.experiment import local, training
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.network import common_rate
+from jaxdia.experiment.training import DELTA
 
 _MASKS = {
   "expected": "no dropout assumed",
   "known": "the client's masks are given to it",
   "free": "masks searched",
 }
-# Of the differential privacy that is said.
-_DELTA = 1e-5
 _LABELS = {"given": "labels given", "recovered": "labels read from the gradient"}
 
 
@@ -49,7 +48,8 @@ def describe(
   lines = [
     f"jaxdia: {d.count} images of {d.source} ({shape}) in {d.batches} batches of {d.batch_size}",
     f"  model    {settings.model.name}, dropout rate {common_rate(model):g} at {len(model.sites)}"
-    " sites, random weights",
+    " sites,"
+    f" {training.describe(dataclasses.asdict(settings.training))}",
     "  threat   an honest-but-curious server knows the weights, the dropout rates and"
     f" {local.describe(dataclasses.asdict(settings.local)) or 'one client gradient'}",
     f"  known    {gradient:,} gradient entries a batch",
@@ -79,10 +79,10 @@ def describe(
 def _privacy(defence: defences.Defence) -> str:
   """Returns what differential privacy a defence promises, if it does."""
   try:
-    epsilon = defence.epsilon(_DELTA)
+    epsilon = defence.epsilon(DELTA)
   except InputError:  # nothing is installed that computes it
     return ""
-  return f", ε = {epsilon:.3g} at δ = {_DELTA:g} for this step" if epsilon < math.inf else ""
+  return f", ε = {epsilon:.3g} at δ = {DELTA:g} for this step" if epsilon < math.inf else ""
 
 
 def _assumptions(attack: Attack) -> str:

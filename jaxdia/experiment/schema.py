@@ -147,6 +147,8 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
     success: curves, by metric.
     iip: share of images that were identified in the pool.
     pool: number of images in it.
+    accuracy: of the network after its training, on images for tests.
+    epsilon: ε of the training.
     oracle: statistics of what the best restart of each client by the truth would have got.
     run_seconds: that the searches took.
     compile_seconds: before them.
@@ -166,6 +168,8 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
   success: dict[str, Curve] = {}
   iip: float | None = None
   pool: int | None = None
+  accuracy: float | None = None
+  epsilon: float | None = None
   oracle: dict[str, Statistics] = {}
   run_seconds: float | None = None
   compile_seconds: float | None = None
@@ -240,6 +244,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
   data: dict[str, Any]
   model: dict[str, Any]
+  training: dict[str, Any] = {}
   local: dict[str, Any] = {}
   defence: dict[str, Any] = {}
   attacks: dict[str, dict[str, Any]]

@@ -17,8 +17,8 @@ def summarize(rows: Sequence[Row], attempted: int, **more: Any) -> AttackSummary
   Args:
     rows: one an image.
     attempted: number of images that were to be attacked.
-    **more: fields of the summary that rows do not tell: told, defence, pool, run_seconds,
-      compile_seconds.
+    **more: fields of the summary that rows do not tell: told, defence, pool, accuracy,
+      epsilon, run_seconds, compile_seconds.
 
   Returns:
     The counts, and for each metric mean, std, median, min and max over the

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jaxdia.attacks import CATALOGUE
 from jaxdia.report.sweeps import Sweep
+from jaxdia.report.tradeoff import METRIC, Point
 from jaxdia.report.words import attack_label, metric
 
 # Okabe and Ito's colours, but for yellow, which cannot be seen on white.
@@ -83,6 +84,35 @@ def sweep_curves(sweep: Sweep, name: str) -> bytes:
     if metric(name).format.endswith("e}"):
       axis.set_yscale("log", nonpositive="clip")
     axis.set(xlabel=_plain(sweep.setting), ylabel=f"{metric(name).label} (median)")
+    return _png(figure)
+
+
+def tradeoff(points: Sequence[Point]) -> bytes:
+  """Draws accuracy against leakage, and names the ways to train that no other beats in both.
+
+  Args:
+    points: of `find_tradeoff`.
+
+  Returns:
+    A PNG.
+  """
+  best = [point for point in points if point.best]
+  with plt.rc_context(_STYLE):
+    size = (6.4, 3.4 + 0.16 * len(best))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.scatter(
+      [p.accuracy for p in points], [p.leakage for p in points], color="#7F7F7F", s=16, zorder=2
+    )
+    front = [p.accuracy for p in best], [p.leakage for p in best]
+    axis.plot(*front, drawstyle="steps-pre", color=_COLOURS[0], linewidth=1.2, zorder=1)
+    for number, point in enumerate(best, 1):
+      at = (point.accuracy, point.leakage)
+      axis.scatter(*at, s=24, color=_COLOURS[0], label=_plain(f"{number}  {point.settings}"))
+      axis.annotate(str(number), at, (4, 4), textcoords="offset points", fontsize=8)
+    axis.set(
+      xlabel=f"{metric('accuracy').label} after the training",
+      ylabel=f"{metric(METRIC).label} of the best attack (median)",
+    )
     return _png(figure)
 
 

@@ -18,6 +18,7 @@ from jaxdia.experiment.table import format_number
 from jaxdia.report import figures, words
 from jaxdia.report.results import Cell, Study, read_study
 from jaxdia.report.sweeps import DRAWN, Sweep, find_sweeps
+from jaxdia.report.tradeoff import find_tradeoff
 from jaxdia.report.verdict import judge
 
 _MAX_PICTURE_CELLS = 6
@@ -113,6 +114,7 @@ def _context(study: Study) -> dict[str, Any]:
       "cells": [(cell, _overview(cell)) for cell in study.done],
     },
     "success": _success(study),
+    "tradeoff": _tradeoff(study),
     "sweeps": _sweeps(study),
     "sites": _sites(study),
     "details": [(cell, _details(cell)) for cell in study.done],
@@ -271,6 +273,20 @@ def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[f
   weights = pd.Series([one.attempted for one in summaries])
   rates = pd.concat(columns, axis=1, join="inner").dot(weights) / max(weights.sum(), 1)
   return list(rates.index), list(rates)
+
+
+def _tradeoff(study: Study) -> tuple[str, str] | None:
+  """Returns the figure of accuracy against leakage, and its text, if there are several points."""
+  points = find_tradeoff(study)
+  if not points:
+    return None
+  best = "; ".join(
+    f"{p.settings}: {words.number('accuracy', p.accuracy)}, SSIM"
+    f" {words.number('ssim', p.leakage)} by {words.attack_label(p.attack)}"
+    for p in points
+    if p.best
+  )
+  return figures.png_uri(figures.tradeoff(points)), f"Not beaten in both: {best}"
 
 
 def _sweeps(study: Study) -> list[dict[str, Any]]:

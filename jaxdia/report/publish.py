@@ -12,6 +12,7 @@ from jaxdia.experiment.table import markdown
 from jaxdia.report import figures
 from jaxdia.report.results import Study, read_study
 from jaxdia.report.sweeps import DRAWN, find_sweeps
+from jaxdia.report.tradeoff import find_tradeoff
 from jaxdia.report.words import attack_label
 
 
@@ -64,6 +65,10 @@ def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.P
     raise InputError(f"cannot write in {folder} ({error}). Choose another folder.") from error
   failed = [cell for cell in study.cells if cell.entry.status != "done"]
   lines += [f"Not done: {cell.name}: {cell.entry.reason or cell.entry.status}" for cell in failed]
+  if points := find_tradeoff(study):
+    picture = figures.tradeoff(points)
+    write_atomically(folder / f"{name}_tradeoff.png", lambda f: f.write(picture))
+    lines.append(f"![test accuracy against what leaks]({name}_tradeoff.png)")
   for sweep in find_sweeps(study):
     pictures = []
     for metric in DRAWN:

@@ -1,6 +1,5 @@
 """What changes with a setting that a study sweeps: the lines of its curves."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,7 +15,7 @@ DRAWN = ("mse_normalized", "ssim")
 # More lines than these cannot be told apart.
 _MAX_LINES = 8
 # Which attacks a cell runs is seen from its lines.
-_NO_AXES = ("seed", "attack.name")
+_NO_AXES = ("seed", "attack.name", "data.offset")
 
 
 class Line(NamedTuple):
@@ -121,12 +120,13 @@ def setting(cell: Cell, name: str, attack: str) -> Any:
 
 
 def _varies(study: Study, name: str) -> bool:
-  """Returns whether a setting has several values for one network, not just one for each."""
-  by_network: dict[Any, list[Cell]] = {}
+  """Returns whether a setting has several values for one attack on one network."""
+  values: dict[Any, set[str]] = {}
   for cell in study.done:
-    by_network.setdefault(cell.config.model.get("name"), []).append(cell)
-  parts = (dataclasses.replace(study, cells=cells) for cells in by_network.values())
-  return any(len(_values(part, name)) > 1 for part in parts)
+    for attack in cell.summary:
+      key = cell.config.model.get("name"), attack
+      values.setdefault(key, set()).add(text(setting(cell, name, attack)))
+  return any(len(found) > 1 for found in values.values())
 
 
 def _values(study: Study, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from jaxdia.evaluation import NEARLY_EXACT_SSIM, RECOGNISABLE_SSIM
-from jaxdia.experiment.local import describe
+from jaxdia.experiment import local, training
 from jaxdia.experiment.progress import duration
 from jaxdia.experiment.schema import Row
 from jaxdia.report.results import Cell, Study
@@ -191,10 +191,16 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
     texts.append(
       f"Each image was attacked under {times} sets of dropout masks, and counts for each."
     )
-  if steps := {describe(cell.config.local) for cell in study.done} - {None}:
+  if steps := {local.describe(cell.config.local) for cell in study.done} - {None}:
     texts.append(
       f"The server saw {'; '.join(sorted(steps))}. All attacks knew the steps, and which images"
       " were in each."
+    )
+  if learnt := {training.describe(cell.config.training) for cell in study.done} - {
+    training.describe({})
+  }:
+    texts.append(
+      f"The server sent {'; '.join(sorted(learnt))}. Accuracies are those of the whole training."
     )
   if defended := {row.defence for cell in study.done for row in cell.rows} - {None, "none"}:
     texts.append(
