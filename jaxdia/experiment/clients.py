@@ -211,7 +211,7 @@ def _test(settings: ClientsSettings) -> float | None:
   return Clients(settings).test()
 
 
-def test_accuracy(settings: ClientsSettings) -> float | None:
+def trained_accuracy(settings: ClientsSettings) -> float | None:
   """Returns the share of the test images that the network gets right after its training, or None.
 
   Args:

@@ -12,7 +12,7 @@ from jaxdia.attacks.told import told
 from jaxdia.client import defences
 from jaxdia.core.files import write_json, write_npz
 from jaxdia.experiment.attack_run import SHOWN, AttackRun
-from jaxdia.experiment.clients import Clients, epsilon, test_accuracy
+from jaxdia.experiment.clients import Clients, epsilon, trained_accuracy
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.grid import write_grid
 from jaxdia.experiment.schema import Row, Summary
@@ -110,7 +110,7 @@ class Experiment:
         told=told(run.attack.masks, run.attack.labels),
         defence=defences.describe(self.settings.defence),
         pool=len(clients.pool),
-        accuracy=test_accuracy(clients.settings),
+        accuracy=trained_accuracy(clients.settings),
         epsilon=epsilon(clients.settings),
         **msgspec.structs.asdict(run.times),
       )
