@@ -26,6 +26,7 @@ IMPORT_NAMES = {
   "absl-py": "absl",
   "orbax-checkpoint": "orbax",
   "pillow": "PIL",
+  "scikit-learn": "sklearn",
   "tensorflow-datasets": "tensorflow_datasets",
 }
 # Asked for, though nothing here imports them: foolbox for the images that it ships, the others by
@@ -51,7 +52,7 @@ def setup():
 
 CORE, EXTRAS = setup()
 PACKAGE_EXTRAS = (
-  *("images", "run", "samples", "tfds", "lpips", "tensorboard"),
+  *("images", "run", "samples", "digits", "tfds", "lpips", "tensorboard"),
   *("equinox", "safetensors", "orbax", "torch", "flower", "privacy"),
 )
 

@@ -14,14 +14,11 @@ from jaxdia.core.types import Statistics
 from jaxdia.data import statistics_of
 from jaxdia.experiment.config import (
   ModelSettings,
-  check_names,
   default_defence,
   make_defence,
-  make_settings,
   model_settings,
-  plain,
-  pop_group,
 )
+from jaxdia.experiment.fields import check_names, make_settings, plain, pop_group
 from jaxdia.models.base import check_image_shape
 
 MODES = ("training", "evaluation")
