@@ -112,3 +112,15 @@ def test_a_half_of_the_gradient_tells_the_images_and_none_is_called_exact():
   assert (recovery.parts.verdict == Verdict.APPROXIMATE).all(), recovery.summary()
   assert "was not sent" in recovery.reason
   assert _errors(secret, recovery).max() < 0.05
+
+
+def test_a_layer_of_which_nothing_was_sent_is_no_error():
+  """As the smallest entries of all layers together may be all of one."""
+  model = make_model()
+  observation, _ = observe_victims(model, 4)
+  is_first = lambda x: x.shape[:1] == (784,)  # noqa: E731
+  gradient = jax.tree.map(lambda x: x * (not is_first(x)), observation.gradient)
+  assert any(is_first(x) and not x.any() for x in jax.tree.leaves(gradient))
+  changed = dataclasses.replace(observation, gradient=gradient, labels=None)
+  recovery = recover(jax.random.key(0), model, changed)
+  assert not np.any(recovery.parts.verdict == Verdict.EXACT)

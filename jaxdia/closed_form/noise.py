@@ -71,7 +71,7 @@ def find_levels(
   """
   stds = [_estimate(one, batch_size) if noise is None else noise for one in spectra]
   sizes = [max(float(np.linalg.norm(one.values)), 1e-300) for one in spectra]
-  counts = [np.sqrt(np.prod(one.shape)) for one in spectra]
+  counts = [max(np.sqrt(np.prod(one.shape)), 1.0) for one in spectra]  # all may be pruned
   shown = [std for std in stds if std is not None]
   stds = [max(shown, default=0.0) if std is None else std for std in stds]
   shares = [std * n / size for std, n, size in zip(stds, counts, sizes, strict=True)]
