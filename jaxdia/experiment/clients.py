@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxdia import data
 from jaxdia.client import LocalUpdate, Observation, Secret, as_local, observe, shuffled
+from jaxdia.client.defences import Defence
 from jaxdia.client.training import accuracy, train
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Key, Masks, Params
@@ -237,8 +238,13 @@ def epsilon(settings: ClientsSettings) -> float | None:
     return None
   count = data.available(str(training.source))
   share = min(1.0, training.clients * settings.data.batch_size / count)
+  return _epsilon(settings.defence, training.steps, share)
+
+
+@functools.lru_cache  # it takes seconds, and cells of a study differ in other things
+def _epsilon(defence: Defence, steps: int, share: float) -> float | None:
   try:
-    found = settings.defence.epsilon(DELTA, training.steps, share)
+    found = defence.epsilon(DELTA, steps, share)
   except InputError:  # nothing is installed that computes it
     return None
   return found if math.isfinite(found) else None
