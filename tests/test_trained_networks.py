@@ -110,8 +110,8 @@ def test_a_study_sets_accuracy_against_what_leaks(tmp_path):
   assert not study.run(config, tmp_path / "a", say=silent)
   points = find_tradeoff(read_study(tmp_path / "a"))
   assert [p.settings for p in points] == [
-    "name dp_sgd, noise_multiplier 100.0",
-    "name dp_sgd, noise_multiplier 0.0",
+    "noise_multiplier 100.0",
+    "noise_multiplier 0.0",
   ]
   assert points[0].accuracy + 0.3 < points[1].accuracy and points[0].best
   table = pd.read_csv(tmp_path / "a" / "table.csv")

@@ -100,9 +100,9 @@ def tradeoff(points: Sequence[Point]) -> bytes:
   with plt.rc_context(_STYLE):
     size = (6.4, 3.4 + 0.16 * len(best))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
-    axis.scatter(
-      [p.accuracy for p in points], [p.leakage for p in points], color="#7F7F7F", s=16, zorder=2
-    )
+    beaten = [(p.accuracy, p.leakage) for p in points if not p.best]
+    if beaten:
+      axis.scatter(*zip(*beaten, strict=True), color=_COLOURS[-1], s=16)
     front = [p.accuracy for p in best], [p.leakage for p in best]
     axis.plot(*front, drawstyle="steps-pre", color=_COLOURS[0], linewidth=1.2, zorder=1)
     for number, point in enumerate(best, 1):

@@ -37,11 +37,12 @@ def find_tradeoff(study: Study) -> list[Point]:
     study: of which cells may be missing.
   """
   found: dict[str, list[tuple[float, float, str]]] = {}
+  told = _told(study)
   for cell in study.done:
     for attack, summary in cell.summary.items():
       leakage = summary.number(METRIC, "median")
       if summary.accuracy is not None and leakage is not None:
-        found.setdefault(_of_clients(cell), []).append((leakage, summary.accuracy, attack))
+        found.setdefault(_of_clients(cell, told), []).append((leakage, summary.accuracy, attack))
   most = {settings: max(values) for settings, values in found.items()}
   points = [
     Point(settings, accuracy, leakage, attack, _is_best(accuracy, leakage, most.values()))
@@ -50,12 +51,23 @@ def find_tradeoff(study: Study) -> list[Point]:
   return sorted(points, key=lambda point: point.accuracy) if len(points) > 1 else []
 
 
-def _of_clients(cell: Cell) -> str:
+def _of_clients(cell: Cell, told: set[str]) -> str:
+  """Returns the settings of a cell that tell its clients from others, as text."""
   return ", ".join(
-    f"{name.rpartition('.')[2]} {text(value)}"
+    text(value) if name == "defence.name" else f"{name.rpartition('.')[2]} {text(value)}"
     for name, value in cell.entry.overrides.items()
-    if not name.startswith(_CHOSEN_BY_ATTACKER)
+    if name in told
   )
+
+
+def _told(study: Study) -> set[str]:
+  """Returns the settings of clients that have several values."""
+  values: dict[str, set[str]] = {}
+  for cell in study.done:
+    for name, value in cell.entry.overrides.items():
+      values.setdefault(name, set()).add(text(value))
+  several = {name for name, found in values.items() if len(found) > 1}
+  return {name for name in several if not name.startswith(_CHOSEN_BY_ATTACKER)}
 
 
 def _is_best(accuracy, leakage, others) -> bool:
