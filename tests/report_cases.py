@@ -72,6 +72,7 @@ def write_experiment(
       "mask_auc_by_site": {}, "oracle": {"ssim": _statistics([rng.uniform(), 0.5])},
       "success": {"ssim": {"thresholds": THRESHOLDS, "rate": rate_at}},
       "pool": 64, "iip": rng.uniform(), "run_seconds": 123.25, "compile_seconds": 4.5,
+      "accuracy": rng.uniform(), "epsilon": rng.uniform(1, 9),
     }  # fmt: skip
     arrays[attack] = np.clip(arrays["originals"] + 0.1, 0, 1).astype(np.float32)
     arrays[attack][1] = np.nan

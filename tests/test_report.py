@@ -76,7 +76,9 @@ def _check_numbers(page, cells):
   statistics = ("median", "mean", "std", "ci95_low", "ci95_high", "min", "max", "count")
   wanted = [
     *counts, *itertools.product((*METRICS, "oracle.ssim"), statistics), ("ssim", "success_at_0.6"),
-    *itertools.product(("iip", "pool", "run_seconds", "compile_seconds"), ("value",)),
+    *itertools.product(
+      ("iip", "pool", "run_seconds", "compile_seconds", "accuracy", "epsilon"), ("value",)
+    ),
     *itertools.product(("mask_accuracy_by_site",), ("dropout_0", "dropout_1")),
   ]  # fmt: skip
   for cell, summary in cells.items():
