@@ -53,7 +53,7 @@ def setup():
 CORE, EXTRAS = setup()
 PACKAGE_EXTRAS = (
   *("images", "run", "samples", "digits", "tfds", "lpips", "tensorboard"),
-  *("equinox", "safetensors", "orbax", "torch", "flower", "privacy"),
+  *("equinox", "safetensors", "orbax", "torch", "flower", "privacy", "text"),
 )
 
 

@@ -1,0 +1,196 @@
+"""What tokens meet first in a language model: a row for each, dropout, and dense layers."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+
+from jaxdia.core.errors import InputError
+from jaxdia.core.trees import Path
+from jaxdia.core.types import Params
+from jaxdia.models.hooks import Hooks
+from jaxdia.models.tokens import TokenModel
+
+# Tokens of the vocabulary that are embedded at once.
+_CHUNK = 512
+# Random rows that show what lies between dropout and the first dense layer, and how nearly they
+# must fit.
+_PROBES = 64
+_FITS = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstLayer:
+  """The dense layers that tokens meet first, and what they are given.
+
+  A candidate is what dropout is given for a token at a position. Where a normalisation follows
+  the dropout, the layers' inputs lie in the span of `scale * mask * candidate`, `scale` and
+  `shift`, so candidates are scaled already.
+
+  Attributes:
+    model: the network.
+    params: its parameters.
+    site: of the dropout before these layers; None without.
+    paths: of the layers, which have the same inputs.
+    width: of the inputs.
+    is_normalised: whether a normalisation lies between dropout and the layers.
+    scale: f64[D] of the normalisation; ones without.
+    shift: f64[D] of the normalisation; zeros without.
+  """
+
+  model: TokenModel
+  params: Params
+  site: str | None
+  paths: tuple[Path, ...]
+  width: int
+  is_normalised: bool
+  scale: Float[np.ndarray, " width"]
+  shift: Float[np.ndarray, " width"]
+
+  def candidates(self, position: int) -> Float[np.ndarray, "vocabulary width"]:
+    """Returns what dropout is given for each token at a position, scaled.
+
+    Args:
+      position: from 0.
+    """
+    return self._given[:, position] * self.scale
+
+  @functools.cached_property
+  def _given(self) -> np.ndarray:
+    chunks = []
+    for start in range(0, self.model.network.vocabulary, _CHUNK):
+      tokens = np.minimum(np.arange(start, start + _CHUNK), self.model.network.vocabulary - 1)
+      chunks.append(np.asarray(_before(self.model, self.params, jnp.asarray(tokens), self.site)))
+    return np.concatenate(chunks)[: self.model.network.vocabulary]
+
+  def inputs(
+    self,
+    positions: Integer[np.ndarray, " n"],
+    tokens: Integer[np.ndarray, " n"],
+    masks: Bool[np.ndarray, "n width"],
+  ) -> Float[np.ndarray, "n width"]:
+    """Returns what the layers are given for tokens under masks.
+
+    Args:
+      positions: i[n].
+      tokens: i[n].
+      masks: b[n, D].
+    """
+    given = self._given[tokens, positions]
+    if self.site is None:
+      return given.astype(np.float64)
+    rate = float(self.model.model.rates[self.site])
+    dropped = given * masks / (1 - rate)
+    if not self.is_normalised:
+      return dropped.astype(np.float64)
+    after = _after(self.model, self.params, jnp.asarray(dropped[:, None]), self.site, self.paths[0])
+    return np.asarray(after, np.float64)[:, 0]
+
+
+def find_first_layer(model: TokenModel, params: Params) -> FirstLayer:
+  """Finds the layers that tokens meet first.
+
+  Args:
+    model: the network.
+    params: its parameters.
+
+  Raises:
+    InputError: it has no dense layer, or something else lies between dropout and it than a
+      normalisation.
+  """
+  length = model.length
+  tokens = jnp.arange(2 * length).reshape(2, length) % model.network.vocabulary
+  order: list[Any] = []
+  inputs: dict[Path, np.ndarray] = {}
+
+  def on_site(call):
+    order.append(call.name)
+    return call.inputs
+
+  def on_linear(layer, given, outputs, nested):
+    if not nested and layer.convolution is None and layer.path not in inputs:
+      inputs[layer.path] = np.asarray(given)
+      order.append(layer.path)
+    return outputs
+
+  model.network.call_tokens(params, tokens, Hooks(on_site, on_linear))
+  if not inputs:
+    raise InputError(f"{model.network.name} has no dense layer that tells of its inputs.")
+  first, given = next(iter(inputs.items()))
+  paths = tuple(p for p, x in inputs.items() if x.shape == given.shape and np.array_equal(x, given))
+  width = given.shape[-1]
+  before = order[: order.index(first)]
+  site = before[0] if before else None
+  none = FirstLayer(model, params, site, paths, width, False, np.ones(width), np.zeros(width))
+  if site is None:
+    return none
+  shape = (1, length, width)
+  if len(before) > 1 or model.model.mask_shapes(1)[site] != shape:
+    raise InputError(
+      f"between the tokens and the dense layer {'/'.join(first)!r} of {model.network.name} lie the"
+      f" dropout sites {before}; expected one with a mask of shape {shape}."
+    )
+  probes = jax.random.normal(jax.random.key(0), (_PROBES, 1, width))
+  after = np.asarray(_after(model, params, probes, site, first), np.float64)[:, 0]
+  probes = np.asarray(probes, np.float64)[:, 0]
+  if np.linalg.norm(after - probes) <= _FITS * np.linalg.norm(after):
+    return none
+  centred = probes - probes.mean(axis=1, keepdims=True)
+  for rows in (centred, probes):  # LayerNorm, RMSNorm
+    rows = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True))
+    mean, mean_after = rows.mean(axis=0), after.mean(axis=0)
+    scale = np.sum((rows - mean) * (after - mean_after), axis=0) / np.sum(
+      (rows - mean) ** 2, axis=0
+    )
+    shift = mean_after - scale * mean
+    if np.linalg.norm(after - rows * scale - shift) <= _FITS * np.linalg.norm(after):
+      return dataclasses.replace(none, is_normalised=True, scale=scale, shift=shift)
+  raise InputError(
+    f"between the dropout {site!r} and the dense layer {'/'.join(first)!r} of"
+    f" {model.network.name} lies more than a LayerNorm or RMSNorm, through which nothing is seen."
+  )
+
+
+@functools.partial(jax.jit, static_argnames="site")
+def _before(model: TokenModel, params: Params, tokens: jax.Array, site: str | None) -> jax.Array:
+  """Returns what the first dropout, or layer, is given for each token everywhere: f[n, T, D]."""
+  seen: list[jax.Array] = []
+
+  def on_site(call):
+    if call.name == site:
+      seen.append(call.inputs)
+    return call.inputs
+
+  def on_linear(layer, inputs, outputs, nested):
+    del layer, nested
+    seen.append(inputs)
+    return outputs
+
+  everywhere = jnp.tile(tokens[:, None], (1, model.length))
+  model.network.call_tokens(params, everywhere, Hooks(on_site, on_linear))
+  return seen[0]
+
+
+@functools.partial(jax.jit, static_argnames=("site", "path"))
+def _after(model: TokenModel, params: Params, rows: jax.Array, site: str, path: Path) -> jax.Array:
+  """Returns what a layer is given if dropout gives these rows, f[n, 1, D]."""
+  seen: list[jax.Array] = []
+
+  def on_site(call):
+    if call.name != site:
+      return call.inputs
+    return jnp.broadcast_to(rows, call.inputs.shape)
+
+  def on_linear(layer, inputs, outputs, nested):
+    del nested
+    if layer.path == path:
+      seen.append(inputs)
+    return outputs
+
+  tokens = jnp.zeros((len(rows), model.length), jnp.int32)
+  model.network.call_tokens(params, tokens, Hooks(on_site, on_linear))
+  return seen[0][:, :1]
