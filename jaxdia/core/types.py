@@ -69,6 +69,28 @@ class Statistics:
   def __iter__(self) -> Iterator[tuple[float, ...]]:
     return iter((self.mean, self.std))
 
+  @classmethod
+  def of_box(
+    cls,
+    mean: Float[Array, " columns"],
+    std: Float[Array, " columns"],
+    low: Float[Array, " columns"],
+    high: Float[Array, " columns"],
+  ) -> "Statistics":
+    """Returns the statistics of what is no picture: a pixel of 0 is its least value, one of 1 its
+    largest, so that the box of valid pixels is that of its columns.
+
+    Args:
+      mean: f[C], what was taken from each column to normalise it.
+      std: f[C], what each was then divided by.
+      low: f[C], least value of each.
+      high: f[C], largest value of each.
+    """
+    centre, scale, least, most = (np.asarray(x, np.float64) for x in (mean, std, low, high))
+    span = np.where(most > least, most - least, 1)
+    pixels = np.clip((centre - least) / span, 0, 1)
+    return cls(_floats(pixels, "mean"), _floats(scale / span, "std"))
+
 
 def _floats(values: Any, name: str) -> tuple[float, ...]:
   """Returns a number, or a sequence or array of one axis, as finite floats."""

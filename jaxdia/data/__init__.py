@@ -2,6 +2,7 @@
 
 from jaxdia.core.types import Statistics
 from jaxdia.data.datasets import DATASETS, NEUTRAL, STATISTICS, Dataset, statistics_of
+from jaxdia.data.features import denormalize_features, normalize_features
 from jaxdia.data.pixels import denormalize, normalize
 from jaxdia.data.victims import Victims, available, load
 
@@ -14,7 +15,9 @@ __all__ = [
   "Victims",
   "available",
   "denormalize",
+  "denormalize_features",
   "load",
   "normalize",
+  "normalize_features",
   "statistics_of",
 ]

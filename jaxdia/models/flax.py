@@ -37,12 +37,15 @@ class FlaxNetwork(Network):
     image_shape: (height, width, channels).
     kwargs: of its call.
     collections: its variables besides "params", such as running averages.
+    input_shape: of what it is called with for one image: of a sequence (frames, features), of a
+      row of a table (features,); None for images.
   """
 
   module: nn.Module
   image_shape: tuple[int, int, int]
   kwargs: Mapping[str, Any]
   collections: Constants
+  input_shape: tuple[int, ...] | None = None
 
   @property
   def name(self) -> str:
@@ -51,12 +54,12 @@ class FlaxNetwork(Network):
 
   def __hash__(self) -> int:
     # Attributes of the module may be unhashable.
-    return hash((type(self.module), self.image_shape, self.collections))
+    return hash((type(self.module), self.image_shape, self.collections, self.input_shape))
 
   def __eq__(self, other: object) -> bool:
-    if not isinstance(other, FlaxNetwork) or self.image_shape != other.image_shape:
+    if type(other) is not type(self) or self.image_shape != other.image_shape:
       return False
-    if self.collections != other.collections:
+    if (self.collections, self.input_shape) != (other.collections, other.input_shape):
       return False
     try:
       same_module = self.module is other.module or bool(self.module == other.module)
@@ -74,9 +77,8 @@ class FlaxNetwork(Network):
       InputError: it has no parameters.
     """
     with nn.intercept_methods(interceptor(Hooks(ignore_sites))):
-      variables = self.module.init(
-        key, jnp.zeros((1, *self.image_shape), jnp.float32), **self.kwargs
-      )
+      images = jnp.zeros((1, *self.image_shape), jnp.float32)
+      variables = self.module.init(key, self._given(images), **self.kwargs)
     if "params" not in variables:
       raise InputError(f"{self.name} has no parameters, so a client has no gradient to send.")
     return {name: nn.unbox(tree) for name, tree in variables.items() if name != "intermediates"}
@@ -108,8 +110,14 @@ class FlaxNetwork(Network):
     }
     return leaves_by_name(self._step(params, images, hooks, with_leaves(others, given), None)[1])
 
+  def _given(self, images):
+    """Returns images as the module takes them."""
+    shape = self.input_shape
+    return images if shape is None else images.reshape(len(images), *shape)
+
   def _step(self, params, images, hooks, others, rngs):
     """Returns logits, and the other collections after the step."""
+    images = self._given(images)
     # A key for a module that makes one for its dropout by itself; nothing is drawn from it.
     rngs = rngs or dict.fromkeys(("params", "dropout"), jax.random.key(0))
     with nn.intercept_methods(interceptor(hooks)):
@@ -123,7 +131,7 @@ class FlaxNetwork(Network):
 
 def from_flax(
   module: nn.Module,
-  image_shape: tuple[int, int, int],
+  image_shape: tuple[int, ...],
   *,
   variables: Mapping[str, Any] | None = None,
   call_kwargs: Mapping[str, Any] | None = None,
@@ -142,7 +150,9 @@ def from_flax(
   Args:
     module: unbound; called as `module(images, **call_kwargs)`, it returns logits
       f[B, num_classes].
-    image_shape: (height, width, channels) of the images.
+    image_shape: (height, width, channels) of the images. A module of sequences, called with
+      f[B, frames, features], has (frames, features), one of tables, called with f[B, features],
+      has (features,); to an attack they are images of (frames, 1, features) or (1, 1, features).
     variables: the module's collections besides "params", such as {"batch_stats": ...}, as the
       client has them before the step; by default as `module.init` makes them. They are constants
       of the model, so they should be small.
@@ -167,9 +177,9 @@ def from_flax(
       f"from_flax got {type(module).__name__}; expected an instance of flax.linen.Module. A"
       " network of another library can be given as plain functions to from_functions."
     )
-  image_shape = check_image_shape(image_shape)
+  shape, input_shape = _shapes(image_shape)
   kwargs = training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
-  network = FlaxNetwork(module, image_shape, kwargs, Constants({}))
+  network = FlaxNetwork(module, shape, kwargs, Constants({}), input_shape)
   try:
     inspect.signature(type(module).__call__).bind(module, None, **kwargs)
   except TypeError as error:
@@ -184,6 +194,15 @@ def from_flax(
     discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
   discovery.check_randomness(network)
   return model
+
+
+def _shapes(shape: Any) -> tuple[tuple[int, int, int], tuple[int, ...] | None]:
+  """Returns the shape of an image, and that of what a module takes if it is another."""
+  if not isinstance(shape, (tuple, list)) or len(shape) not in (1, 2):
+    return check_image_shape(shape), None
+  frames, features = (1, *shape)[-2:]
+  image_shape = check_image_shape((frames, 1, features))
+  return image_shape, (image_shape[0], image_shape[2])[-len(shape) :]
 
 
 def training_kwargs(module: Any) -> dict[str, bool]:

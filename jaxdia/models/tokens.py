@@ -45,7 +45,7 @@ class Attention(NamedTuple):
   causal: bool
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TokenNetwork(FlaxNetwork):
   """A Flax Linen module over tokens, as a network over their embeddings.
 
@@ -173,9 +173,7 @@ class TokenModel:
       params: as `init` gives them.
     """
     mean, std, table = (np.asarray(x, np.float64) for x in self.network.columns(params))
-    low, span = table.min(axis=0), np.ptp(table, axis=0)
-    span = np.where(span > 0, span, 1)
-    return Statistics(mean=np.clip((mean - low) / span, 0, 1), std=std / span)  # type: ignore[arg-type]
+    return Statistics.of_box(mean, std, table.min(axis=0), table.max(axis=0))
 
 
 def from_flax_tokens(
@@ -201,9 +199,15 @@ def from_flax_tokens(
   kwargs = training_kwargs(module) if call_kwargs is None else dict(call_kwargs)
   seen = _look(module, kwargs, length)
   network = TokenNetwork(
-    module, (length, 1, seen.width), kwargs, Constants({}), seen.table, seen.vocabulary,
-    seen.attention, seen.predicts_tokens,
-  )  # fmt: skip
+    module,
+    (length, 1, seen.width),
+    kwargs,
+    Constants({}),
+    table=seen.table,
+    vocabulary=seen.vocabulary,
+    attention=seen.attention,
+    predicts_tokens=seen.predicts_tokens,
+  )
   network = dataclasses.replace(network, collections=fit_collections(network, variables))
   return TokenModel(model_of(network))
 

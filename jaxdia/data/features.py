@@ -1,0 +1,57 @@
+"""Rows of tables and sequences of features as images: normalised columns with their own box."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxdia.core.errors import InputError
+from jaxdia.core.types import Statistics
+
+
+def normalize_features(
+  values: Any,
+) -> tuple[Float[np.ndarray, "rows frames one features"], Statistics]:
+  """Standardises the columns of features, and says which values are valid.
+
+  Args:
+    values: f[N, features], rows of a table, or f[N, frames, features], sequences of one length.
+      Categories are columns of 0 and 1 each.
+
+  Returns:
+    f32[N, frames, 1, features] for `jaxdia.client.observe`, a table with one frame, and the
+    statistics of columns, which make the box of valid values: from the least to the largest of
+    each column. `denormalize_features` undoes it.
+
+  Raises:
+    InputError: the values are no such array of finite numbers.
+  """
+  values = np.asarray(values, np.float64)
+  if values.ndim not in (2, 3) or not values.size or not np.isfinite(values).all():
+    raise InputError(
+      f"features have the shape {values.shape}; expected finite numbers of shape (rows, features)"
+      " or (rows, frames, features)."
+    )
+  rows = values.reshape(len(values), -1, 1, values.shape[-1])
+  columns = rows.reshape(-1, rows.shape[-1])
+  mean, low, high = columns.mean(axis=0), columns.min(axis=0), columns.max(axis=0)
+  std = columns.std(axis=0)
+  std = np.where(std > 0, std, 1)
+  return ((rows - mean) / std).astype(np.float32), Statistics.of_box(mean, std, low, high)
+
+
+def denormalize_features(images: Any, values: Any) -> Float[np.ndarray, "..."]:
+  """Returns reconstructions in the units of the features.
+
+  Args:
+    images: f[B, frames, 1, features], normalised as `normalize_features(values)` is.
+    values: that gave the statistics.
+
+  Returns:
+    f[B, features] for a table, else f[B, frames, features].
+  """
+  values = np.asarray(values, np.float64)
+  columns = values.reshape(-1, values.shape[-1])
+  std = columns.std(axis=0)
+  found = np.asarray(images, np.float64) * np.where(std > 0, std, 1) + columns.mean(axis=0)
+  return found.reshape(len(found), *values.shape[1:])
