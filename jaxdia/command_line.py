@@ -1,6 +1,8 @@
 """What all launchers share: flags and errors as a person wants to see them."""
 
 import os
+import pathlib
+import re
 import sys
 from collections.abc import Callable
 
@@ -9,9 +11,10 @@ import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.errors import InputError, first_line, unknown
 
 _MAX_CPU_DEVICES = 8
+_CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
 def launch(main: Callable[[], int | None], config: flags.FlagHolder | None = None) -> None:
@@ -25,9 +28,34 @@ def launch(main: Callable[[], int | None], config: flags.FlagHolder | None = Non
     main: the program; it may return an exit code.
     config: the flag of its config file, if it takes one.
   """
+  # What --help shows, whichever file was started.
+  sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
+  for flag in flags.FLAGS.get_flags_for_module(main.__module__):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   app.run(
     lambda argv: sys.exit(_guarded(main)), flags_parser=lambda argv: _parse_flags(argv, config)
   )
+
+
+def config_names() -> list[str]:
+  """Returns the names of the configs that are shipped with the package."""
+  paths = sorted(_CONFIGS.rglob("*.py"))
+  return [path.relative_to(_CONFIGS).as_posix().removesuffix(".py") for path in paths]
+
+
+def _shipped(argument: str) -> str:
+  """Returns an argument in which a config that is shipped has its path.
+
+  A file of the given name comes first. So --config=quickstart and --config=configs/mlp.py:mnist
+  mean the same in every folder.
+  """
+  match = re.fullmatch(r"(--?config=)([^:]*)(:.*)?", argument)
+  if not match or pathlib.Path(match[2]).exists():
+    return argument
+  name = match[2].removeprefix("configs/").removesuffix(".py")
+  if name not in config_names():
+    raise unknown("config", match[2], config_names())
+  return f"{match[1]}{_CONFIGS / name}.py{match[3] or ''}"
 
 
 def default_workdir() -> str:
@@ -72,7 +100,7 @@ def _fail(error: object) -> int:
 def _parse_flags(argv: list[str], config: flags.FlagHolder | None) -> list[str]:
   sys.path.append(os.getcwd())  # where a network of the user's own may be
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS([argv[0], *map(_shipped, argv[1:])])
     if config is not None:
       config.value.to_dict()  # a file that was not found says so only when it is used
   except Exception as error:  # a config file is a program, and may raise anything

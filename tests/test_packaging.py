@@ -2,12 +2,16 @@
 
 import ast
 import configparser
+import json
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+
+from jaxdia.command_line import config_names
+from jaxdia.commands import COMMANDS
 
 ROOT = pathlib.Path(__file__).parent.parent
 CORE_ROOMS = (
@@ -135,12 +139,45 @@ def test_files_that_are_not_python_are_installed_too():
   patterns = {
     package.replace(".", "/") + "/" + pattern
     for package, value in config["options.package_data"].items()
-    for pattern in value.split()
+    for pattern in re.split(r"[,\s]+", value.strip())
   }
   others = [p for p in (ROOT / "jaxdia").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
   for path in others:
     relative = path.relative_to(ROOT)
     assert path.suffix == ".py" or any(relative.match(p) for p in patterns), relative
+
+
+def test_configs_are_shipped_and_found_by_name_in_any_folder(tmp_path):
+  names = [p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*.py")]
+  assert sorted(config_names()) == sorted(name.removesuffix(".py") for name in names)
+  program = [sys.executable, "-m", "jaxdia"]
+
+  def run(*arguments):
+    return subprocess.run([*program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+  done = run(
+    "attack", "--config=quickstart", "--config.data.count=1", "--config.attack.name=closed_form"
+  )
+  assert done.returncode == 0, done.stderr
+  manifest = json.loads((tmp_path / "runs" / "quickstart" / "manifest.json").read_text())
+  assert manifest["command"][:5] == ["python", "-m", "jaxdia", "attack", "--config=quickstart"]
+  assert all(command in run("--help").stdout for command in COMMANDS)
+  for arguments, message in (
+    (["attac"], "Did you mean 'attack'?"),
+    (["attack", "--config=quickstar"], "Did you mean 'quickstart'?"),
+  ):
+    failed = run(*arguments)
+    assert failed.returncode == 2 and message in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
+
+
+def test_help_of_each_command_fits_a_screen():
+  for command in COMMANDS:
+    shown = subprocess.run(
+      [sys.executable, "-m", "jaxdia", command, "--help"], capture_output=True, text=True
+    ).stdout
+    assert 10 < len(shown.splitlines()) <= 45, command
+    assert "--workdir" in shown
 
 
 def test_what_is_pinned_twice_is_the_same():

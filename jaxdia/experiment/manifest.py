@@ -25,9 +25,11 @@ def manifest(**more: Any) -> dict[str, Any]:
   Args:
     **more: what else belongs there.
   """
-  program = "/".join(pathlib.Path(sys.argv[0]).parts[-2:])  # as it is typed in the source tree
+  program = sys.argv[0]
+  if not program.startswith("python "):  # as it is typed in the source tree
+    program = "python " + "/".join(pathlib.Path(program).parts[-2:])
   return {
-    "command": ["python", program, *sys.argv[1:]],
+    "command": [*program.split(" "), *sys.argv[1:]],
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "jaxdia": jaxdia.__version__,
     "commit": _commit(),
