@@ -15,7 +15,9 @@ def main() -> None:
     print("usage: python -m jaxdia COMMAND [--flags]\n")
     for command, what in COMMANDS.items():
       print(f"  {command:10}{what}")
-    print("\nFlags of one: python -m jaxdia COMMAND --help. Configs that are shipped, for --config:\n")
+    print(
+      "\nFlags of one: python -m jaxdia COMMAND --help. Configs that are shipped, for --config:\n"
+    )
     print(f"  {', '.join(config_names())}")
     return
   if name not in COMMANDS:

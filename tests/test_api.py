@@ -58,7 +58,8 @@ def test_of_an_audit_only_what_reads_the_truth_to_score_it_knows_the_secret():
 def test_rooms_import_only_from_the_rooms_below_them():
   order = [
     "core", "models", "client", "updates", "gradients", "closed_form", "attacks", "engine",
-    "data", "evaluation", "experiment", "audit", "report", "study", "command_line", "commands", "__main__",
+    "data", "evaluation", "experiment", "audit", "report", "study", "command_line",
+    "commands", "__main__",
   ]  # fmt: skip
   for path in FILES:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
