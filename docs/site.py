@@ -27,7 +27,8 @@ _TITLES = {
 
 
 def _rooms() -> list[str]:
-  names = [path.name.removesuffix(".py") for path in _PACKAGE.iterdir()]
+  # The configs, to which a link leads, are files to be read as they are.
+  names = [p.name.removesuffix(".py") for p in _PACKAGE.iterdir() if not p.is_symlink()]
   return sorted(name for name in names if re.fullmatch(r"[a-z]\w*", name))
 
 

@@ -112,9 +112,10 @@ def test_the_list_of_scores_is_the_registry():
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_config_fields_that_are_named_exist(page):
-  from jaxdia.experiment.config import default_config
+  from jaxdia.experiment import config as images
+  from jaxdia.experiment import text
 
-  config = default_config()
+  config = (text if page.name == "text.md" else images).default_config()
   pattern = r"config\.(?:base\.)?(data|attack|engine|model)\.(\w+)"
   for group, field in re.findall(pattern, page.read_text()):
     # What a network of one's own takes is not known here.
