@@ -4,11 +4,8 @@ import io
 import pathlib
 from collections.abc import Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from jaxdia.core.files import write_atomically
 
@@ -31,9 +28,9 @@ def write_grid(
   """
   columns = min(len(originals), _MAX_COLUMNS)
   rows = 1 + len(reconstructions)
-  figure, axes = plt.subplots(
-    rows, columns, figsize=(1.25 * columns + 0.7, 1.55 * rows), squeeze=False, dpi=120
-  )
+  # Without pyplot, which belongs to the user's own program.
+  figure = Figure(figsize=(1.25 * columns + 0.7, 1.55 * rows), dpi=120)
+  axes = figure.subplots(rows, columns, squeeze=False)
   images = {"original": originals} | reconstructions
   for row, (name, batch) in enumerate(images.items()):
     for column in range(columns):
@@ -46,7 +43,6 @@ def write_grid(
   figure.tight_layout(pad=0.4)
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png")
-  plt.close(figure)
   write_atomically(path, lambda file: file.write(buffer.getvalue()))
 
 

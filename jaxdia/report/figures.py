@@ -5,10 +5,8 @@ import io
 from collections.abc import Sequence
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxdia.attacks import CATALOGUE
@@ -47,8 +45,9 @@ def success_curves(name: str, rates: dict[str, tuple[Sequence[float], Sequence[f
   Returns:
     A PNG as data URI.
   """
-  with plt.rc_context(_STYLE):
-    figure, axis = plt.subplots(figsize=(4.2, 3.2), layout="constrained")
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(4.2, 3.2), layout="constrained")
+    axis = figure.subplots()
     for attack, (thresholds, rate) in rates.items():
       marker = _style(attack)["marker"]
       style = _style(attack) | {"marker": marker if len(thresholds) < 25 else None}
@@ -71,8 +70,9 @@ def sweep_curves(sweep: Sweep, name: str) -> bytes:
     A PNG.
   """
   combinations = list(dict.fromkeys(line.rest for line in sweep.lines))
-  with plt.rc_context(_STYLE):
-    figure, axis = plt.subplots(figsize=(4.2, 3.4), layout="constrained")
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(4.2, 3.4), layout="constrained")
+    axis = figure.subplots()
     for line in sweep.lines:
       low, median, high = line.points[name].T
       style = _style(line.attack)
@@ -97,9 +97,10 @@ def tradeoff(points: Sequence[Point]) -> bytes:
     A PNG.
   """
   best = [point for point in points if point.best]
-  with plt.rc_context(_STYLE):
+  with matplotlib.rc_context(_STYLE):
     size = (6.4, 3.4 + 0.16 * len(best))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     beaten = [(p.accuracy, p.leakage) for p in points if not p.best]
     if beaten:
       axis.scatter(*zip(*beaten, strict=True), color=_COLOURS[-1], s=16)
@@ -137,9 +138,10 @@ def site_bars(accuracy: dict[str, dict[str, float]]) -> str:
   """
   sites = list(dict.fromkeys(site for values in accuracy.values() for site in values))
   height = 0.8 / len(accuracy)
-  with plt.rc_context(_STYLE):
+  with matplotlib.rc_context(_STYLE):
     size = (4.2, 1.2 + 0.22 * len(sites) * (1 + len(accuracy) / 2))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     for i, (attack, values) in enumerate(accuracy.items()):
       at = [sites.index(site) + (i - (len(accuracy) - 1) / 2) * height for site in values]
       colour = _style(attack)["color"]
@@ -247,7 +249,6 @@ def _png(figure) -> bytes:
   figure.legend(handles, labels, loc="outside lower center", ncols=columns)
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=150)
-  plt.close(figure)
   return buffer.getvalue()
 
 
