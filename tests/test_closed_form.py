@@ -91,7 +91,7 @@ def test_patches_of_one_image(kind):
   assert score["mask_accuracy_by_site"][site] == 1 and score["label_accuracy"] == 1
   observation, _ = observe_victims(model, 2)
   recovery = recover(jax.random.key(0), model, observation)
-  assert not recovery.parts.verdict.any() and "summed over the images" in recovery.reason
+  assert not recovery.parts.verdict.any() and "fill the width" in recovery.reason
 
 
 def test_dropout_before_the_position_embedding_is_no_patch_embedding():

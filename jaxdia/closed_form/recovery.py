@@ -19,6 +19,7 @@ from jaxdia.closed_form.single import (
   use_classifier,
   use_convolutions,
   use_first_layer,
+  use_patch_batch,
   use_patches,
 )
 from jaxdia.closed_form.sparse import MOST_ROUNDING
@@ -107,7 +108,7 @@ def _recover(key, model, observation, rounding, noise) -> Recovery:
     if patching is not None and size == 1:
       reason = use_patches(patching, gradient, found)
     elif patching is not None:
-      reason = "patches of a batch of more than one image are summed over the images"
+      reason = use_patch_batch(model, patching, observation, gradient, found)
   if size == 1 and found.parts.verdict[0] != Verdict.EXACT:
     reason = use_first_layer(model, gradient, found) or reason
   if size == 1 and np.isnan(found.scale):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -134,24 +135,45 @@ def find_first_layer(model: TokenModel, params: Params) -> FirstLayer:
       f"between the tokens and the dense layer {'/'.join(first)!r} of {model.network.name} lie the"
       f" dropout sites {before}; expected one with a mask of shape {shape}."
     )
-  probes = jax.random.normal(jax.random.key(0), (_PROBES, 1, width))
-  after = np.asarray(_after(model, params, probes, site, first), np.float64)[:, 0]
-  probes = np.asarray(probes, np.float64)[:, 0]
-  if np.linalg.norm(after - probes) <= _FITS * np.linalg.norm(after):
-    return none
-  centred = probes - probes.mean(axis=1, keepdims=True)
-  for rows in (centred, probes):  # LayerNorm, RMSNorm
+
+  def after(rows):
+    return _after(model, params, rows[:, None], site, first)[:, 0]
+
+  is_normalised, scale, shift = find_normalisation(after, width, "/".join(first))
+  return dataclasses.replace(none, is_normalised=is_normalised, scale=scale, shift=shift)
+
+
+def find_normalisation(
+  after: Callable[[jax.Array], jax.Array], width: int, name: str
+) -> tuple[bool, Float[np.ndarray, " width"], Float[np.ndarray, " width"]]:
+  """Finds the normalisation between rows and a layer, by random rows.
+
+  Args:
+    after: what the layer is given for rows, f[n, D] of f[n, D].
+    width: of rows.
+    name: of the layer, for the message.
+
+  Returns:
+    Whether there is one, its scale and its shift.
+
+  Raises:
+    InputError: something else lies between.
+  """
+  probes = jax.random.normal(jax.random.key(0), (_PROBES, width), jnp.float32)
+  given = np.asarray(after(probes), np.float64)
+  drawn = np.asarray(probes, np.float64)
+  if np.linalg.norm(given - drawn) <= _FITS * np.linalg.norm(given):
+    return False, np.ones(width), np.zeros(width)
+  for rows in (drawn - drawn.mean(axis=1, keepdims=True), drawn):  # LayerNorm, RMSNorm
     rows = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True))
-    mean, mean_after = rows.mean(axis=0), after.mean(axis=0)
-    scale = np.sum((rows - mean) * (after - mean_after), axis=0) / np.sum(
-      (rows - mean) ** 2, axis=0
-    )
-    shift = mean_after - scale * mean
-    if np.linalg.norm(after - rows * scale - shift) <= _FITS * np.linalg.norm(after):
-      return dataclasses.replace(none, is_normalised=True, scale=scale, shift=shift)
+    moved, mean = rows - rows.mean(axis=0), given.mean(axis=0)
+    scale = np.sum(moved * (given - mean), axis=0) / np.sum(moved**2, axis=0)
+    shift = mean - scale * rows.mean(axis=0)
+    if np.linalg.norm(given - rows * scale - shift) <= _FITS * np.linalg.norm(given):
+      return True, scale, shift
   raise InputError(
-    f"between the dropout {site!r} and the dense layer {'/'.join(first)!r} of"
-    f" {model.network.name} lies more than a LayerNorm or RMSNorm, through which nothing is seen."
+    f"between dropout and the dense layer {name!r} lies more than a LayerNorm or RMSNorm, through"
+    " which nothing is seen."
   )
 
 

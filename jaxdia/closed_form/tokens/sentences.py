@@ -56,7 +56,7 @@ def find_sentences(
     others = _seen(positions, i, causal)
     if len(others) and derivatives[i].any():
       affinity[i, others] = _few(keys[others] - keys[i], derivatives[i])
-  sequence = _assign(affinity + affinity.T, positions, count)
+  sequence = assign(affinity + affinity.T, positions, count)
   outside = np.full(len(keys), np.nan)
   for i in range(len(keys)):
     others = _seen(positions, i, causal)
@@ -92,8 +92,19 @@ def _few(directions: np.ndarray, derivative: np.ndarray) -> np.ndarray:
   return share
 
 
-def _assign(affinity: np.ndarray, positions: np.ndarray, count: int) -> np.ndarray:
-  """Returns sequences in which each position stands once, and like goes with like."""
+def assign(
+  affinity: Float[np.ndarray, "n n"], positions: Integer[np.ndarray, " n"], count: int
+) -> Integer[np.ndarray, " n"]:
+  """Returns sequences in which each position stands once, and like goes with like.
+
+  Args:
+    affinity: f64[n, n], symmetric.
+    positions: i[n], at most `count` of one.
+    count: sequences that there are.
+
+  Returns:
+    i[n], the sequence of each.
+  """
   sequence = np.full(len(affinity), -1)
   order = sorted(set(positions.tolist()), key=lambda p: (-np.sum(positions == p), p))
   for sweep in range(_MOST_SWEEPS):
