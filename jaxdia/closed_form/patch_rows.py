@@ -152,15 +152,16 @@ def find_patch_rows(
     if number == 1 and sum(map(bool, found)) < _LEAST_FIRST * len(found):
       break  # there is too little that the space leaves out; more rounds would find few
     left = [t for t, rows in enumerate(found) if len(rows) < most]
+    restarts = _RESTARTS if number else 1
     while left:
       weights = [
-        _weights(known[t], found[t], number, chance) for t in left for _ in range(_RESTARTS)
+        _weights(known[t], found[t], number, chance) for t in left for _ in range(restarts)
       ]
-      given = np.repeat(offsets[left], _RESTARTS, axis=0)
+      given = np.repeat(offsets[left], restarts, axis=0)
       dropped = _sparse(equations.without_patch, given, np.array(weights))
       again = []
       for i, t in enumerate(left):
-        for one in dropped[i * _RESTARTS : (i + 1) * _RESTARTS]:
+        for one in dropped[i * restarts : (i + 1) * restarts]:
           row = equations.look(offsets[t], one, known[t])
           if row.outside <= equations.limit and _is_new(row, found[t]):
             found[t].append(row)
