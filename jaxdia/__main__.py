@@ -21,7 +21,8 @@ def main() -> None:
     print(f"  {', '.join(config_names())}")
     return
   if name not in COMMANDS:
-    print(f"error: {unknown('command', name, COMMANDS)}", file=sys.stderr)
+    error = unknown("command", name, COMMANDS)
+    print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   # What messages and the manifest call the program.
   sys.argv = [f"python -m jaxdia {name}", *sys.argv[2:]]

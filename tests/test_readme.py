@@ -121,3 +121,19 @@ def test_config_fields_that_are_named_exist(page):
     # What a network of one's own takes is not known here.
     of_own_network = group == "model" and "config.model.name=mypackage" in page.read_text()
     assert of_own_network or field in config[group], f"{group}.{field}"
+
+
+def test_messages_of_the_index_exist():
+  """Each message of docs/errors.md is one of the code, but for values and line breaks."""
+  sources = [p.read_text() for p in (ROOT / "jaxdia").rglob("*.py")]
+  # Texts that stand one after another are one text, and what is in braces is a value.
+  code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources)).replace("'", "").replace('"', "")
+  code = re.sub(r"\{[^{}]*\}", "…", code) + "Flag --config must have a value other than None"
+  rows = re.findall(r"^\| `(.+?)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+  assert len(rows) > 20
+  for row in rows:
+    if what := re.fullmatch(r"Unknown (.+) …", row):
+      assert f"unknown({what[1]}" in code, row
+      continue
+    for part in row.replace("'", "").split("…"):
+      assert part.strip(" ()[]:,;") in code, row

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
+from scipy.optimize import linear_sum_assignment
 
 from jaxdia.closed_form.patch_rows import PatchRow, find_patch_rows
 from jaxdia.closed_form.patches import Patching
@@ -20,7 +21,7 @@ from jaxdia.closed_form.tokens.sentences import assign
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, leaves_by_path
 from jaxdia.core.types import Gradient, Params
-from jaxdia.models import DropoutModel
+from jaxdia.models import DropoutModel, expected_masks
 from jaxdia.models.hooks import Hooks
 
 # Of all rows, so many must be found for images to be put together.
@@ -164,15 +165,75 @@ def _put_together(model, patching, rows, size, found, width) -> PatchBatch:
       if (t, other) in borders:
         mine, theirs = borders[t, other]
         apart = np.mean((row.patch[mine] - neighbour.patch[theirs]) ** 2)
-        affinity[i, j] = affinity[j, i] = np.exp(-apart)
+        affinity[i, j] = affinity[j, i] = -apart
   images = np.full((size, numbers.size), np.nan)
   masks = np.full((size, len(rows), width), np.nan)
-  for i, sequence in enumerate(assign(affinity, positions, size)):
+  start = _halves(affinity, positions) if size == 2 else None
+  for i, sequence in enumerate(assign(affinity, positions, size, start)):
     t, row = flat[i]
     images[sequence, patching.pixels[t]] = row.patch
     masks[sequence, patching.first + t] = row.mask
   images = images.reshape(size, *model.image_shape)
   return PatchBatch(np.stack([_fill(image) for image in images]), masks, found)
+
+
+def _halves(affinity: np.ndarray, positions: np.ndarray) -> np.ndarray:
+  """Returns a first guess which of two images each patch is of: the best cut, by its relaxation."""
+  count = int(positions.max()) + 1
+  pairs = [np.flatnonzero(positions == t) for t in range(count)]
+  coupling = np.zeros((count, count))
+  for t in range(count):
+    for other in range(count):
+      if len(pairs[t]) == len(pairs[other]) == 2:
+        block = affinity[np.ix_(pairs[t], pairs[other])]
+        coupling[t, other] = np.trace(block) - block[0, 1] - block[1, 0]
+  sign = np.linalg.eigh(coupling)[1][:, -1] > 0
+  sequence = np.zeros(len(positions), int)
+  for t, pair in enumerate(pairs):
+    sequence[pair] = (np.arange(len(pair)) + sign[t]) % 2
+  return sequence
+
+
+def match_labels(
+  model: DropoutModel,
+  patching: Patching,
+  batch: PatchBatch,
+  params: Params,
+  gradient: Gradient,
+  labels: Integer[np.ndarray, " batch"],
+) -> PatchBatch:
+  """Returns images in the order of labels.
+
+  The column of a class in the gradient of the classifier's kernel is minus the features of its
+  images, but for the probabilities; with expected masks these are known well enough.
+
+  Args:
+    model: the network.
+    patching: of it.
+    batch: images, in any order.
+    params: that the server sent.
+    gradient: that the client sent.
+    labels: i[B].
+  """
+  layer = next((x for x in model.dense(len(labels)) if x.path == model.classifier), None)
+  leaves = leaves_by_path(gradient)
+  if layer is None or (labels < 0).any() or (*layer.path, "kernel") not in leaves:
+    return batch
+  masks = expected_masks(model, len(labels))
+  if patching.site is not None:
+    kept = masks[patching.site]
+    masks[patching.site] = jnp.where(
+      np.isnan(batch.masks).reshape(kept.shape),
+      kept,
+      np.nan_to_num(batch.masks).reshape(kept.shape),
+    )
+  taps = {layer.path: tuple(jnp.zeros(shape) for shape in layer.shapes)}
+  images = jnp.asarray(batch.images, jnp.float32)
+  features = model.apply_tapped(params, masks, images, taps)[1][layer.path][0]
+  kernel = np.asarray(leaves[*layer.path, "kernel"]).reshape(layer.inputs, -1)
+  scores = np.asarray(features, np.float64) @ kernel[:, labels]
+  order = linear_sum_assignment(scores.T)[1]
+  return batch._replace(images=batch.images[order], masks=batch.masks[order])
 
 
 def _borders(

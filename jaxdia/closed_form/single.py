@@ -13,7 +13,7 @@ from jaxdia.closed_form.convolutions import Before, cotangent_before, solve
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
 from jaxdia.closed_form.found import EXACT, Found
 from jaxdia.closed_form.kernel_equations import After
-from jaxdia.closed_form.patch_batches import solve_patch_batch
+from jaxdia.closed_form.patch_batches import match_labels, solve_patch_batch
 from jaxdia.closed_form.patches import Patching, solve_patches
 from jaxdia.closed_form.sparse import bounds
 from jaxdia.closed_form.structure import Chain
@@ -58,6 +58,7 @@ def use_patch_batch(
   batch = solve_patch_batch(model, patching, params, gradient, size)
   if isinstance(batch, str):
     return batch
+  batch = match_labels(model, patching, batch, params, gradient, np.asarray(found.parts.labels))
   for number, image in enumerate(batch.images):
     found.set_image(number, image, 1 - batch.found, determined=False)
     kept = batch.masks[number].ravel()

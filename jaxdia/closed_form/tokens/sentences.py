@@ -93,7 +93,10 @@ def _few(directions: np.ndarray, derivative: np.ndarray) -> np.ndarray:
 
 
 def assign(
-  affinity: Float[np.ndarray, "n n"], positions: Integer[np.ndarray, " n"], count: int
+  affinity: Float[np.ndarray, "n n"],
+  positions: Integer[np.ndarray, " n"],
+  count: int,
+  start: Integer[np.ndarray, " n"] | None = None,
 ) -> Integer[np.ndarray, " n"]:
   """Returns sequences in which each position stands once, and like goes with like.
 
@@ -101,11 +104,12 @@ def assign(
     affinity: f64[n, n], symmetric.
     positions: i[n], at most `count` of one.
     count: sequences that there are.
+    start: a first guess.
 
   Returns:
     i[n], the sequence of each.
   """
-  sequence = np.full(len(affinity), -1)
+  sequence = np.full(len(affinity), -1) if start is None else start.copy()
   order = sorted(set(positions.tolist()), key=lambda p: (-np.sum(positions == p), p))
   for sweep in range(_MOST_SWEEPS):
     before = sequence.copy()
