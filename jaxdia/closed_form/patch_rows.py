@@ -70,7 +70,7 @@ class _Equations:
   def fit(self, offset: np.ndarray, mask: np.ndarray) -> PatchRow:
     """Returns the patch that leaves least outside of the space, given a mask."""
     system = self.left @ (mask[:, None] * self.kernel.T)
-    patch = np.linalg.lstsq(system, -self.left @ (mask * offset), rcond=None)[0]
+    patch = _least_squares(system, -self.left @ (mask * offset))
     row = mask * (offset + patch @ self.kernel)
     size = max(float(np.linalg.norm(row)), 1e-300)
     return PatchRow(patch, mask, float(np.linalg.norm(self.left @ row)) / size)
@@ -88,7 +88,7 @@ class _Equations:
         system = np.concatenate(
           [self.left @ (mask[:, None] * self.kernel.T), self.left[:, unclear]], axis=1
         )
-        solved = np.linalg.lstsq(system, -self.left @ (mask * offset), rcond=None)[0]
+        solved = _least_squares(system, -self.left @ (mask * offset))
         patch, kept = np.split(solved, [len(self.kernel)])
         values = offset + patch @ self.kernel
         mask[unclear] = _ratio(kept, values[unclear]) > 0.5
@@ -105,7 +105,7 @@ class _Equations:
       known: f64[D], 1 for what is known to be dropped, 0 kept, NaN not known.
     """
     left = self.left @ (dropped - offset)
-    patch = np.linalg.lstsq(self.left @ self.kernel.T, left, rcond=None)[0]
+    patch = _least_squares(self.left @ self.kernel.T, left)
     share = _ratio(dropped, offset + patch @ self.kernel)
     best = None
     for number in range(_LOOKS):
@@ -177,6 +177,13 @@ def find_patch_rows(
 
 def _is_new(row: PatchRow, rows: list[PatchRow]) -> bool:
   return all(np.sum(row.mask != other.mask) >= _SAME for other in rows)
+
+
+def _least_squares(system: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """Returns a least-squares solution, fast: what it is good for is checked behind it."""
+  gram = system.T @ system
+  gram += (1e-13 * np.trace(gram) + 1e-300) * np.eye(len(gram))
+  return np.linalg.solve(gram, system.T @ right)
 
 
 def _ratio(values: np.ndarray, wholes: np.ndarray) -> np.ndarray:
