@@ -114,7 +114,7 @@ def test_a_study_sets_accuracy_against_what_leaks(tmp_path):
     "noise_multiplier 0.0",
   ]
   assert points[0].accuracy + 0.3 < points[1].accuracy and points[0].best
-  table = pd.read_csv(tmp_path / "a" / "table.csv")
+  table = pd.read_csv(tmp_path / "a" / "table.csv", float_precision="round_trip")
   for point, rows in zip(points, (table[2:], table[:2]), strict=True):
     assert point.leakage == rows["ssim_median"].max()
     assert set(rows["test_accuracy"]) == {point.accuracy}
