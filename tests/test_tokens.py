@@ -246,3 +246,27 @@ def test_scores_of_sequences():
   assert second["token_accuracy"] == 0.5 and second["bag_accuracy"] == 1.0
   assert second["rouge1"] == 1.0 and second["rouge2"] == pytest.approx(1 / 3)
   assert second["rougeL"] == 0.75
+
+
+@pytest.mark.slow
+def test_what_is_called_exact_is_right():
+  rng = np.random.default_rng(0)
+  verdicts = []
+  for case in range(40):
+    name = str(rng.choice(["bert", "gpt"]))
+    model = _model(name, dropout_rate=float(rng.uniform(0.02, 0.6)), num_classes=2)
+    tokens = rng.integers(0, VOCABULARY, (int(rng.integers(1, 7)), LENGTH))
+    if case % 4 == 0:  # words that sequences share
+      tokens[:, : LENGTH // 2] = rng.integers(0, 5, (len(tokens), LENGTH // 2))
+    noise = (
+      {}
+      if case % 3
+      else {"defence": defences.create("gaussian_noise", std=10 ** rng.uniform(-8, -3))}
+    )
+    observation, secret = _client(model, tokens, key=case, **noise)
+    reading = read(model, observation)
+    verdicts.append(reading.verdict)
+    right = _ordered(reading, secret)[0] == np.asarray(secret.tokens)
+    if reading.verdict == "exact":
+      assert right.all(), case
+  assert verdicts.count("exact") >= 10

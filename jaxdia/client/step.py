@@ -20,7 +20,7 @@ _PIXELS = Statistics(mean=(0.0,), std=(1.0,))
 # How far a pixel may lie outside of 0 to 1, for rounding.
 _NEARLY = 1e-3
 # Folded into the key of a step for what its defence draws; the masks use the numbers of sites.
-_DEFENCE = 2**31
+DEFENCE_STREAM = 2**31
 
 
 def client_loss(
@@ -126,7 +126,7 @@ def observe(
   step = None if local else Step(model, params, masks, images, labels, loss)
   observation = Observation(
     params=params,
-    gradient=defence(jax.random.fold_in(key, _DEFENCE), gradient, step),
+    gradient=defence(jax.random.fold_in(key, DEFENCE_STREAM), gradient, step),
     labels=labels if reveal_labels else None,
     mean=statistics.mean,
     std=statistics.std,

@@ -12,7 +12,7 @@ from jaxtyping import Float, Integer
 from jaxdia.client.defences import Defence, Step, as_defence, identity
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.client.observation import Observation
-from jaxdia.client.step import _DEFENCE
+from jaxdia.client.step import DEFENCE_STREAM
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import leaves_by_path, with_leaves
 from jaxdia.core.types import Array, Gradient, Key, Labels, Logits, Masks, Params
@@ -117,7 +117,7 @@ def observe_tokens(
   step = Step(model.model, params, masks, images, labels if targets is None else targets, loss)
   observation = Observation(
     params=params,
-    gradient=defence(jax.random.fold_in(key, _DEFENCE), gradient, step),
+    gradient=defence(jax.random.fold_in(key, DEFENCE_STREAM), gradient, step),
     labels=labels,
     **dict(zip(("mean", "std"), model.statistics(params), strict=True)),
     batch_size=len(tokens),

@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxdia.closed_form.tokens.rows import Span
+from jaxdia.closed_form.tokens.rows import Span, solve_masks
 from jaxdia.core.precision import full_precision
 
-# Of the splitting that solves the sparse problems, and of the linear programs for a mask of a row.
+# Of the splitting that solves the sparse problems.
 _STEPS, _STEP_SIZE = 600, 0.05
-_MASK_STEPS, _MASK_STEP_SIZE = 200, 0.1
 # Rounds of problems at a position whose weights chance turns, and how many of them at once.
 _ROUNDS, _RESTARTS = 6, 4
 # Of positions, the share that the first round must find a row at.
@@ -117,8 +116,8 @@ class _Equations:
         break
       if best.outside <= self.limit:
         break
-      values = jnp.asarray((offset + best.patch @ self.kernel)[None], jnp.float32)
-      share = np.asarray(_mask_of(self.outside_of_space, values), np.float64)[0]
+      values = (offset + best.patch @ self.kernel)[None]
+      share = solve_masks(self.outside_of_space, values, np.ones(values.shape))[0]
     assert best is not None  # there is one look at least
     return best
 
@@ -224,24 +223,3 @@ def _solve(without_patch, offsets, weights):
 
     z, _ = jax.lax.scan(step, target, None, _STEPS)
   return shrink(z)
-
-
-@jax.jit
-def _mask_of(outside_of_space, values):
-  """Returns which shares of known values were dropped, f[1, D], by a linear program."""
-  scale = jnp.sqrt(jnp.mean(values**2, axis=1, keepdims=True))
-  c = values / scale
-  size, sign = jnp.abs(c) + 1e-12, jnp.sign(c)
-  with full_precision():
-    target = c @ outside_of_space
-
-    def box(z):
-      return sign * jnp.clip(z * sign - _MASK_STEP_SIZE / size, 0, size)
-
-    def step(z, _):
-      x = box(z)
-      y = 2 * x - z
-      return z + y - y @ outside_of_space + target - x, None
-
-    z, _ = jax.lax.scan(step, target, None, _MASK_STEPS)
-  return box(z) * sign / size

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxdia.core.precision import full_precision
+from jaxdia.core.types import Array
 
 # Steps of the splitting that solves the programs, and its step size.
 _STEPS = 300
@@ -153,7 +154,7 @@ class _Place:
 
   def _look_once(self) -> None:
     limit = min(self._span.outside, MOST_OUTSIDE)
-    dropped = _solve(self._projection, self._chosen, self._weights)
+    dropped = solve_masks(self._projection, self._chosen, self._weights)
     outside = _outside(self._span, self._chosen, dropped < 0.5)
     best = np.argsort(outside, kind="stable")[: _POLISHED * self._most]
     chosen, tokens = self._chosen[best], self._tokens[best]
@@ -239,10 +240,20 @@ def _nearest(projection: jax.Array, candidates: np.ndarray, count: int) -> np.nd
   return np.argsort(energies, kind="stable")[:count]
 
 
-def _solve(projection: jax.Array, candidates: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """Returns the least sums of weights times what was dropped that fit the space, f[K, D]."""
+def solve_masks(
+  projection: Float[Array, "width width"],
+  candidates: Float[np.ndarray, "programs width"],
+  weights: Float[np.ndarray, "programs width"],
+) -> Float[np.ndarray, "programs width"]:
+  """Returns what was dropped of candidates, in [0, 1]: the least weighted sums that fit the space.
+
+  Args:
+    projection: f[D, D], on what the space leaves out.
+    candidates: f[K, D].
+    weights: f[K, D].
+  """
   count = len(candidates)
-  padded = -(-count // 16) * 16  # for few programs
+  padded = count if count == 1 else -(-count // 16) * 16  # for few compiled programs
   given = [np.zeros((padded, x.shape[1]), np.float32) for x in (candidates, weights)]
   given[0][:count], given[1][:count] = candidates, weights
   return np.asarray(_split(projection, *given))[:count]
