@@ -103,23 +103,26 @@ def observe_tokens(
     )
   dtype = jnp.result_type(*jax.tree.leaves(params))
   masks = sample_masks(key, model.model, len(tokens), dtype)
-  loss, targets, defence = CROSS_ENTROPY, None, as_defence(defence)
+  defence = as_defence(defence)
   if labels is None:
     following = NextToken(model.network.vocabulary)
     loss, targets = Loss(following), following.targets(tokens)
   else:
-    labels = jnp.asarray(labels, jnp.int32)
-  gradient = _gradient(model, params, masks, tokens, labels if targets is None else targets, loss)
+    loss, targets = CROSS_ENTROPY, jnp.asarray(labels, jnp.int32)
+    labels = targets
+  gradient = _gradient(model, params, masks, tokens, targets, loss)
   if frozen_embedding:
     leaves = leaves_by_path(gradient)
     gradient = with_leaves(gradient, leaves | {model.network.table: None})
   images = model.embed(params, tokens)
-  step = Step(model.model, params, masks, images, labels if targets is None else targets, loss)
+  step = Step(model.model, params, masks, images, targets, loss)
+  mean, std = model.statistics(params)
   observation = Observation(
     params=params,
     gradient=defence(jax.random.fold_in(key, DEFENCE_STREAM), gradient, step),
     labels=labels,
-    **dict(zip(("mean", "std"), model.statistics(params), strict=True)),
+    mean=mean,
+    std=std,
     batch_size=len(tokens),
     loss=loss,
     defence=defence,

@@ -13,10 +13,11 @@ import numpy as np
 from jaxtyping import Float, Integer
 from scipy.optimize import linear_sum_assignment
 
+from jaxdia.client import Observation
+from jaxdia.closed_form.found import Found
 from jaxdia.closed_form.patch_rows import PatchRow, find_patch_rows
 from jaxdia.closed_form.patches import Patching
-from jaxdia.closed_form.tokens.first_layer import find_normalisation
-from jaxdia.closed_form.tokens.rows import find_span
+from jaxdia.closed_form.span import find_normalisation, find_span, inputs_behind
 from jaxdia.closed_form.tokens.sentences import assign
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, leaves_by_path
@@ -42,18 +43,35 @@ class PatchBatch(NamedTuple):
   found: float
 
 
-def solve_patch_batch(
+def use_patch_batch(
+  model: DropoutModel,
+  patching: Patching,
+  observation: Observation,
+  gradient: Gradient,
+  found: Found,
+) -> str:
+  """Notes the images that patches of a batch tell; returns how well, or why not."""
+  size = observation.batch_size
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), observation.params)
+  batch = _solve(model, patching, params, gradient, size)
+  if isinstance(batch, str):
+    return batch
+  batch = _match_labels(model, patching, batch, params, gradient, np.asarray(found.parts.labels))
+  for number, image in enumerate(batch.images):
+    found.set_image(number, image, 1 - batch.found, determined=False)
+    kept = batch.masks[number].ravel()
+    entries = np.where(np.isnan(kept), -1, np.arange(kept.size))
+    found.set_mask(patching.site, number, entries, kept)
+  return (
+    f"{batch.found:.0%} of the patches of {size} images were found; which are of one image is told"
+    " by smooth borders alone"
+  )
+
+
+def _solve(
   model: DropoutModel, patching: Patching, params: Params, gradient: Gradient, size: int
 ) -> PatchBatch | str:
-  """Returns the images of a batch, or why they were not found.
-
-  Args:
-    model: the network.
-    patching: of it.
-    params: that the server sent.
-    gradient: that the client sent, float64.
-    size: images of the batch.
-  """
+  """Returns the images of a batch, or why they were not found."""
   if patching.site is None:
     return "no dropout follows the patches, so their masks do not tell them apart"
   offsets, path = _look(model, patching, params)
@@ -73,7 +91,12 @@ def solve_patch_batch(
     return f"the rows of {size} images do not stand out of the noise"
 
   def after(rows):
-    return _after(model, patching.site, path, params, rows)
+    images = jnp.zeros((len(rows), *model.image_shape))
+
+    def call(hooks):
+      model.network.call(params, images, hooks)
+
+    return inputs_behind(call, patching.site, path, rows)
 
   try:
     is_normalised, scale, shift = find_normalisation(after, width, "/".join(path))
@@ -130,25 +153,6 @@ def _look(model, patching, params) -> tuple[np.ndarray, Path | None]:
   return offsets.reshape(-1, offsets.shape[-1]), paths[0] if paths else None
 
 
-def _after(model, site, path, params, rows) -> jax.Array:
-  """Returns what a layer is given where dropout gives rows, f[n, width]."""
-  seen: list[jax.Array] = []
-
-  def on_site(call):
-    if call.name != site:
-      return call.inputs
-    return jnp.broadcast_to(rows[:, None], call.inputs.shape)
-
-  def on_linear(layer, inputs, outputs, nested):
-    del nested
-    if layer.path == path:
-      seen.append(inputs)
-    return outputs
-
-  model.network.call(params, jnp.zeros((len(rows), *model.image_shape)), Hooks(on_site, on_linear))
-  return seen[0][:, 0]
-
-
 def _put_together(model, patching, rows, size, found, width) -> PatchBatch:
   """Puts patches together that go on smoothly at their borders."""
   numbers = np.arange(np.prod(model.image_shape)).reshape(model.image_shape)
@@ -194,7 +198,7 @@ def _halves(affinity: np.ndarray, positions: np.ndarray) -> np.ndarray:
   return sequence
 
 
-def match_labels(
+def _match_labels(
   model: DropoutModel,
   patching: Patching,
   batch: PatchBatch,
@@ -206,27 +210,16 @@ def match_labels(
 
   The column of a class in the gradient of the classifier's kernel is minus the features of its
   images, but for the probabilities; with expected masks these are known well enough.
-
-  Args:
-    model: the network.
-    patching: of it.
-    batch: images, in any order.
-    params: that the server sent.
-    gradient: that the client sent.
-    labels: i[B].
   """
   layer = next((x for x in model.dense(len(labels)) if x.path == model.classifier), None)
   leaves = leaves_by_path(gradient)
   if layer is None or (labels < 0).any() or (*layer.path, "kernel") not in leaves:
     return batch
   masks = expected_masks(model, len(labels))
-  if patching.site is not None:
-    kept = masks[patching.site]
-    masks[patching.site] = jnp.where(
-      np.isnan(batch.masks).reshape(kept.shape),
-      kept,
-      np.nan_to_num(batch.masks).reshape(kept.shape),
-    )
+  assert patching.site is not None  # or no patches were found
+  kept = masks[patching.site]
+  read = batch.masks.reshape(kept.shape)
+  masks[patching.site] = jnp.where(np.isnan(read), kept, np.nan_to_num(read))
   taps = {layer.path: tuple(jnp.zeros(shape) for shape in layer.shapes)}
   images = jnp.asarray(batch.images, jnp.float32)
   features = model.apply_tapped(params, masks, images, taps)[1][layer.path][0]
@@ -244,12 +237,14 @@ def _borders(
   place = np.zeros(numbers.size, int)
   for t, entries in enumerate(pixels):
     owner[entries], place[entries] = t, np.arange(len(entries))
-  touching: dict[tuple[int, int], list[tuple[int, int]]] = {}
+  touching: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
   for first, second in ((numbers[1:], numbers[:-1]), (numbers[:, 1:], numbers[:, :-1])):
     for a, b in zip(first.ravel(), second.ravel(), strict=True):
       if owner[a] != owner[b]:
-        touching.setdefault((owner[a], owner[b]), []).append((place[a], place[b]))
-  return {pair: tuple(np.array(entries).T) for pair, entries in touching.items()}  # type: ignore[misc]
+        mine, theirs = touching.setdefault((owner[a], owner[b]), ([], []))
+        mine.append(place[a])
+        theirs.append(place[b])
+  return {pair: (np.array(mine), np.array(theirs)) for pair, (mine, theirs) in touching.items()}
 
 
 def _fill(image: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxdia.closed_form.tokens.rows import Span, solve_masks
+from jaxdia.closed_form.span import Span, pad_programs, solve_masks, split
 from jaxdia.core.precision import full_precision
 
 # Of the splitting that solves the sparse problems.
@@ -200,26 +200,17 @@ def _weights(known, rows, number, chance) -> np.ndarray:
 
 
 def _sparse(without_patch: jax.Array, offsets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  count = len(offsets)
-  padded = -(-count // 32) * 32  # for few programs
-  given = np.zeros((2, padded, offsets.shape[1]), np.float32)
-  given[0, :count], given[1, :count] = offsets, weights
-  return np.asarray(_solve(without_patch, *given), np.float64)[:count]
+  given = pad_programs(32, offsets, weights)
+  return np.asarray(_solve(without_patch, *given), np.float64)[: len(offsets)]
 
 
 @jax.jit
 def _solve(without_patch, offsets, weights):
-  """Minimises the weighted sum of sizes, by Douglas-Rachford splitting."""
+  """Minimises the weighted sum of sizes."""
+
+  def shrink(z):
+    return jnp.sign(z) * jnp.maximum(jnp.abs(z) - _STEP_SIZE * weights, 0)
+
   with full_precision():
     target = offsets @ without_patch
-
-    def shrink(z):
-      return jnp.sign(z) * jnp.maximum(jnp.abs(z) - _STEP_SIZE * weights, 0)
-
-    def step(z, _):
-      x = shrink(z)
-      y = 2 * x - z
-      return z + y - y @ without_patch + target - x, None
-
-    z, _ = jax.lax.scan(step, target, None, _STEPS)
-  return shrink(z)
+  return split(without_patch, target, shrink, _STEPS)

@@ -13,13 +13,13 @@ from jaxdia.closed_form.first_step import place_in_steps
 from jaxdia.closed_form.found import Found
 from jaxdia.closed_form.labels import check_sign
 from jaxdia.closed_form.parts import NO_LABEL, Recovery, Verdict
+from jaxdia.closed_form.patch_batches import use_patch_batch
 from jaxdia.closed_form.patches import find_patching
 from jaxdia.closed_form.single import (
   scale_by_classifier,
   use_classifier,
   use_convolutions,
   use_first_layer,
-  use_patch_batch,
   use_patches,
 )
 from jaxdia.closed_form.sparse import MOST_ROUNDING

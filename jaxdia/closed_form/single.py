@@ -13,7 +13,6 @@ from jaxdia.closed_form.convolutions import Before, cotangent_before, solve
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
 from jaxdia.closed_form.found import EXACT, Found
 from jaxdia.closed_form.kernel_equations import After
-from jaxdia.closed_form.patch_batches import match_labels, solve_patch_batch
 from jaxdia.closed_form.patches import Patching, solve_patches
 from jaxdia.closed_form.sparse import bounds
 from jaxdia.closed_form.structure import Chain
@@ -43,31 +42,6 @@ def use_patches(patching: Patching, gradient: Gradient, found: Found) -> str:
   if patches.kept is not None and patches.residual <= found.tolerance:
     found.set_mask(patching.site, 0, np.arange(patches.kept.size), patches.kept)
   return f"the patches leave {patches.residual:.1e} of their gradient unexplained"
-
-
-def use_patch_batch(
-  model: DropoutModel,
-  patching: Patching,
-  observation: Observation,
-  gradient: Gradient,
-  found: Found,
-) -> str:
-  """Notes the images that patches of a batch tell; returns how well, or why not."""
-  size = observation.batch_size
-  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), observation.params)
-  batch = solve_patch_batch(model, patching, params, gradient, size)
-  if isinstance(batch, str):
-    return batch
-  batch = match_labels(model, patching, batch, params, gradient, np.asarray(found.parts.labels))
-  for number, image in enumerate(batch.images):
-    found.set_image(number, image, 1 - batch.found, determined=False)
-    kept = batch.masks[number].ravel()
-    entries = np.where(np.isnan(kept), -1, np.arange(kept.size))
-    found.set_mask(patching.site, number, entries, kept)
-  return (
-    f"{batch.found:.0%} of the patches of {size} images were found; which are of one image is told"
-    " by smooth borders alone"
-  )
 
 
 def use_first_layer(model: DropoutModel, gradient: Gradient, found: Found) -> str:

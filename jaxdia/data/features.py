@@ -34,10 +34,9 @@ def normalize_features(
     )
   rows = values.reshape(len(values), -1, 1, values.shape[-1])
   columns = rows.reshape(-1, rows.shape[-1])
-  mean, low, high = columns.mean(axis=0), columns.min(axis=0), columns.max(axis=0)
-  std = columns.std(axis=0)
-  std = np.where(std > 0, std, 1)
-  return ((rows - mean) / std).astype(np.float32), Statistics.of_box(mean, std, low, high)
+  mean, std = _moments(columns)
+  statistics = Statistics.of_box(mean, std, columns.min(axis=0), columns.max(axis=0))
+  return ((rows - mean) / std).astype(np.float32), statistics
 
 
 def denormalize_features(images: Any, values: Any) -> Float[np.ndarray, "..."]:
@@ -51,7 +50,12 @@ def denormalize_features(images: Any, values: Any) -> Float[np.ndarray, "..."]:
     f[B, features] for a table, else f[B, frames, features].
   """
   values = np.asarray(values, np.float64)
-  columns = values.reshape(-1, values.shape[-1])
-  std = columns.std(axis=0)
-  found = np.asarray(images, np.float64) * np.where(std > 0, std, 1) + columns.mean(axis=0)
+  mean, std = _moments(values.reshape(-1, values.shape[-1]))
+  found = np.asarray(images, np.float64) * std + mean
   return found.reshape(len(found), *values.shape[1:])
+
+
+def _moments(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns means and standard deviations of columns; 1 for one that is constant."""
+  std = columns.std(axis=0)
+  return columns.mean(axis=0), np.where(std > 0, std, 1)

@@ -11,7 +11,14 @@ from jaxdia.attacks import CATALOGUE, AttackSettings
 from jaxdia.client import defences
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.data import DATASETS
-from jaxdia.experiment.fields import check_names, make_settings, plain, pop_group
+from jaxdia.experiment.fields import (
+  check_batches,
+  check_names,
+  make_settings,
+  plain,
+  pop_group,
+  split_names,
+)
 from jaxdia.experiment.local import LocalSettings
 from jaxdia.experiment.training import TrainingSettings
 from jaxdia.gradients import METHODS, Method
@@ -47,13 +54,8 @@ class DataSettings:
   statistics: str | None = None
 
   def __post_init__(self):
-    for name in ("count", "batch_size", "mask_seeds"):
-      check_count(f"config.data.{name}", getattr(self, name), 1)
-    if self.count % self.batch_size:
-      raise InputError(
-        f"config.data.count={self.count} images cannot be cut into batches of"
-        f" config.data.batch_size={self.batch_size}; make the count a multiple of it."
-      )
+    check_batches(self.count, self.batch_size, "images")
+    check_count("config.data.mask_seeds", self.mask_seeds, 1)
 
   @property
   def batches(self) -> int:
@@ -312,10 +314,7 @@ def _attacks(names: str, fields: dict[str, Any]) -> dict[str, AttackSettings]:
   """Returns the settings of the attacks whose names are given, separated by commas."""
   known = ["name", "restarts"] + [f.name for f in dataclasses.fields(AttackSettings)]
   check_names("field of config.attack:", fields, known)
-  given = [name.strip() for name in names.split(",")]
-  check_names("attack", given, CATALOGUE)
-  if len(set(given)) < len(given):
-    raise InputError(f"config.attack.name is {','.join(given)!r}; expected each attack once.")
+  given = split_names("attack", names, CATALOGUE)
   return {name: CATALOGUE[name].settings.override(**_set(fields)) for name in given}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdia.core.errors import InputError, unknown
+from jaxdia.core.errors import InputError, check_count, unknown
 
 
 def plain(value: Any) -> Any:
@@ -52,6 +52,44 @@ def pop_group(fields: dict[str, Any], name: str) -> dict[str, Any]:
   if not isinstance(group, dict):
     raise InputError(f"config.{name} is {group!r}; expected a group of fields.")
   return group
+
+
+def split_names(what: str, names: str, known: Iterable[str]) -> list[str]:
+  """Returns names that are given with commas between.
+
+  Args:
+    what: they stand for.
+    names: of the config, in its field config.attack.name.
+    known: those that exist.
+
+  Raises:
+    InputError: one does not, or is given twice.
+  """
+  given = [name.strip() for name in names.split(",")]
+  check_names(what, given, known)
+  if len(set(given)) < len(given):
+    raise InputError(f"config.attack.name is {','.join(given)!r}; expected each attack once.")
+  return given
+
+
+def check_batches(count: int, batch_size: int, things: str) -> None:
+  """Refuses victims that cannot be cut into batches of one size.
+
+  Args:
+    count: of victims.
+    batch_size: of a client.
+    things: what they are.
+
+  Raises:
+    InputError: they cannot.
+  """
+  for name, value in (("count", count), ("batch_size", batch_size)):
+    check_count(f"config.data.{name}", value, 1)
+  if count % batch_size:
+    raise InputError(
+      f"config.data.count={count} {things} cannot be cut into batches of"
+      f" config.data.batch_size={batch_size}; make the count a multiple of it."
+    )
 
 
 def make_settings(kind: type, group: str, fields: dict[str, Any]) -> Any:

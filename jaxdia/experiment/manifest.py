@@ -26,10 +26,12 @@ def manifest(**more: Any) -> dict[str, Any]:
     **more: what else belongs there.
   """
   program = sys.argv[0]
-  if not program.startswith("python "):  # as it is typed in the source tree
-    program = "python " + "/".join(pathlib.Path(program).parts[-2:])
+  if program.startswith("python -m "):  # of `jaxdia.__main__`
+    called = program.split(" ")
+  else:  # as it is typed in the source tree
+    called = ["python", "/".join(pathlib.Path(program).parts[-2:])]
   return {
-    "command": [*program.split(" "), *sys.argv[1:]],
+    "command": [*called, *sys.argv[1:]],
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "jaxdia": jaxdia.__version__,
     "commit": _commit(),

@@ -19,13 +19,13 @@ from jaxdia import attacks, engine
 from jaxdia.client import Observation, defences
 from jaxdia.client.tokens import TokenSecret, observe_tokens
 from jaxdia.closed_form import tokens as closed_form
-from jaxdia.core.errors import InputError, check_count, unknown
+from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json, write_json_lines
 from jaxdia.core.trees import digest, leaves_by_path, with_leaves
 from jaxdia.data.text import load_text
 from jaxdia.evaluation.text import assign_tokens, score_tokens
 from jaxdia.experiment.clients import KEPT, Lazy
-from jaxdia.experiment.fields import check_names, plain
+from jaxdia.experiment.fields import check_batches, check_names, plain, pop_group, split_names
 from jaxdia.experiment.lock import Lock
 from jaxdia.experiment.manifest import manifest
 from jaxdia.models.tokens import create_language_model
@@ -264,20 +264,13 @@ def _validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
   given, known = plain(config.to_dict()), plain(default_config().to_dict())
   check_names("config", given, known)
   for group, fields in known.items():
-    if isinstance(fields, dict) and group != "defence":
-      check_names(f"config.{group}", given[group], fields)
+    if isinstance(fields, dict):
+      named = pop_group(dict(given), group)
+      if group != "defence":  # whose fields are those of its class
+        check_names(f"config.{group}", named, fields)
   data, attack = given["data"], given["attack"]
-  for name in ("count", "batch_size"):
-    check_count(f"config.data.{name}", data[name], 1)
-  if data["count"] % data["batch_size"]:
-    raise InputError(
-      f"config.data.count={data['count']} sequences cannot be cut into batches of"
-      f" config.data.batch_size={data['batch_size']}; make the count a multiple of it."
-    )
-  names = [name.strip() for name in str(attack["name"]).split(",")]
-  for name in names:
-    if name not in ATTACKS:
-      raise unknown("attack on text:", name, ATTACKS)
+  check_batches(data["count"], data["batch_size"], "sequences")
+  names = split_names("attack on text:", str(attack["name"]), ATTACKS)
   given["attack"] = {"names": names, "max_iterations": attack["max_iterations"]}
   return given
 

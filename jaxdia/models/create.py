@@ -39,18 +39,33 @@ def create(
   image_shape = check_image_shape(image_shape)
   rate = check_rate(dropout_rate)
   num_classes = check_count("num_classes", num_classes, 2)
-  fields = {f.name: f.default for f in dataclasses.fields(module_class) if f.init}
-  known = [f for f in fields if f not in ("num_classes", "dropout_rate", "parent", "name")]
-  for option in options:
-    if option not in known:
-      raise unknown(f"option of the model {name}:", option, known)
-  checked = {o: _check_option(name, o, value, fields[o]) for o, value in options.items()}
+  checked = check_options(name, module_class, options)
   # Of all rates above 0 the network is the same.
   module = module_class(num_classes, 0.5 if rate else 0.0, **defaults | checked)
   if hasattr(module, "check"):
     module.check(image_shape)
   model = from_flax(module, image_shape)
   return dataclasses.replace(model, rates=dict.fromkeys(model.rates, rate))
+
+
+def check_options(name: str, module_class: type, options: dict[str, Any]) -> dict[str, Any]:
+  """Returns options of a built-in network, which are of the kind of their defaults.
+
+  Args:
+    name: of the model, for the message.
+    module_class: whose attributes they are; those without a default are no options.
+    options: by name.
+
+  Raises:
+    InputError: unknown option, or a value that it cannot take.
+  """
+  fields = {f.name: f.default for f in dataclasses.fields(module_class) if f.init}
+  given = ("num_classes", "dropout_rate", "parent", "name")
+  known = [f for f in fields if f not in given and fields[f] is not dataclasses.MISSING]
+  for option in options:
+    if option not in known:
+      raise unknown(f"option of the model {name}:", option, known)
+  return {o: _check_option(name, o, value, fields[o]) for o, value in options.items()}
 
 
 def _check_option(model: str, option: str, value: Any, default: Any) -> Any:

@@ -77,8 +77,7 @@ class FlaxNetwork(Network):
       InputError: it has no parameters.
     """
     with nn.intercept_methods(interceptor(Hooks(ignore_sites))):
-      images = jnp.zeros((1, *self.image_shape), jnp.float32)
-      variables = self.module.init(key, self._given(images), **self.kwargs)
+      variables = self.module.init(key, self._example(), **self.kwargs)
     if "params" not in variables:
       raise InputError(f"{self.name} has no parameters, so a client has no gradient to send.")
     return {name: nn.unbox(tree) for name, tree in variables.items() if name != "intermediates"}
@@ -109,6 +108,10 @@ class FlaxNetwork(Network):
       path: before.get(".".join(path), leaf) for path, leaf in leaves_by_path(others).items()
     }
     return leaves_by_name(self._step(params, images, hooks, with_leaves(others, given), None)[1])
+
+  def _example(self):
+    """Returns what the module is called with to draw its parameters."""
+    return self._given(jnp.zeros((1, *self.image_shape), jnp.float32))
 
   def _given(self, images):
     """Returns images as the module takes them."""

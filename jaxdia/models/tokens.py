@@ -20,6 +20,7 @@ from jaxdia.core.errors import InputError, check_count, unknown
 from jaxdia.core.trees import Constants, Path, leaves_by_path, value_tree
 from jaxdia.core.types import Array, Images, Key, Logits, Masks, Params, Statistics
 from jaxdia.models.base import DropoutModel, check_rate, model_of
+from jaxdia.models.create import check_options
 from jaxdia.models.flax import FlaxNetwork, training_kwargs
 from jaxdia.models.flax_interception import interceptor
 from jaxdia.models.flax_variables import fit_collections
@@ -63,12 +64,8 @@ class TokenNetwork(FlaxNetwork):
 
   __hash__ = FlaxNetwork.__hash__
 
-  def init_variables(self, key: Key) -> dict[str, Any]:
-    """Draws all collections that the module reads in a step; see `FlaxNetwork`."""
-    with nn.intercept_methods(interceptor(Hooks(ignore_sites))):
-      tokens = jnp.zeros((1, self.image_shape[0]), jnp.int32)
-      variables = self.module.init(key, tokens, **self.kwargs)
-    return {name: nn.unbox(tree) for name, tree in variables.items() if name != "intermediates"}
+  def _example(self):
+    return jnp.zeros((1, self.image_shape[0]), jnp.int32)
 
   def call_tokens(self, params: Params, tokens: Tokens, hooks: Hooks) -> Logits:
     """Computes logits of tokens as the client does.
@@ -236,10 +233,7 @@ def create_language_model(
   """
   if name not in LANGUAGE_MODELS:
     raise unknown("language model", name, LANGUAGE_MODELS)
-  known = [f.name for f in dataclasses.fields(LanguageModel) if f.name not in ("parent", "name")]
-  for option in options:
-    if option not in known:
-      raise unknown(f"option of the model {name}:", option, known)
+  options = check_options(name, LanguageModel, options)
   rate = check_rate(dropout_rate)
   options = LANGUAGE_MODELS[name] | {"most_tokens": max(length, 2)} | options
   # Of all rates above 0 the network is the same.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
+from jaxdia.closed_form.span import find_normalisation, inputs_behind
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path
 from jaxdia.core.types import Params
@@ -18,10 +18,6 @@ from jaxdia.models.tokens import TokenModel
 
 # Tokens of the vocabulary that are embedded at once.
 _CHUNK = 512
-# Random rows that show what lies between dropout and the first dense layer, and how nearly they
-# must fit.
-_PROBES = 64
-_FITS = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +84,8 @@ class FirstLayer:
     dropped = given * masks / (1 - rate)
     if not self.is_normalised:
       return dropped.astype(np.float64)
-    after = _after(self.model, self.params, jnp.asarray(dropped[:, None]), self.site, self.paths[0])
-    return np.asarray(after, np.float64)[:, 0]
+    after = _after(self.model, self.params, jnp.asarray(dropped), self.site, self.paths[0])
+    return np.asarray(after, np.float64)
 
 
 def find_first_layer(model: TokenModel, params: Params) -> FirstLayer:
@@ -137,44 +133,10 @@ def find_first_layer(model: TokenModel, params: Params) -> FirstLayer:
     )
 
   def after(rows):
-    return _after(model, params, rows[:, None], site, first)[:, 0]
+    return _after(model, params, rows, site, first)
 
   is_normalised, scale, shift = find_normalisation(after, width, "/".join(first))
   return dataclasses.replace(none, is_normalised=is_normalised, scale=scale, shift=shift)
-
-
-def find_normalisation(
-  after: Callable[[jax.Array], jax.Array], width: int, name: str
-) -> tuple[bool, Float[np.ndarray, " width"], Float[np.ndarray, " width"]]:
-  """Finds the normalisation between rows and a layer, by random rows.
-
-  Args:
-    after: what the layer is given for rows, f[n, D] of f[n, D].
-    width: of rows.
-    name: of the layer, for the message.
-
-  Returns:
-    Whether there is one, its scale and its shift.
-
-  Raises:
-    InputError: something else lies between.
-  """
-  probes = jax.random.normal(jax.random.key(0), (_PROBES, width), jnp.float32)
-  given = np.asarray(after(probes), np.float64)
-  drawn = np.asarray(probes, np.float64)
-  if np.linalg.norm(given - drawn) <= _FITS * np.linalg.norm(given):
-    return False, np.ones(width), np.zeros(width)
-  for rows in (drawn - drawn.mean(axis=1, keepdims=True), drawn):  # LayerNorm, RMSNorm
-    rows = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True))
-    moved, mean = rows - rows.mean(axis=0), given.mean(axis=0)
-    scale = np.sum(moved * (given - mean), axis=0) / np.sum(moved**2, axis=0)
-    shift = mean - scale * rows.mean(axis=0)
-    if np.linalg.norm(given - rows * scale - shift) <= _FITS * np.linalg.norm(given):
-      return True, scale, shift
-  raise InputError(
-    f"between dropout and the dense layer {name!r} lies more than a LayerNorm or RMSNorm, through"
-    " which nothing is seen."
-  )
 
 
 @functools.partial(jax.jit, static_argnames="site")
@@ -199,20 +161,10 @@ def _before(model: TokenModel, params: Params, tokens: jax.Array, site: str | No
 
 @functools.partial(jax.jit, static_argnames=("site", "path"))
 def _after(model: TokenModel, params: Params, rows: jax.Array, site: str, path: Path) -> jax.Array:
-  """Returns what a layer is given if dropout gives these rows, f[n, 1, D]."""
-  seen: list[jax.Array] = []
-
-  def on_site(call):
-    if call.name != site:
-      return call.inputs
-    return jnp.broadcast_to(rows, call.inputs.shape)
-
-  def on_linear(layer, inputs, outputs, nested):
-    del nested
-    if layer.path == path:
-      seen.append(inputs)
-    return outputs
-
+  """Returns what a layer is given if dropout gives these rows, f[n, D]."""
   tokens = jnp.zeros((len(rows), model.length), jnp.int32)
-  model.network.call_tokens(params, tokens, Hooks(on_site, on_linear))
-  return seen[0][:, :1]
+
+  def call(hooks):
+    model.network.call_tokens(params, tokens, hooks)
+
+  return inputs_behind(call, site, path, rows)

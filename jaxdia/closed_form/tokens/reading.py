@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from jaxdia.client import Observation
+from jaxdia.closed_form.span import Span, find_span
 from jaxdia.closed_form.tokens import rows
 from jaxdia.closed_form.tokens.first_layer import FirstLayer, find_first_layer
 from jaxdia.closed_form.tokens.sentences import find_sentences
@@ -54,7 +55,7 @@ class _Problem(NamedTuple):
   layer: FirstLayer
   kernels: list[Float[np.ndarray, "width outputs"]]
   rank: int
-  span: rows.Span
+  span: Span
 
 
 class _Rows(NamedTuple):
@@ -92,7 +93,7 @@ def read(model: TokenModel, observation: Observation, *, dropout: bool = True) -
       f"the gradient of {'/'.join(missing[0])!r} was not sent, which is what tells tokens."
     )
   kernels = [_matrix(gradients[*path, "kernel"], layer.width) for path in layer.paths]
-  span = rows.find_span(kernels, shape[0] * shape[1])
+  span = find_span(kernels, shape[0] * shape[1])
   if span is None:
     return _nothing(
       shape,

@@ -19,12 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxdia.closed_form.span import OUTSIDE, Span, solve_masks
 from jaxdia.core.precision import full_precision
-from jaxdia.core.types import Array
 
-# Steps of the splitting that solves the programs, and its step size.
-_STEPS = 300
-_STEP_SIZE = 0.1
 # A program whose solution is not integral is solved again with weights that drive it there.
 _ROUNDS = 6
 _DRIVE = 2.0
@@ -37,36 +34,8 @@ _RESTARTS = 8
 _UNCLEAR = (0.4, 0.6, 0.8, 0.9)
 # Two masks of one token that differ in less of it are one.
 _SAME = 0.05
-# A row lies in the space if no more of it is outside, but for noise that is known to be larger;
-# beyond the last, nothing could be told.
-_OUTSIDE = 1e-4
+# Where noise takes more of a row out of the space, nothing could be told.
 MOST_OUTSIDE = 0.03
-# Singular values fall by so much, at least, where the space ends.
-_LEAST_GAP = 3.0
-
-
-class Span(NamedTuple):
-  """The space of the rows that a layer multiplied, as its gradient tells it.
-
-  Attributes:
-    basis: f64[D, rank], orthonormal.
-    complement: f64[D, left], orthonormal: what it leaves out.
-    outside: share of a row that may lie outside of it for noise.
-  """
-
-  basis: Float[np.ndarray, "width rank"]
-  complement: Float[np.ndarray, "width left"]
-  outside: float
-
-  def extended(self, directions: Float[np.ndarray, "width more"]) -> "Span":
-    """Returns the space with more directions in it.
-
-    Args:
-      directions: f64[D, more]; of zeros there may be some.
-    """
-    basis = np.linalg.svd(np.concatenate([self.basis, _unit(directions)], axis=1))
-    rank = int(np.sum(basis[1] > 1e-9))
-    return Span(basis[0][:, :rank], basis[0][:, rank:], self.outside)
 
 
 class Row(NamedTuple):
@@ -81,27 +50,6 @@ class Row(NamedTuple):
   token: int
   mask: Bool[np.ndarray, " width"]
   outside: float
-
-
-def find_span(gradients: list[Float[np.ndarray, "width _"]], most: int) -> Span | None:
-  """Returns the space of the rows of layers that share them; None if it has no end.
-
-  Args:
-    gradients: f64[D, outputs] of their kernels.
-    most: rows that there can be.
-  """
-  together = np.concatenate([_unit(g, None) for g in gradients], axis=1)
-  if not np.isfinite(together).all() or not together.any():
-    return None
-  basis, values, _ = np.linalg.svd(together)
-  values = np.maximum(values, values[0] * np.finfo(np.float64).eps)
-  ends = min(most, len(values) - 1)
-  ratios = values[:ends] / values[1 : ends + 1]
-  rank = int(np.argmax(ratios)) + 1 if ends else 0
-  if not rank or ratios[rank - 1] < _LEAST_GAP:
-    return None
-  noise = values[rank] * np.sqrt(np.mean(values[:rank] ** -2.0))
-  return Span(basis[:, :rank], basis[:, rank:], max(_OUTSIDE, 3 * float(noise)))
 
 
 def find_rows(
@@ -156,14 +104,15 @@ class _Place:
     limit = min(self._span.outside, MOST_OUTSIDE)
     dropped = solve_masks(self._projection, self._chosen, self._weights)
     outside = _outside(self._span, self._chosen, dropped < 0.5)
-    best = np.argsort(outside, kind="stable")[: _POLISHED * self._most]
+    order = np.argsort(outside, kind="stable")
+    best = order[: _POLISHED * self._most]
     chosen, tokens = self._chosen[best], self._tokens[best]
     masks, outside = _polish(self._span, chosen, dropped[best], limit)
     for i in np.argsort(outside, kind="stable"):
       row = Row(int(tokens[i]), masks[i], float(outside[i]))
       if row.outside <= limit and len(self.found) < self._most and self._is_new(row, chosen[i]):
         self.found.append(row)
-    self._go_on(dropped, np.argsort(_outside(self._span, self._chosen, dropped < 0.5)))
+    self._go_on(dropped, order)
 
   def _go_on(self, dropped: np.ndarray, order: np.ndarray) -> None:
     """Makes the next programs: of the nearest tokens, and of those that were found here."""
@@ -222,11 +171,6 @@ def find_nearest(
   return found
 
 
-def _unit(matrix: np.ndarray, axis: int | None = 0) -> np.ndarray:
-  size = np.linalg.norm(matrix, axis=axis, keepdims=axis is not None)
-  return matrix / np.where(size > 0, size, 1)
-
-
 @jax.jit
 def _energies(projection, candidates):
   with full_precision():
@@ -238,48 +182,6 @@ def _nearest(projection: jax.Array, candidates: np.ndarray, count: int) -> np.nd
   """Returns the candidates of which the least lies outside of the space, the nearest first."""
   energies = np.asarray(_energies(projection, jnp.asarray(candidates, jnp.float32)))
   return np.argsort(energies, kind="stable")[:count]
-
-
-def solve_masks(
-  projection: Float[Array, "width width"],
-  candidates: Float[np.ndarray, "programs width"],
-  weights: Float[np.ndarray, "programs width"],
-) -> Float[np.ndarray, "programs width"]:
-  """Returns what was dropped of candidates, in [0, 1]: the least weighted sums that fit the space.
-
-  Args:
-    projection: f[D, D], on what the space leaves out.
-    candidates: f[K, D].
-    weights: f[K, D].
-  """
-  count = len(candidates)
-  padded = count if count == 1 else -(-count // 16) * 16  # for few compiled programs
-  given = [np.zeros((padded, x.shape[1]), np.float32) for x in (candidates, weights)]
-  given[0][:count], given[1][:count] = candidates, weights
-  return np.asarray(_split(projection, *given))[:count]
-
-
-@jax.jit
-def _split(projection, candidates, weights):
-  """Solves the programs by Douglas-Rachford splitting, in units of what is dropped times size."""
-  scale = jnp.sqrt(jnp.mean(candidates**2, axis=1, keepdims=True))
-  c = candidates / jnp.where(scale > 0, scale, 1)
-  size, sign = jnp.abs(c) + 1e-12, jnp.sign(c)
-  with full_precision():
-    target = c @ projection
-
-    def box(z):
-      return sign * jnp.clip(z * sign - _STEP_SIZE * weights / size, 0, size)
-
-    def fit(u):
-      return u - u @ projection + target
-
-    def step(z, _):
-      x = box(z)
-      return z + fit(2 * x - z) - x, None
-
-    z, _ = jax.lax.scan(step, target, None, _STEPS)
-  return box(z) * sign / size
 
 
 def _outside(span: Span, candidates: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -301,7 +203,7 @@ def _polish(
   equations = span.complement.shape[1]
   for order in (np.abs(candidates), np.abs(candidates) * np.abs(dropped - 0.5)):
     for share in _UNCLEAR:
-      todo = np.flatnonzero(outside > min(limit, _OUTSIDE))
+      todo = np.flatnonzero(outside > min(limit, OUTSIDE))
       count = int(share * equations)
       if not len(todo) or not count:
         continue
