@@ -47,13 +47,13 @@ def test_the_noise_of_layers_is_what_lies_outside_their_rank():
   wide, other = (rng.normal(size=(n, 4)) @ rng.normal(size=(4, 60)) for n in (90, 80))
   narrow = rng.normal(size=(7, 4)) @ rng.normal(size=(4, 60))
   noised = [x + 0.01 * rng.normal(size=x.shape) for x in (wide, other, narrow)]
-  levels = find_levels([spectrum(x) for x in noised], 4, 1e-7, None)
+  levels = find_levels([spectrum(x, 4) for x in noised], 4, 1e-7, None)
   for matrix, level in zip(noised, levels, strict=True):
     assert level.std == pytest.approx(0.01, rel=0.05)
     assert level.share == pytest.approx(0.01 * matrix.size**0.5 / np.linalg.norm(matrix), rel=0.05)
   # More samples than were named are no noise, and what is told is taken as it is.
-  assert find_levels([spectrum(wide)], 2, 1e-7, None)[0].share == 1e-7
-  assert find_levels([spectrum(wide)], 4, 1e-7, 0.5)[0].std == pytest.approx(0.5)
+  assert find_levels([spectrum(wide, 2)], 2, 1e-7, None)[0].share == 1e-7
+  assert find_levels([spectrum(wide, 4)], 4, 1e-7, 0.5)[0].std == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("share", [1e-4, 1e-3, 2e-2])

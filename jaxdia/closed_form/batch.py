@@ -128,7 +128,7 @@ def solve(
     x.matrix * rows[:, None] * columns for x, (rows, columns) in zip(parts, told, strict=True)
   ]
   pruned = any(part.pruned for part in parts)
-  spectra = [spectrum(matrix) for matrix in matrices]
+  spectra = [spectrum(matrix, batch_size) for matrix in matrices]
   levels = find_levels(spectra, batch_size, max(rounding, *(x.share for x in parts)), noise)
   level = max(one.share for one in levels)
   shares = np.minimum([one.share for one in levels], MOST_ALLOWED)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdia.closed_form.singular import values_of
+
 # A gradient of which less is noise is clean: so much comes of computing in float32.
 CLEAN = 1e-6
 # Noise fills all dimensions: the smaller half of the singular values is no less than this share of
@@ -42,14 +44,15 @@ class Level(NamedTuple):
   std: float
 
 
-def spectrum(matrix: np.ndarray) -> Spectrum:
+def spectrum(matrix: np.ndarray, batch_size: int) -> Spectrum:
   """Returns the singular values of a gradient.
 
   Args:
     matrix: f64[inputs, outputs].
+    batch_size: of the client.
   """
   filled = matrix[matrix.any(axis=1)][:, matrix.any(axis=0)]
-  return Spectrum(np.linalg.svd(filled, compute_uv=False), filled.shape)
+  return Spectrum(values_of(filled, batch_size), filled.shape)
 
 
 def find_levels(

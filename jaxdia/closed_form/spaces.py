@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.closed_form.serial import after
+from jaxdia.closed_form.singular import leading
 from jaxdia.core.types import Params
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import DenseLayer
@@ -75,7 +76,7 @@ def span(matrix: np.ndarray, rank: int, size: int, told: tuple[np.ndarray, np.nd
     size: dimensions in all, so that shapes need not change with the rank.
     told: `rows` and `columns` of the space.
   """
-  left, values, right = np.linalg.svd(matrix, full_matrices=False)
+  left, values, right = leading(matrix, rank)
   unused = np.arange(size) >= rank
   left = np.where(unused, 0, _resize(left, size, 1))
   right = np.where(unused[:, None], 0, _resize(right, size, 0))
