@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable
 
 import jax
-import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxdia.core.errors import InputError, first_line, unknown
+from jaxdia.core.machine import keep_compiled, share_cpu
 
-_MAX_CPU_DEVICES = 8
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
@@ -65,24 +64,33 @@ def default_workdir() -> str:
   return "runs/" + name.replace(".py", "").replace(":", "_")
 
 
-def _share_cpu() -> None:
-  """Makes devices of CPU cores, unless the environment says how many.
+def cluster_flag() -> flags.FlagHolder[str | None]:
+  """Returns the flag that names a cluster."""
+  return flags.DEFINE_string(
+    "cluster",
+    None,
+    "Run on other processes: local:N for N of this machine, or the address of a Dask scheduler,"
+    " such as tcp://host:8786 (docs/clusters.md).",
+  )
 
-  Trials on a core of their own are faster than ones that share all cores operation
-  by operation. Each device holds a copy of the weights.
+
+def where(cluster: flags.FlagHolder[str | None]) -> str | None:
+  """Returns what a flag of `cluster_flag` says.
+
+  This process computes nothing then, and leaves accelerators to those that do.
+
+  Args:
+    cluster: the flag.
   """
-  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-    return
-  if "JAX_NUM_CPU_DEVICES" not in os.environ:
-    jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, _MAX_CPU_DEVICES))
+  if cluster.value:
+    jax.config.update("jax_platforms", "cpu")
+  return cluster.value or None
 
 
 def _guarded(main) -> int:
   logging.set_verbosity(logging.WARNING)  # JAX tells of each backend that is not there
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxdia"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-  _share_cpu()
+  keep_compiled()
+  share_cpu()
   try:
     return main() or 0
   except InputError as error:

@@ -17,7 +17,7 @@ def test_cpu_cores_are_devices_unless_the_environment_says_otherwise(variable, d
   environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
   if variable is not None:
     environment["JAX_NUM_CPU_DEVICES"] = variable
-  program = "import jax; from jaxdia.command_line import _share_cpu; _share_cpu()"
+  program = "import jax; from jaxdia.core.machine import share_cpu; share_cpu()"
   program += "; print(jax.local_device_count())"
   output = subprocess.run(
     [sys.executable, "-c", program], env=environment, capture_output=True, text=True

@@ -57,7 +57,7 @@ def setup():
 CORE, EXTRAS = setup()
 PACKAGE_EXTRAS = (
   *("images", "run", "samples", "digits", "tfds", "lpips", "tensorboard"),
-  *("equinox", "safetensors", "orbax", "torch", "flower", "privacy", "text"),
+  *("equinox", "safetensors", "orbax", "torch", "flower", "privacy", "text", "cluster"),
 )
 
 

@@ -96,7 +96,7 @@ def test_wrong_trainings_are_refused(training, message):
 )
 def test_images_that_cannot_be_trained_on_are_refused(training, message):
   with pytest.raises(InputError, match=message):
-    _clients(**training)
+    _ = _clients(**training).params
 
 
 def test_a_study_sets_accuracy_against_what_leaks(tmp_path):

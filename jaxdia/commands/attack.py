@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdia import experiment
-from jaxdia.command_line import default_workdir, launch
+from jaxdia.command_line import cluster_flag, default_workdir, launch, where
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -35,12 +35,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where results are written; by default runs/NAME of the config."
 )
+_CLUSTER = cluster_flag()
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
   """Runs the experiment of the config in the work directory."""
-  experiment.run(_CONFIG.value, _WORKDIR.value or default_workdir())
+  experiment.run(_CONFIG.value, _WORKDIR.value or default_workdir(), cluster=where(_CLUSTER))
 
 
 def run() -> None:

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdia import study
-from jaxdia.command_line import default_workdir, launch
+from jaxdia.command_line import cluster_flag, default_workdir, launch, where
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -29,6 +29,7 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where results are written; by default runs/NAME of the config."
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the cells and what they may cost, and end.")
+_CLUSTER = cluster_flag()
 flags.mark_flag_as_required("config")
 
 
@@ -37,7 +38,7 @@ def main() -> int:
   if _DRY_RUN.value:
     print(study.describe(_CONFIG.value))
     return 0
-  failures = study.run(_CONFIG.value, _WORKDIR.value or default_workdir())
+  failures = study.run(_CONFIG.value, _WORKDIR.value or default_workdir(), cluster=where(_CLUSTER))
   for name, reason in failures.items():
     print(f"failed: {name}: {reason}", file=sys.stderr)
   return 3 if failures else 0

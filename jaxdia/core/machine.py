@@ -1,5 +1,6 @@
 """What there is of memory and speed, and how much a process may compile."""
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -8,8 +9,52 @@ import time
 import jax
 import jax.numpy as jnp
 
+_MAX_CPU_DEVICES = 8
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 # What a device is taken to have where nobody tells.
 _UNKNOWN_MEMORY = 8 * 2**30
+
+
+def cores() -> int:
+  """Returns how many cores this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def share_cpu() -> None:
+  """Makes devices of CPU cores, unless the environment says how many, or JAX has begun.
+
+  Trials on a core of their own are faster than ones that share all cores operation
+  by operation. Each device holds a copy of the weights.
+  """
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    with contextlib.suppress(RuntimeError):
+      jax.config.update("jax_num_cpu_devices", min(cores(), _MAX_CPU_DEVICES))
+
+
+def keep_compiled() -> None:
+  """Keeps what is compiled in the user's cache folder, unless the environment says where."""
+  import platformdirs  # of the extra `run`, as all that calls this
+
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxdia"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def keep_memory() -> None:
+  """Lets glibc keep what is freed for the next time, as it does unless it was told otherwise.
+
+  Dask tells the processes that it starts to give back all at once (MALLOC_TRIM_THRESHOLD_), and
+  then each array of an iteration costs new pages.
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+  if mallopt is not None:
+    mallopt(_MMAP_THRESHOLD, 2**25)
+    mallopt(_TRIM_THRESHOLD, 2**26)
 
 
 def memory_of(device: jax.Device) -> float:

@@ -2,6 +2,7 @@
 
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.experiment import Experiment
-from jaxdia.experiment.run import run, run_attack
+from jaxdia.experiment.run import run
+from jaxdia.experiment.shared_lanes import run_attack
 
 __all__ = ["Clients", "Experiment", "run", "run_attack"]

@@ -6,7 +6,7 @@ import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import msgspec
@@ -17,7 +17,7 @@ from jaxdia.attacks import CATALOGUE, RECOVERY, Attack
 from jaxdia.client import Observation
 from jaxdia.closed_form import Recovery, recover_labels
 from jaxdia.core.errors import InputError
-from jaxdia.core.files import write_json
+from jaxdia.core.files import write_atomically, write_json
 from jaxdia.core.types import Labels
 from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients, Lazy
@@ -42,8 +42,20 @@ class Times(msgspec.Struct, frozen=True):
     return Times(self.run_seconds + more.run_seconds, self.compile_seconds + more.compile_seconds)
 
 
+class Found(NamedTuple):
+  """What came of one gradient, as another process is given it.
+
+  Attributes:
+    file: with the finished trials.
+    rows: of results.jsonl.
+  """
+
+  file: bytes
+  rows: list[Row]
+
+
 class AttackRun:
-  """One attack on all gradients of an experiment.
+  """One attack on all gradients of an experiment, or on some.
 
   What was found of a gradient is on disk as soon as it is found; once its trials are finished,
   rows and images are kept, and the rest is dropped.
@@ -58,7 +70,14 @@ class AttackRun:
     times: that it took, in earlier sessions too.
   """
 
-  def __init__(self, name: str, settings: ExperimentSettings, clients: Clients, store: Store):
+  def __init__(
+    self,
+    name: str,
+    settings: ExperimentSettings,
+    clients: Clients,
+    store: Store,
+    gradients: Sequence[int] | None = None,
+  ):
     """Creates the attack; nothing is read.
 
     Args:
@@ -66,6 +85,7 @@ class AttackRun:
       settings: of the experiment.
       clients: that are attacked.
       store: where the trials are kept.
+      gradients: numbers of those that are attacked; all if None.
 
     Raises:
       InputError: the attack cannot be run on this network.
@@ -81,10 +101,12 @@ class AttackRun:
     self._settings = settings
     self._clients = clients
     self._store = store
+    self._gradients = range(len(clients.secrets)) if gradients is None else tuple(gradients)
     self._key = jax.random.key(settings.seed)
     # By gradient number: rows of those whose trials are finished, and trials of the others.
     self._rows: dict[int, list[Row]] = {}
     self._unfinished: dict[int, outcomes.Outcome] = {}
+    self._left: dict[int, None] = {}  # numbers of the latter, and of those that have no trials yet
     # Of an earlier session, by mask seed and image.
     self._before: dict[tuple[int | None, int], Row] = {}
 
@@ -101,8 +123,9 @@ class AttackRun:
     shape = (len(self._clients.secrets) * self._settings.data.batch_size, *originals.shape[1:])
     self.images = np.full(shape, np.nan, originals.dtype)
     self._before = {(row.mask_seed, row.image): row for row in kept if row.attack == self.name}
-    for number in range(len(self._clients.secrets)):
-      outcome = outcomes.load(self._outcome_path(number))
+    self._left = dict.fromkeys(self._gradients)
+    for number in self._gradients:
+      outcome = outcomes.load(self.outcome_path(number))
       if outcome is not None and self._keep(number, outcome):
         self._recovery_path(number).unlink(missing_ok=True)
     self.times = self._times_before = _read_times(self._times_path)
@@ -110,21 +133,26 @@ class AttackRun:
   @property
   def trials(self) -> int:
     """Number of trials in all."""
-    return len(self._clients.secrets) * self.restarts
+    return len(self._gradients) * self.restarts
 
   @property
   def finished(self) -> set[tuple[int, int]]:
-    """(gradient number, restart) of the finished trials; all of them before `load`."""
-    whole = range(len(self._clients.secrets)) if self.images is None else self._rows
+    """(gradient number, restart) of trials that are not to be run; all of them before `load`."""
+    whole = set(range(len(self._clients.secrets))) - self._left.keys()
     found = {(number, restart) for number in whole for restart in range(self.restarts)}
     for number, outcome in self._unfinished.items():
       found |= {(number, record.restart) for record in outcome.records}
     return found
 
   @property
+  def unfinished(self) -> list[int]:
+    """Numbers of the gradients of which trials are to be run; none before `load`."""
+    return list(self._left)
+
+  @property
   def is_finished(self) -> bool:
     """Whether all trials are finished."""
-    return self.images is None or len(self._rows) == len(self._clients.secrets)
+    return not self._left
 
   @property
   def rows(self) -> list[Row]:
@@ -172,10 +200,38 @@ class AttackRun:
     outcome = outcomes.merge(self._unfinished.get(number), trial, self._store.session)
     if recovery := outcomes.load_recovery(self._recovery_path(number)):
       outcome = outcome._replace(recovery=recovery[0], recovery_seconds=recovery[1])
-    outcomes.save(self._outcome_path(number), outcome)
+    outcomes.save(self.outcome_path(number), outcome)
     if self._keep(number, outcome):
       self._store.append_results(row.to_json() for row in self._rows[number])
       self._recovery_path(number).unlink(missing_ok=True)
+
+  def give(self) -> dict[int, Found]:
+    """Returns what came of the gradients that are finished, for another process."""
+    return {n: Found(self.outcome_path(n).read_bytes(), rows) for n, rows in self._rows.items()}
+
+  def accept(self, number: int, found: Found) -> None:
+    """Keeps a gradient that another process has finished.
+
+    Args:
+      number: of the gradient.
+      found: what came of it.
+    """
+    path = self.outcome_path(number)
+    write_atomically(path, lambda file: file.write(found.file))
+    outcome = outcomes.load(path)
+    assert outcome is not None
+    self._before |= {(row.mask_seed, row.image): row for row in found.rows}
+    if self._keep(number, outcome):
+      self._store.append_results(row.to_json() for row in self._rows[number])
+
+  def add_times(self, more: Times) -> None:
+    """Adds what another process took.
+
+    Args:
+      more: that it took.
+    """
+    self._times_before += more
+    self._set_times(self.times + more)
 
   def note_times(self, search: Times) -> None:
     """Keeps what the search took in this call.
@@ -192,8 +248,8 @@ class AttackRun:
 
   def _recover(self, number: int, note: Callable[[str], None]) -> Recovery | None:
     """Returns what an attack starts from; kept on disk until the gradient's trials are finished."""
-    if number in self._rows:  # one of the same form: it is not looked at
-      number = next(i for i in range(len(self.observations)) if i not in self._rows)
+    if number not in self._left:  # one of the same form: it is not looked at
+      number = next(iter(self._left))
     found = outcomes.load_recovery(self._recovery_path(number))
     if found is not None:
       return found[0]
@@ -208,8 +264,7 @@ class AttackRun:
     outcomes.save_recovery(self._recovery_path(number), recovery, took.run_seconds)
     self._times_before += took
     self._set_times(self.times + took)
-    left = len(self.observations) - len(self._rows)
-    note(f"closed form of gradient {number} ({left} to go): {recovery.summary()}")
+    note(f"closed form of gradient {number} ({len(self._left)} to go): {recovery.summary()}")
     return recovery
 
   def _keep(self, number: int, outcome: outcomes.Outcome) -> bool:
@@ -223,6 +278,7 @@ class AttackRun:
       labels = self._recovered_labels(number, outcome)
       rows = score(settings, clients, self.name, outcome, number, labels)
     self._rows[number] = rows
+    del self._left[number]
     images, recording = in_order(clients, outcome, number)
     assert self.images is not None  # of what is loaded
     self.images[number * size : (number + 1) * size] = images
@@ -239,7 +295,12 @@ class AttackRun:
       return outcome.recovery.parts.labels
     return recover_labels(self._clients.model, self.observations[number])
 
-  def _outcome_path(self, number: int) -> pathlib.Path:
+  def outcome_path(self, number: int) -> pathlib.Path:
+    """Returns where the finished trials of a gradient are.
+
+    Args:
+      number: of the gradient.
+    """
     return self._store.path("trials", self.name, f"{number:05d}.npz")
 
   def _recovery_path(self, number: int) -> pathlib.Path:

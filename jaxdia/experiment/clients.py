@@ -64,7 +64,6 @@ class Clients:
     settings: all that they depend on.
     data: their images and labels.
     model: their network.
-    params: the weights that the server sent to all.
     local: what they do before they send anything; None for one gradient.
     observations: what the server sees, by gradient number.
     unlabelled: the same without the labels.
@@ -73,7 +72,7 @@ class Clients:
   """
 
   def __init__(self, settings: ClientsSettings):
-    """Loads the images and draws the weights; no gradient is computed.
+    """Loads the images; nothing is computed.
 
     Args:
       settings: all that the clients depend on.
@@ -85,12 +84,7 @@ class Clients:
     self.data: data.Victims = load_images(settings.data)
     shape = self.data.images.shape[1:]
     self.model: DropoutModel = create_model(settings.model, shape, self.data.num_classes)
-    key = jax.random.key(settings.seed)
-    params = _draw_params(self.model, jax.random.fold_in(key, 0))
-    params = jax.tree.map(lambda x: x.astype(settings.precision), params)
-    if settings.training.before:
-      params = self._train(jax.random.fold_in(key, 3), params)
-    self.params: Params = params
+    key = self._key = jax.random.key(settings.seed)
     self._client_key = jax.random.fold_in(key, 1)
     local, size = settings.local.update, settings.data.batch_size
     if settings.local.shuffle:
@@ -104,6 +98,15 @@ class Clients:
     )
     self.secrets: Sequence[Secret] = Lazy(count, lambda i: pairs[i][1])
     self.masks: Sequence[Masks | None] = Lazy(count, lambda i: pairs[i][1].masks)
+
+  @functools.cached_property
+  def params(self) -> Params:
+    """The weights that the server sent; drawn, and trained, when they are first asked for."""
+    params = _draw_params(self.model, jax.random.fold_in(self._key, 0))
+    params = jax.tree.map(lambda x: x.astype(self.settings.precision), params)
+    if self.settings.training.before:
+      params = self._train(jax.random.fold_in(self._key, 3), params)
+    return params
 
   def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images, f32[B, H, W, C], normalised, and labels of a client.

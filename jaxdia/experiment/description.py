@@ -10,7 +10,6 @@ import numpy as np
 from jaxdia.attacks import Attack
 from jaxdia.client import defences, mask_shapes
 from jaxdia.core.errors import InputError
-from jaxdia.engine import Plan
 from jaxdia.experiment import local, training
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
@@ -29,7 +28,8 @@ def describe(
   settings: ExperimentSettings,
   clients: Clients,
   attacks: Mapping[str, Attack],
-  plans: Mapping[str, Plan],
+  lanes: Mapping[str, int],
+  where: str,
 ) -> str:
   """Returns what is about to be attempted, for a person to read.
 
@@ -37,15 +37,17 @@ def describe(
     settings: of the experiment.
     clients: that are attacked.
     attacks: by name.
-    plans: how the engine shares out each of them.
+    lanes: a device, of each of them; 0 of one that searches nothing.
+    where: the devices, such as "2 cpu device(s)".
   """
   d, model = settings.data, clients.model
-  gradient = sum(leaf.size for leaf in jax.tree.leaves(clients.params))
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  gradient = sum(leaf.size for leaf in jax.tree.leaves(params))
   shapes = mask_shapes(model, clients.local, d.batch_size)
   masks = sum(int(np.prod(shape)) for shape in shapes.values())
   pixels = d.batch_size * int(np.prod(model.image_shape))
   shape = "x".join(str(n) for n in model.image_shape)
-  lines = [
+  text = [
     f"jaxdia: {d.count} images of {d.source} ({shape}) in {d.batches} batches of {d.batch_size}",
     f"  model    {settings.model.name}, dropout rate {common_rate(model):g} at {len(model.sites)}"
     " sites,"
@@ -63,17 +65,12 @@ def describe(
       unknowns.append(f"{d.batch_size} labels")
     is_ignored = settings.defence != defences.identity and attack.settings.defence == "ignored"
     assumptions = _assumptions(attack) + ", defence ignored" * is_ignored
-    lines.append(f"  {name:11} unknown: {' + '.join(unknowns)} ({assumptions})")
-  searches = [plan for plan in plans.values() if plan.lanes]
-  what = f"{d.gradients} gradient{'s' * (d.gradients > 1)}"
-  if searches:
-    most = max(searches, key=lambda plan: plan.lanes)
-    device = most.devices[0]
-    what += (
-      f" x {settings.restarts} trials, {most.lanes} lanes on each of {len(most.devices)}"
-      f" {device.platform} device(s) ({device.device_kind})"
-    )
-  return "\n".join([*lines, f"  run      {what}{'' if searches else ', each once'}"])
+    text.append(f"  {name:11} unknown: {' + '.join(unknowns)} ({assumptions})")
+  most, what = max(lanes.values()), f"{d.gradients} gradient{'s' * (d.gradients > 1)}"
+  if most:
+    what += f" x {settings.restarts} trials, {most} lanes on each of {where}"
+  rest = "" if most else ", each once"
+  return "\n".join([*text, f"  run      {what}{rest}"])
 
 
 def _privacy(defence: defences.Defence) -> str:

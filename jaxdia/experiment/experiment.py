@@ -1,7 +1,7 @@
 """A configured experiment: its clients, the runs of its attacks, and its work directory."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from jaxdia.experiment.clients import Clients, epsilon, trained_accuracy
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.grid import write_grid
 from jaxdia.experiment.schema import Row, Summary
-from jaxdia.experiment.store import Store
+from jaxdia.experiment.store import Devices, Store
 from jaxdia.experiment.summary import summarize
 from jaxdia.experiment.table import table
 
@@ -32,7 +32,14 @@ class Experiment:
   """
 
   def __init__(
-    self, settings: ExperimentSettings, workdir: pathlib.Path, clients: Clients | None = None
+    self,
+    settings: ExperimentSettings,
+    workdir: pathlib.Path,
+    clients: Clients | None = None,
+    *,
+    devices: Devices | None = None,
+    gradients: Sequence[int] | None = None,
+    session: int | None = None,
   ):
     """Loads the images and creates network and attacks; nothing is written.
 
@@ -40,19 +47,25 @@ class Experiment:
       settings: of the experiment.
       workdir: which need not exist.
       clients: of an experiment with the same `settings.clients`, if they are there already.
+      devices: that each process computes on which runs a part of it; None if this one runs all.
+      gradients: numbers of those that this process attacks, for another; all if None.
+      session: of that other process.
 
     Raises:
       InputError: about the images, the network, or a work directory of another experiment.
     """
     self.settings = settings
     self.clients = clients or Clients(settings.clients)
+    if devices is None:
+      _ = self.clients.params  # trains them, which may be refused, before anything is written
     config = settings.to_json()
     del config["engine"]
     for group, facts in self.clients.digests.items():
       config[group] |= facts
-    self.store = Store(workdir, config, settings.engine)
+    self.store = Store(workdir, config, settings.engine, devices, session)
     self.runs = {
-      name: AttackRun(name, settings, self.clients, self.store) for name in settings.attacks
+      name: AttackRun(name, settings, self.clients, self.store, gradients)
+      for name in settings.attacks
     }
 
   def begin(self) -> None:

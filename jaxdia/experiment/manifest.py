@@ -34,7 +34,7 @@ def manifest(**more: Any) -> dict[str, Any]:
     "command": [*called, *sys.argv[1:]],
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "jaxdia": jaxdia.__version__,
-    "commit": _commit(),
+    "commit": commit(),
     "python": platform.python_version(),
     **{name: importlib.metadata.version(name) for name in _PACKAGES},
     "platform": platform.platform(),
@@ -76,7 +76,7 @@ def add_session(workdir: pathlib.Path, **more: Any) -> int:
 
 
 @functools.cache
-def _commit() -> str | None:
+def commit() -> str | None:
   """Returns the commit of the source tree, with a "+" if files differ from it, or None."""
   folder = pathlib.Path(jaxdia.__file__).parent
   if not (folder.parent / ".git").exists():

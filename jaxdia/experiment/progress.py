@@ -54,9 +54,7 @@ class ProgressReport:
     """
     share, bound = _estimate(progress)
     self._step_compiling = progress.compile_seconds
-    if self._fresh:  # what is done already at its start took no time now
-      self._skipped += share * self._costs[self._number]
-      self._fresh = False
+    self._skip(share)
     took = f"{duration(progress.run_seconds)} run + {duration(progress.compile_seconds)} compile"
     if ended := progress.finished == progress.total:
       text = f"{progress.total} trials done, {took}"
@@ -66,6 +64,21 @@ class ProgressReport:
         f" objective {progress.objective:.3g}, {took}"
       )
     self._show(share, f": {text}", bound, ended and len(self._names) == 1)
+
+  def update_share(self, share: float, text: str) -> None:
+    """Shows how far the running step is, if others do it.
+
+    Args:
+      share: that is done.
+      text: one line.
+    """
+    self._skip(share)
+    self._show(share, f": {text}")
+
+  def _skip(self, share: float) -> None:
+    if self._fresh:  # what is done already at its start took no time now
+      self._skipped += share * self._costs[self._number]
+      self._fresh = False
 
   def note(self, text: str) -> None:
     """Shows what is done in the running step.
@@ -127,6 +140,15 @@ class ProgressReport:
       return ""
     seconds = time.monotonic() - self._began - self._compiling - self._step_compiling
     return f", {bound} {duration(max(seconds, 0.0) * (total - done) / worked)} left"
+
+
+def share_done(progress: Progress) -> float:
+  """Returns the share of its work that the engine has done, from 0 to 1.
+
+  Args:
+    progress: the newest.
+  """
+  return _estimate(progress)[0]
 
 
 def _estimate(progress: Progress) -> tuple[float, str]:

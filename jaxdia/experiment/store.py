@@ -14,7 +14,7 @@ import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import msgspec
@@ -27,6 +27,18 @@ from jaxdia.experiment.manifest import add_session, device_name, manifest
 from jaxdia.experiment.schema import Row
 
 
+class Devices(NamedTuple):
+  """What a process computes on.
+
+  Attributes:
+    name: platform and kind.
+    count: how many there are.
+  """
+
+  name: str
+  count: int
+
+
 class Store:
   """A work directory.
 
@@ -34,13 +46,22 @@ class Store:
     session: number of the session that this process is in the directory, from 0.
   """
 
-  def __init__(self, workdir: pathlib.Path, config: dict[str, Any], engine: EngineSettings):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    config: dict[str, Any],
+    engine: EngineSettings,
+    devices: Devices | None = None,
+    session: int | None = None,
+  ):
     """Looks whether the directory is free or this experiment's; nothing is written.
 
     Args:
       workdir: which need not exist.
       config: all that changes results, for config.json; without the engine.
       engine: as it was asked for.
+      devices: that the trials run on; this process's if None.
+      session: that another process gave, which keeps the results; a new one if None.
 
     Raises:
       InputError: the directory is another's, or cannot be used.
@@ -49,8 +70,9 @@ class Store:
     self._config = config
     self._asked = engine
     self._lock = Lock(workdir)
-    self._began = False
-    self.session = 0
+    self._given = devices or Devices(device_name(), len(jax.local_devices()))
+    self._began = session is not None
+    self.session = session or 0
     self._engine = self._check()
 
   def path(self, *parts: str) -> pathlib.Path:
@@ -104,7 +126,7 @@ class Store:
         )
     if not self._began:
       there = f"{fixed['devices']} devices ({fixed['device']})"
-      here = f"{len(self.devices)} devices ({device_name()})"
+      here = f"{min(self._given.count, fixed['devices'])} devices ({self._given.name})"
       if there != here:
         say(
           f"begun on {there}, going on on {here}: results are equal but for rounding, which a long"
@@ -122,7 +144,8 @@ class Store:
       facts = {name: self._config[name] for name in ("seed", "precision")}
       write_json(path, manifest(**facts, data_sha256=self._config["data"]["sha256"]))
     lanes = self._engine["lanes"] | self._engine.get("halved", {})
-    used = vars(self._asked) | {"devices": len(self.devices), "lanes": lanes}
+    count = min(self._given.count, self._engine["devices"])
+    used = vars(self._asked) | {"device": self._given.name, "devices": count, "lanes": lanes}
     self.session = add_session(self._workdir, engine=used)
     self._began = True
 
@@ -208,8 +231,8 @@ class Store:
       return {
         "matching": self._asked.matching,
         "convolve": self._asked.convolve,
-        "devices": len(jax.local_devices()),
-        "device": device_name(),
+        "devices": self._given.count,
+        "device": self._given.name,
         "lanes": {},
       }
     engine = there.pop("engine", None)

@@ -1,0 +1,136 @@
+"""Runs one attack of several experiments, with their trials in the same lanes."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxdia import engine
+from jaxdia.core.errors import first_line
+from jaxdia.experiment.attack_run import Times
+from jaxdia.experiment.experiment import Experiment
+
+
+def plan(
+  name: str, experiments: Mapping[int, Experiment], lanes: int | None, processes: int = 1
+) -> engine.Plan:
+  """Returns how the engine shares out an attack, whatever of it is finished.
+
+  Args:
+    name: of the attack.
+    experiments: by number.
+    lanes: a device; chosen if None.
+    processes: that share out the trials, each with the devices of this one.
+  """
+  tasks = [one.runs[name].plan() for one in experiments.values()]
+  devices = next(iter(experiments.values())).store.devices * processes
+  return engine.plan(tasks, lanes=lanes, devices=devices)
+
+
+def lanes_of(name: str, experiments: Mapping[int, Experiment]) -> tuple[int, int]:
+  """Returns in how many lanes a device an attack goes on, and in how many it would begin.
+
+  Args:
+    name: of the attack.
+    experiments: by number.
+  """
+  asked = next(iter(experiments.values())).settings.engine.lanes
+  before = (one.store.lanes(name) for one in experiments.values())
+  lanes = next((lanes for lanes in before if lanes is not None), None)
+  fresh = plan(name, experiments, lanes if asked is None else asked).lanes
+  return fresh if lanes is None else lanes, fresh
+
+
+def run_attack(
+  name: str,
+  experiments: Mapping[int, Experiment],
+  *,
+  checkpoint_path: pathlib.Path | None,
+  on_progress: Callable[[engine.Progress], None],
+  note: Callable[[str], None],
+  say: Callable[[str], None],
+) -> dict[int, Exception]:
+  """Runs an attack of each experiment, or what is left of it, all in the same lanes.
+
+  No error of an experiment is raised but for an interruption (whatever is no `Exception`): it is
+  returned, so that the others go on. An error of the engine, which is of no one experiment, makes
+  each run by itself, and is returned of those that it is raised for again.
+
+  Args:
+    name: of the attack.
+    experiments: by number; their settings of the engine are the same, and their attacks share a
+      program. Of one that is not begun nothing is run; it only tells how many trials there are.
+    checkpoint_path: where running trials are saved, known by the numbers; nowhere if None.
+    on_progress: called once a chunk.
+    note: called with a line after each closed form.
+    say: called with what a person should read.
+
+  Returns:
+    {number: error} of those that failed. The others were run to their end.
+  """
+  errors: dict[int, Exception] = {}
+
+  def attempt(number: int, function: Callable[..., None], *arguments: Any) -> None:
+    try:
+      function(*arguments)
+    except Exception as error:  # the others go on without it, whatever it is
+      errors.setdefault(number, error)
+
+  left = [number for number, one in experiments.items() if not one.runs[name].is_finished]
+  if not left:
+    return errors
+  lanes, fresh = lanes_of(name, experiments)
+  for number in left:
+    attempt(number, experiments[number].store.start, name, lanes, fresh, say)
+  runs = {number: one.runs[name] for number, one in experiments.items() if number not in errors}
+  left = [number for number in left if number in runs]
+  if not left:
+    return errors
+  halved = (one.store.halved(name) for one in experiments.values())
+  lanes = min([lanes, *(fewer for fewer in halved if fewer is not None)])
+  most = runs[left[0]].attack.max_iterations
+  settings, store = experiments[left[0]].settings, experiments[left[0]].store
+
+  def report(now: engine.Progress) -> None:
+    on_progress(now)
+    for number in left:
+      if now.halved is not None:
+        experiments[number].store.note_halved(name, now.halved)
+      with contextlib.suppress(OSError):  # for times alone none need fail
+        compiling = now.compile_seconds / len(left)
+        runs[number].note_times(Times(now.task_seconds[number], compiling))
+
+  try:
+    trials = engine.run(
+      [one.task(number, note) for number, one in runs.items()],
+      lanes=lanes or None,  # an attack that takes no step has none
+      chunk=settings.engine.chunk,
+      devices=store.devices,
+      matching=settings.engine.matching,
+      record=engine.recorded_iterations(most),
+      checkpoint_path=checkpoint_path,
+      checkpoint_seconds=settings.engine.checkpoint_seconds,
+      on_progress=report,
+      say=say,
+    )
+    for trial in trials:
+      number = trial.job.task
+      attempt(number, runs[number].take, trial)
+      if errors.keys() >= set(left):
+        break
+  except Exception as error:
+    unfinished = [n for n in left if n not in errors and not runs[n].is_finished]
+    if len(runs) == 1:
+      return errors | dict.fromkeys(unfinished, error)
+    say(f"{name}: {first_line(error)}; going on with each experiment by itself")
+    for number in unfinished:
+      errors |= run_attack(
+        name,
+        {number: experiments[number]},
+        checkpoint_path=checkpoint_path
+        and checkpoint_path.with_stem(f"{checkpoint_path.stem}_{number}"),
+        on_progress=on_progress,
+        note=note,
+        say=say,
+      )
+  return errors
