@@ -54,3 +54,10 @@ def test_checkpoints_of_bfloat16(tmp_path):
   restored = checkpoint.restore(tmp_path / "c.npz", tree)
   assert restored["a"].dtype == jnp.bfloat16
   np.testing.assert_array_equal(restored["a"], np.arange(8))
+
+
+def test_lanes_that_not_all_arrays_have_are_damage(tmp_path):
+  tree = {"a": np.zeros((2, 3)), "b": np.zeros((2, 4))}
+  checkpoint.save(tmp_path / "c.npz", tree | {"b": np.zeros((0, 4))})
+  with pytest.raises(InputError, match="is damaged .*lanes"):
+    checkpoint.restore(tmp_path / "c.npz", tree, lane_axes=1)

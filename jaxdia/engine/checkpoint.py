@@ -82,7 +82,7 @@ def restore(path: pathlib.Path, like: Any, lane_axes: int = 0) -> Any | None:
     arrays = read_npz(path)
   except UnreadableFile as error:
     raise InputError(f"the checkpoint {path} is damaged ({error}). {advice}.") from error
-  leaves = []
+  leaves, lanes = [], set()
   for key, leaf in jax.tree.leaves_with_path(like):
     name = jax.tree_util.keystr(key)
     array = arrays.get(name)
@@ -96,4 +96,7 @@ def restore(path: pathlib.Path, like: Any, lane_axes: int = 0) -> Any | None:
         f" {leaf.dtype}{leaf.shape}: it is of another experiment. {advice}."
       )
     leaves.append(array)
+    lanes.add(array.shape[:lane_axes])
+  if len(lanes) > 1:
+    raise InputError(f"the checkpoint {path} is damaged (its arrays differ in lanes). {advice}.")
   return jax.tree.unflatten(jax.tree.structure(like), leaves)

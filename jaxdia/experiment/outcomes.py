@@ -108,8 +108,14 @@ def save(path: pathlib.Path, outcome: Outcome) -> None:
 
 
 def _write(path: pathlib.Path, arrays: dict[str, Any]) -> None:
-  # The names once more, so that none can be lost without being missed.
-  write_npz(path, arrays | {"names": np.asarray(sorted(arrays))})
+  # What they are once more, so that none can be lost or be another without being missed.
+  arrays = {name: np.asarray(array) for name, array in arrays.items()}
+  write_npz(path, arrays | {"names": np.asarray(_forms(arrays))})
+
+
+def _forms(arrays: Mapping[str, np.ndarray]) -> list[str]:
+  """Returns the names of arrays with their types and shapes."""
+  return sorted(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
 
 
 def _read(path: pathlib.Path, what: str) -> dict[str, np.ndarray] | None:
@@ -117,8 +123,9 @@ def _read(path: pathlib.Path, what: str) -> dict[str, np.ndarray] | None:
     return None
   try:
     arrays = read_npz(path)
-    if sorted(set(arrays) - {"names"}) != arrays.get("names", np.array([])).tolist():
-      raise UnreadableFile("arrays are missing")
+    names = arrays.pop("names", np.array([])).tolist()
+    if names not in (_forms(arrays), sorted(arrays)):  # the names alone, before 0.2
+      raise UnreadableFile("arrays are missing, or others")
   except UnreadableFile as error:
     raise InputError(
       f"the {what} {path} is damaged ({error}). Delete it to compute it again; all others are kept."
