@@ -68,6 +68,9 @@ def test_every_config_is_valid(file):
     ({"engine.checkpoint_seconds": float("nan")}, "checkpoint_seconds is nan"),
     ({"attack.max_iterations": 10**10}, "max_iterations is 10000000000"),
     ({"seed": -1}, "config.seed is -1"),
+    ({"attack.restarts": 10**15}, "restarts is 1000000000000000"),
+    ({"data.image_size": 10**7}, "image_size is 10000000"),
+    ({"model.hidden_sizes": (10**9, 10**9)}, "1,000,000,794,000,000,000 weights"),
   ],
 )
 def test_bad_settings_write_nothing(change, message, tmp_path):

@@ -206,3 +206,19 @@ def test_an_npz_with_damaged_headers_is_refused_or_valid(tmp_path):
     else:
       assert images.dtype == np.float32 and images.ndim == 4
   assert 50 < refused < 400
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path):
+  """Two GiB of zeros are two MiB in a zip file."""
+  path = tmp_path / "victims.npz"
+  header = io.BytesIO()
+  described = {"descr": "<f4", "fortran_order": False, "shape": (2**29, 1, 1, 1)}
+  np.lib.format.write_array_header_1_0(header, described)
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with archive.open("images.npy", "w", force_zip64=True) as file:
+      file.write(header.getvalue())
+      for _ in range(2**5):
+        file.write(bytes(2**26))
+  assert path.stat().st_size < 2**24
+  with pytest.raises(InputError, match="would take 2 GiB"):
+    data.load(f"npz:{path}", 1)

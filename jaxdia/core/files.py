@@ -10,6 +10,10 @@ import numpy as np
 
 from jaxdia.core.errors import first_line
 
+# A compressed file that grows to so many bytes, and by so much, is taken to be made to fill memory.
+_EXPANDED = 2**30
+_TIMES_EXPANDED = 100
+
 
 class UnreadableFile(Exception):
   """An npz file that is damaged or none."""
@@ -72,6 +76,9 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   """
   try:
     with np.load(path, allow_pickle=False) as file:
+      size = sum(member.file_size for member in file.zip.infolist())
+      if size > max(_EXPANDED, _TIMES_EXPANDED * path.stat().st_size):
+        raise UnreadableFile(f"its arrays would take {size / 2**30:.0f} GiB")
       arrays = dict(file)
   # What numpy, zipfile and tokenize raise depends on the byte that is wrong.
   except Exception as error:

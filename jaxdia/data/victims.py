@@ -12,6 +12,7 @@ from jaxdia.data.sources import SOURCES, Raw
 
 # More are a wrong label rather than a data set.
 _MAX_CLASSES = 1_000_000
+_MOST_PIXELS_A_SIDE = 10_000
 
 
 class Victims(NamedTuple):
@@ -92,7 +93,7 @@ def load(
   for what, value, least in (("count", count, 1), ("offset", offset, 0)):
     check_count(f"data.{what}", value, least)
   if image_size is not None:
-    check_count("data.image_size", image_size, 1)
+    check_count("data.image_size", image_size, 1, _MOST_PIXELS_A_SIDE)
   raw = _read(source, slice(offset, offset + count))
   if len(raw.images) < count:
     raise InputError(

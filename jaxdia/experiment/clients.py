@@ -15,6 +15,7 @@ from jaxdia.client import LocalUpdate, Observation, Secret, as_local, observe, s
 from jaxdia.client.defences import Defence
 from jaxdia.client.training import accuracy, train
 from jaxdia.core.errors import InputError
+from jaxdia.core.machine import memory_of
 from jaxdia.core.types import Key, Masks, Params
 from jaxdia.experiment.config import ClientsSettings, DataSettings
 from jaxdia.experiment.network import create_model, source_digest
@@ -28,8 +29,22 @@ _POOL_PIXELS = 2**24
 # Of the gradients that were asked for last, so many are kept: what is computed for one trial is
 # asked for several times.
 KEPT = 2
+_BYTES_OF_A_WEIGHT = 4
 
 T = TypeVar("T")
+
+
+def _check_size(model: DropoutModel) -> None:
+  """Refuses a network whose weights and one gradient do not fit into the memory."""
+  shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+  entries = sum(math.prod(leaf.shape) for leaf in shapes)
+  memory = memory_of(jax.local_devices()[0])
+  if 2 * _BYTES_OF_A_WEIGHT * entries > memory:
+    raise InputError(
+      f"the network has {entries:,} weights, which with a gradient take"
+      f" {2 * _BYTES_OF_A_WEIGHT * entries / 2**30:,.0f} GiB; expected no more than the"
+      f" {memory / 2**30:,.0f} GiB of this device. Make it smaller by the options of config.model."
+    )
 
 
 class Lazy(Sequence[T]):
@@ -84,6 +99,7 @@ class Clients:
     self.data: data.Victims = load_images(settings.data)
     shape = self.data.images.shape[1:]
     self.model: DropoutModel = create_model(settings.model, shape, self.data.num_classes)
+    _check_size(self.model)
     key = self._key = jax.random.key(settings.seed)
     self._client_key = jax.random.fold_in(key, 1)
     local, size = settings.local.update, settings.data.batch_size

@@ -24,6 +24,8 @@ from jaxdia.experiment.training import TrainingSettings
 from jaxdia.gradients import METHODS, Method
 from jaxdia.models import CONVOLVE, MODELS, Convolve, check_rate
 
+_MOST_RESTARTS = 1_000_000  # all trials of a gradient are listed
+
 # Products of fewer bits are not among them: see ARCHITECTURE.md.
 PRECISIONS = ("float32", "float64")
 
@@ -184,7 +186,7 @@ class ExperimentSettings:
     check_count("config.seed", self.seed, 0, 2**32 - 1)
     if self.precision not in PRECISIONS:
       raise unknown("value of config.precision:", self.precision, PRECISIONS)
-    check_count("config.attack.restarts", self.restarts, 1)
+    check_count("config.attack.restarts", self.restarts, 1, _MOST_RESTARTS)
     self.local.update.images_a_step(self.data.batch_size)  # refuses what cannot be shared out
 
   @property
