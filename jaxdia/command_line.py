@@ -1,5 +1,7 @@
 """What all launchers share: flags and errors as a person wants to see them."""
 
+import contextlib
+import errno
 import os
 import pathlib
 import re
@@ -11,8 +13,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxdia.core.errors import InputError, first_line, unknown
+from jaxdia.core.files import UnwritableFile
 from jaxdia.core.machine import keep_compiled, share_cpu
 
+_NOBODY_READS = 141  # of a program that SIGPIPE ends
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
@@ -27,6 +31,7 @@ def launch(main: Callable[[], int | None], config: flags.FlagHolder | None = Non
     main: the program; it may return an exit code.
     config: the flag of its config file, if it takes one.
   """
+  _mend_streams()
   # What --help shows, whichever file was started.
   sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
   for flag in flags.FLAGS.get_flags_for_module(main.__module__):
@@ -87,25 +92,57 @@ def where(cluster: flags.FlagHolder[str | None]) -> str | None:
   return cluster.value or None
 
 
+def _mend_streams() -> None:
+  """Lets a run not end for what it says: to a closed stream, or in letters that it cannot write."""
+  for name in ("stdout", "stderr"):
+    stream = getattr(sys, name)
+    if stream is None:
+      setattr(sys, name, open(os.devnull, "w"))
+    elif hasattr(stream, "reconfigure"):
+      stream.reconfigure(errors="backslashreplace")
+
+
 def _guarded(main) -> int:
-  logging.set_verbosity(logging.WARNING)  # JAX tells of each backend that is not there
+  # JAX tells of each backend that is not there, and Orbax of files of which an error tells here.
+  logging.set_verbosity(logging.ERROR)
   keep_compiled()
   share_cpu()
   try:
-    return main() or 0
+    code = main() or 0
+    sys.stdout.flush()
+    return code
   except InputError as error:
     return _fail(error)
+  except BrokenPipeError:  # nobody reads on, as behind `| head`
+    _forget_what_was_said()
+    return _NOBODY_READS
+  except UnwritableFile as error:
+    return _fail(
+      f"cannot write {error}. Make room, or the folder writable; the same command then goes on."
+    )
+  except OSError as error:
+    if error.errno != errno.ENOSPC:  # it would be a fault of the program
+      raise
+    _forget_what_was_said()  # into a file on a disk that is full
+    return _fail(f"cannot write what is said ({error}). Make room; the same command then goes on.")
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
     return 130
 
 
+def _forget_what_was_said() -> None:
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(error: object) -> int:
-  print(f"error: {error}", file=sys.stderr)
+  # A name of a file may hold line ends, and sequences that a terminal obeys.
+  text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+  print(f"error: {text}", file=sys.stderr)
   return 2
 
 
 def _parse_flags(argv: list[str], config: flags.FlagHolder | None) -> list[str]:
+  logging.set_verbosity(logging.ERROR)  # what is wrong with a config is said in one line below
   sys.path.append(os.getcwd())  # where a network of the user's own may be
   try:
     rest = flags.FLAGS([argv[0], *map(_shipped, argv[1:])])

@@ -1,5 +1,6 @@
 """Settings: what is refused, in one line, before anything is written."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 from experiment_cases import ROOT, launch, silent, small
 
-from jaxdia import experiment
+from jaxdia import command_line, experiment
 from jaxdia.core.errors import InputError
 from jaxdia.experiment.config import default_config, validate
 
@@ -100,6 +101,7 @@ def test_unknown_fields_of_a_config_object_are_refused():
     (["--config.model.hidden_sizes=(3,0)"], "hidden_sizes of the model mlp is 0"),
     (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
     (["extra"], "unknown arguments ['extra']"),
+    (["--config.data.source=npz:new\nline\x1b[31m"], r"new\nline\x1b[31m is no file"),
     (["--config=configs/mlp.py:mnits"], "'mnits'. Did you mean 'mnist'"),
     (["--config=configs/none.py"], "configs/none.py"),
   ],
@@ -111,3 +113,46 @@ def test_the_command_line_says_what_is_wrong_in_one_line(arguments, message, tmp
   assert message in result.stderr and result.stderr.startswith("error: ")
   assert len(result.stderr.strip().splitlines()) == 1
   assert not workdir.exists()
+
+
+def test_a_config_that_is_none_is_said_in_one_line(tmp_path):
+  (tmp_path / "empty.py").write_text("def get_config():\n  pass\n")
+  result = launch(f"--workdir={tmp_path / 'run'}", config=tmp_path / "empty.py")
+  assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_what_is_said_ends_no_run(monkeypatch):
+  """Where a stream is closed, or of an encoding that lacks a letter."""
+  narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+  monkeypatch.setattr(sys, "stdout", narrow)
+  monkeypatch.setattr(sys, "stderr", None)
+  command_line._mend_streams()
+  print("±1 – é", file=sys.stdout, flush=True)
+  print("unheard", file=sys.stderr)
+  assert narrow.buffer.getvalue() == b"\\xb11 \\u2013 \\xe9\n"
+
+
+@pytest.mark.parametrize("reader, code", [("gone", 141), ("full", 2)])
+def test_a_reader_that_is_gone_ends_a_run_without_a_traceback(reader, code, monkeypatch, capsys):
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")  # as the tests have
+  if reader == "gone":
+    ours, theirs = os.pipe()
+    os.close(ours)
+    stream = open(theirs, "w")
+  else:
+    stream = open("/dev/full", "w")
+  monkeypatch.setattr(sys, "stdout", stream)
+  assert command_line._guarded(lambda: print("said")) == code
+  stream.close()  # which would raise if there was anything left to be said
+  lines = capsys.readouterr().err.splitlines()
+  assert [line[:7] for line in lines] == ["error: "] * (reader == "full")
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+  def no_home(name):
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+  monkeypatch.setattr(command_line.platformdirs, "user_cache_dir", no_home)
+  assert command_line._guarded(lambda: 0) == 0

@@ -1,9 +1,11 @@
 """Files that are either whole or not there."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,6 +21,23 @@ class UnreadableFile(Exception):
   """An npz file that is damaged or none."""
 
 
+class UnwritableFile(OSError):
+  """A file that cannot be written, as on a full disk; unlike the system's error it names it."""
+
+  def __str__(self) -> str:
+    """Returns the file, and what the system said."""
+    return f"{self.filename}: {self.strerror}"
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """Lets an error of the system tell the file that is being written."""
+  try:
+    yield
+  except OSError as error:
+    raise UnwritableFile(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def write_atomically(
   path: pathlib.Path, write: Callable[[BinaryIO], Any], *, durable: bool = True
 ) -> None:
@@ -28,18 +47,22 @@ def write_atomically(
     path: where the file shall be; its folder is made if needed.
     write: called with the open binary file.
     durable: whether to wait until it would outlast a power failure.
+
+  Raises:
+    UnwritableFile: what the system does not let be written.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "wb") as file:
-      write(file)
-      if durable:
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with _naming(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+      with open(temporary, "wb") as file:
+        write(file)
+        if durable:
+          file.flush()
+          os.fsync(file.fileno())
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any, *, durable: bool = True) -> None:
@@ -58,6 +81,35 @@ def write_json_lines(path: pathlib.Path, rows: Iterable[Any]) -> None:
   """Writes one JSON object a line; NaN and infinity are refused."""
   text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
   write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def append_json_lines(path: pathlib.Path, rows: Iterable[Any]) -> None:
+  """Adds one JSON object a line to a file; an interruption may leave a part of what is added.
+
+  Args:
+    path: of the file, which need not exist.
+    rows: dictionaries; NaN and infinity are refused.
+
+  Raises:
+    UnwritableFile: what the system does not let be written.
+  """
+  with _naming(path), open(path, "a") as file:
+    file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_regular(path: pathlib.Path) -> bytes:
+  """Reads a file whole; a pipe or a device is refused, as it may have no end.
+
+  Args:
+    path: of the file.
+
+  Raises:
+    OSError: there is none, or it cannot be read.
+  """
+  if path.exists() and not path.is_file():
+    what = "is a folder" if path.is_dir() else "is no regular file"
+    raise OSError(errno.EINVAL, what, str(path))
+  return path.read_bytes()
 
 
 def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:

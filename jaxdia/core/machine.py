@@ -41,7 +41,8 @@ def keep_compiled() -> None:
   import platformdirs  # of the extra `run`, as all that calls this
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxdia"))
+    with contextlib.suppress(RuntimeError):  # of a user who has no home there is no such folder
+      jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxdia"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

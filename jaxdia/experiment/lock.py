@@ -48,7 +48,11 @@ class Lock:
         left.unlink(missing_ok=True)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": platform.node(), "since": now}
-    write_json(self._folder / "lock.json", holder)
+    try:
+      write_json(self._folder / "lock.json", holder)
+    except OSError as error:
+      self._lock.release()
+      raise cannot_write(self._folder, error) from error
 
   def release(self) -> None:
     """Gives the lock back; nothing happens if it is not held."""

@@ -78,6 +78,8 @@ def run_attack(
 
   left = [number for number, one in experiments.items() if not one.runs[name].is_finished]
   if not left:
+    if checkpoint_path is not None:  # of a call that was interrupted after its last trial
+      checkpoint_path.unlink(missing_ok=True)
     return errors
   lanes, fresh = lanes_of(name, experiments)
   for number in left:

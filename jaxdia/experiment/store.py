@@ -20,7 +20,7 @@ import jax
 import msgspec
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.files import write_json, write_json_lines
+from jaxdia.core.files import append_json_lines, write_json, write_json_lines
 from jaxdia.experiment.config import EngineSettings
 from jaxdia.experiment.lock import Lock, cannot_write
 from jaxdia.experiment.manifest import add_session, device_name, manifest
@@ -203,8 +203,7 @@ class Store:
     Args:
       rows: of images that are finished now.
     """
-    with open(self.path("results.jsonl"), "a") as file:
-      file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    append_json_lines(self.path("results.jsonl"), rows)
 
   def _write_config(self) -> None:
     write_json(self.path("config.json"), self._config | {"engine": self._engine})
