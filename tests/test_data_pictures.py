@@ -313,3 +313,11 @@ def test_pillow_is_only_needed_where_it_is_used(folder, tmp_path, monkeypatch):
   assert _pixels(f"npz:{tmp_path / 'x.npz'}").all()
   with pytest.raises(InputError, match="resizing images needs the package pillow"):
     data.load(f"npz:{tmp_path / 'x.npz'}", 1, image_size=4)
+
+
+def test_a_device_in_place_of_a_picture_is_refused(tmp_path):
+  """It would be read for ever."""
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "0.png").symlink_to("/dev/zero")
+  with pytest.raises(InputError, match="0.png cannot be read .*no regular file"):
+    data.load(f"folder:{tmp_path}", 1)

@@ -159,3 +159,19 @@ def test_damaged_results_and_folders_without_any_are_refused(tmp_path):
   (tmp_path / "run" / "results.jsonl").write_text("{")
   with pytest.raises(InputError, match="is damaged"):
     run_text(config, tmp_path / "run")
+
+
+def test_paragraphs_are_the_same_whatever_ends_a_line(tmp_path):
+  path = _file(tmp_path)
+  unix = load_text(f"text:{path}", 5, 8, vocabulary=300)
+  path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+  windows = load_text(f"text:{path}", 5, 8, vocabulary=300)
+  np.testing.assert_array_equal(unix.tokens, windows.tokens)
+
+
+def test_a_device_in_place_of_a_text_or_a_tokenizer_is_refused(tmp_path):
+  """It would be read for ever."""
+  with pytest.raises(InputError, match="no regular file"):
+    load_text("text:/dev/zero", 1, 8)
+  with pytest.raises(InputError, match="no regular file"):
+    load_text(f"text:{_file(tmp_path)}", 1, 8, tokenizer="/dev/zero")

@@ -1,5 +1,6 @@
 """Files, each written by the library that owns the format."""
 
+import os
 import pickle
 import sys
 
@@ -217,3 +218,12 @@ def test_a_library_that_is_not_installed_is_named_by_its_extra(write, tmp_path, 
     if name.split(".")[0] == package:
       monkeypatch.setitem(sys.modules, name, None)
   assert f'"jaxdia[{package}]"' in refusal(tmp_path / "x")
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+  """A pipe would be waited for, and a device read, for ever."""
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "device").symlink_to("/dev/zero")
+  for name in ("pipe", "device"):
+    assert "no regular file" in refusal(tmp_path / name)
+  assert "cannot be read" in refusal(tmp_path / ("long" * 100))

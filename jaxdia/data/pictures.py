@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.files import read_regular
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 # A file is read as what it holds, whatever its name, but as nothing that runs programs.
@@ -63,7 +64,7 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
   """
   pil = import_pillow("reading pictures")
   try:
-    content = path.read_bytes()
+    content = read_regular(path)
     with pil.Image.open(io.BytesIO(content), formats=_FORMATS) as image:
       # A camera's JPEG may hold previews behind the picture itself (format MPO).
       frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)

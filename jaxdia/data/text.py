@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdia.core.errors import InputError, check_count, first_line, unknown
+from jaxdia.core.files import read_regular
 
 # What ships text: the reference of the Python language, in its standard library.
 _PACKAGED = {"python": "pydoc_data.topics"}
@@ -93,8 +94,9 @@ def _paragraphs(source: str) -> list[str]:
     texts = list(importlib.import_module(_PACKAGED[name]).topics.values())
   else:
     try:
-      texts = [pathlib.Path(name).read_text(encoding="utf-8")]
-    except (OSError, UnicodeDecodeError) as error:
+      content = read_regular(pathlib.Path(name)).decode()
+      texts = [content.replace("\r\n", "\n").replace("\r", "\n")]
+    except (OSError, ValueError) as error:  # also of a name that no file can have
       raise InputError(
         f"{source} cannot be read ({first_line(error)}); expected a text file of UTF-8."
       ) from error
@@ -111,7 +113,7 @@ def _tokenizer(paragraphs: list[str], vocabulary: int, path: str | None) -> Any:
     ) from error
   if path is not None:
     try:
-      encoder = tokenizers.Tokenizer.from_file(path)
+      encoder = tokenizers.Tokenizer.from_buffer(read_regular(pathlib.Path(path)))
     except Exception as error:  # the library raises nothing narrower
       raise InputError(
         f"data.tokenizer={path} cannot be read ({first_line(error)}); expected a tokenizer.json."

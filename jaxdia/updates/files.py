@@ -43,8 +43,14 @@ def read(path: str | pathlib.Path) -> NamedArrays:
       that reads it is not installed.
   """
   path = pathlib.Path(path)
-  if not path.exists():
+  try:
+    is_there = path.exists()
+  except OSError as error:  # a name that no file can have
+    raise InputError(f"{path} cannot be read ({error.strerror}); expected {_EXPECTED}.") from error
+  if not is_there:
     raise InputError(f"{path} does not exist; expected {_EXPECTED}.")
+  if not path.is_file() and not path.is_dir():  # a pipe or a device, which may have no end
+    raise InputError(f"{path} is no regular file; expected {_EXPECTED}.")
   reader = _orbax if path.is_dir() else _reader_of(path)
   try:
     arrays = named_arrays(reader(path))
