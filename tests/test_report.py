@@ -274,6 +274,7 @@ def _spoil(name, text):
     _spoil("config.json", '{"data": {}, "model": {}}'),
     _spoil("summary.json", '{"dia": {"attempted": 1}}'),
     _spoil("summary.json", "\x00"),
+    _spoil("summary.json", "[" * 10**5),
     _spoil("results.jsonl", '{"attack": "dia", "image": 1}\n{"attack"'),
     _spoil("results.jsonl", '{"attack": "dia", "image": 1, "ssim": "good"}'),
     _spoil("results.jsonl", '{"attack": "dia", "image": 1, "ssim": NaN}'),

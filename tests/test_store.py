@@ -289,7 +289,7 @@ def test_a_data_file_that_changed_is_another_experiment(tmp_path):
     experiment.run(config, tmp_path / "run", say=silent)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe", b"{", b"{}"])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe", b"{", b"{}", b"[" * 10**5])
 def test_a_work_directory_with_an_odd_config_is_refused(content, tmp_path):
   (tmp_path / "config.json").write_bytes(content)
   with pytest.raises(InputError, match="work directory"):

@@ -264,7 +264,7 @@ def _finished(workdir: pathlib.Path) -> list[Update]:
     return []
   try:
     return msgspec.json.decode(path.read_bytes(), type=Audit).updates
-  except (OSError, msgspec.DecodeError) as error:
+  except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
     raise InputError(f"{path} is damaged ({error}). Delete it, or choose another workdir.") from (
       error
     )

@@ -343,5 +343,5 @@ def _read_times(path: pathlib.Path) -> Times:
     return msgspec.json.decode(path.read_bytes(), type=Times)
   except FileNotFoundError:
     return Times(0.0, 0.0)
-  except (OSError, msgspec.DecodeError) as error:
+  except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
     raise InputError(f"{path} is damaged ({error}). Delete it; it only holds times.") from error

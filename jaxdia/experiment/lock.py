@@ -65,7 +65,7 @@ class Lock:
     try:
       who = json.loads((self._folder / "lock.json").read_text())
       return f" by process {who['pid']} on {who['host']} since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
       return " by another process"
 
 

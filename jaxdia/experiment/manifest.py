@@ -69,7 +69,7 @@ def add_session(workdir: pathlib.Path, **more: Any) -> int:
     before = [json.loads(line) for line in path.read_text().splitlines()]
   except FileNotFoundError:
     before = []
-  except ValueError:  # damaged by hand: the numbers of the others are kept
+  except (ValueError, RecursionError):  # damaged by hand: the numbers of the others are kept
     before = [{"damaged": line} for line in path.read_text(errors="replace").splitlines()]
   write_json_lines(path, [*before, {"session": len(before), **manifest(**more)}])
   return len(before)

@@ -185,7 +185,7 @@ class Store:
     """Reads what is whole of results.jsonl."""
     rows, path = [], self.path("results.jsonl")
     for line in path.read_bytes().splitlines() if path.exists() else ():
-      with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+      with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         rows.append(Row.from_json(msgspec.json.decode(line)))
     return rows
 
@@ -222,7 +222,7 @@ class Store:
         raise ValueError(f"{path} holds no settings")
     except InputError:
       raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
       raise InputError(
         f"cannot use the work directory {workdir} ({error}). Choose another --workdir."
       ) from error

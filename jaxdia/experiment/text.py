@@ -279,7 +279,7 @@ def _finished(workdir: pathlib.Path, identity: dict[str, Any]) -> list[Row]:
   """Returns the rows of an earlier call of the same settings, of whole batches."""
   try:
     before = json.loads((workdir / "config.json").read_text())
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return []
   if before != json.loads(json.dumps(identity)):
     raise InputError(
@@ -303,5 +303,5 @@ def read_rows(workdir: pathlib.Path) -> list[Row]:
     return [msgspec.json.decode(line, type=Row) for line in lines]
   except FileNotFoundError:
     return []
-  except (OSError, msgspec.MsgspecError) as error:
+  except (OSError, UnicodeDecodeError, RecursionError, msgspec.MsgspecError) as error:
     raise InputError(f"{workdir}/results.jsonl is damaged ({error}). Remove it.") from error

@@ -46,7 +46,7 @@ def write_audit_report(workdir: pathlib.Path) -> pathlib.Path:
   try:
     audit = msgspec.json.decode(path.read_bytes(), type=Audit)
     arrays = [read_npz(images_path(workdir, number)) for number in range(len(audit.updates))]
-  except (OSError, msgspec.DecodeError, UnreadableFile) as error:
+  except (OSError, ValueError, msgspec.DecodeError, RecursionError, UnreadableFile) as error:
     raise InputError(
       f"{workdir} holds no whole audit ({error}). Give the folder that launch/audit.py wrote, or"
       " run that again."

@@ -205,7 +205,7 @@ def _bytes(path: pathlib.Path) -> bytes:
 def _parse(path: pathlib.Path, text: bytes, convert: Callable[[Any], Any], where: str = "") -> Any:
   try:
     return convert(msgspec.json.decode(text))
-  except (msgspec.DecodeError, UnicodeDecodeError) as error:
+  except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
     raise _damaged(path, where + first_line(error)) from error
 
 

@@ -36,7 +36,7 @@ def write_text_report(workdir: pathlib.Path) -> pathlib.Path:
     summary = json.loads((workdir / "summary.json").read_text())
     config = json.loads((workdir / "config.json").read_text())["config"]
     command = json.loads((workdir / "manifest.json").read_text())["command"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise InputError(
       f"{workdir} holds no finished experiment with text ({first_line(error)}). Run launch/text.py"
       " with this --workdir first."

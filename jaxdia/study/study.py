@@ -100,7 +100,7 @@ class Study:
       return self._new
     try:
       there = msgspec.json.decode(path.read_bytes(), type=StudyFile)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
       raise InputError(f"{path} is damaged ({error}). Choose another --workdir.") from error
     if differing := [name for name, _, _ in differences(_identity(there), _identity(self._new))]:
       raise InputError(
