@@ -103,6 +103,24 @@ def test_an_update_that_is_no_gradient_is_not_attacked_and_the_page_says_why(tmp
   assert "Not by what was tried" in page and "first step of Adam" in page
 
 
+def test_images_that_are_none_are_found_again_and_not_shown(tmp_path):
+  write(tmp_path, "linen")
+  signs = {k: np.sign(v) * 1e-3 for k, v in np.load(tmp_path / "gradient.npz").items()}
+  np.savez(tmp_path / "gradient.npz", **signs)  # which is not attacked: this is quick
+  config, path = config_of(tmp_path, "linen"), tmp_path / "work" / "update_000.npz"
+  audit.run(config, tmp_path / "work", say=silent)
+  whole = dict(np.load(path))
+  dates = whole["images"].astype("datetime64[s]")
+  for change in ({"images": dates}, {"images": np.zeros(3, np.float32)}, {"truth": dates}):
+    np.savez(path, **whole | change)
+    with pytest.raises(InputError, match="no whole audit"):
+      write_audit_report(tmp_path / "work")
+  np.savez(path, **whole | {"images": dates})
+  audit.run(config, tmp_path / "work", say=silent)
+  assert np.load(path)["images"].dtype == np.float32
+  assert write_audit_report(tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [

@@ -97,7 +97,9 @@ def _is_of(workdir: pathlib.Path, number: int, *digests: str) -> bool:
     arrays = read_npz(images_path(workdir, number))
   except (OSError, UnreadableFile):
     return False
-  return set(digests) == {str(arrays.get("digest"))}
+  images = arrays.get("images")
+  is_whole = images is not None and images.dtype == np.float32 and images.ndim == 4
+  return is_whole and set(digests) == {str(arrays.get("digest"))}
 
 
 class _Seen(NamedTuple):

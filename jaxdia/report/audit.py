@@ -45,13 +45,24 @@ def write_audit_report(workdir: pathlib.Path) -> pathlib.Path:
   path = workdir / "audit.json"
   try:
     audit = msgspec.json.decode(path.read_bytes(), type=Audit)
-    arrays = [read_npz(images_path(workdir, number)) for number in range(len(audit.updates))]
+    arrays = [_images(workdir, number, one) for number, one in enumerate(audit.updates)]
   except (OSError, ValueError, msgspec.DecodeError, RecursionError, UnreadableFile) as error:
     raise InputError(
       f"{workdir} holds no whole audit ({error}). Give the folder that launch/audit.py wrote, or"
       " run that again."
     ) from error
   return write_page(workdir, "audit.html.j2", _context(audit, arrays))
+
+
+def _images(workdir: pathlib.Path, number: int, update: Update) -> dict[str, np.ndarray]:
+  """Reads the images of an update, and the truth if it is there."""
+  path = images_path(workdir, number)
+  arrays = read_npz(path)
+  for name in {"images", "truth"} & set(arrays) | {"images"}:
+    array = arrays.get(name, np.zeros(0))
+    if array.dtype.kind != "f" or array.ndim != 4 or len(array) != len(update.images):
+      raise UnreadableFile(f"in {path.name} {name} are {array.dtype} of shape {array.shape}")
+  return arrays
 
 
 def _context(audit: Audit, arrays: list[dict[str, np.ndarray]]) -> dict[str, Any]:
