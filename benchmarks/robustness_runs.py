@@ -132,6 +132,16 @@ RUNS = {
     ],
     _finished_images,
   ),
+  "attack on a cluster": Run(
+    "attack.py",
+    lambda folder: [
+      *_SMALL,
+      *("--config.attack.name=dia", "--config.attack.tolerance=0.0", "--config.data.count=8"),
+      *("--config.model.hidden_sizes=(128,128)", "--config.attack.max_iterations=5000"),
+      "--cluster=local:2",
+    ],
+    _finished_images,
+  ),
   "study": Run("evaluate.py", lambda folder: [f"--config={folder}/study.py"], _finished_images),
   "audit": Run(
     "audit.py",

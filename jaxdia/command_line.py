@@ -1,6 +1,5 @@
 """What all launchers share: flags and errors as a person wants to see them."""
 
-import contextlib
 import errno
 import os
 import pathlib
