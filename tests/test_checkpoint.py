@@ -44,8 +44,8 @@ def test_a_checkpoint_of_another_experiment_is_refused(saved):
     checkpoint.restore(path, tree | {"a": np.zeros(3)})
   with pytest.raises(InputError, match="it lacks"):
     checkpoint.restore(path, tree | {"c": np.zeros(3)})
-  other = jax.tree.map(np.zeros_like, tree) | {"a": np.zeros(3)}
-  assert checkpoint.restore(path, other, lane_axes=1)["a"].shape == (5000,)
+  # In other lanes it is this one.
+  assert checkpoint.restore(path, {"a": np.zeros(3)}, lane_axes=1)["a"].shape == (5000,)
 
 
 def test_checkpoints_of_bfloat16(tmp_path):

@@ -154,5 +154,5 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch):
 
   monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-  monkeypatch.setattr(command_line.platformdirs, "user_cache_dir", no_home)
+  monkeypatch.setattr("platformdirs.user_cache_dir", no_home)
   assert command_line._guarded(lambda: 0) == 0

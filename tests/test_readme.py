@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import sys
+import types
 
 import pytest
 
@@ -69,9 +71,15 @@ def _audit(found, printed):
   assert printed.splitlines()[-1] == "['certain', 'certain'] ['factor']"
 
 
+def _clusters(found, printed):
+  del printed
+  assert found["study"].plan(found["dropout_rate"].get_config())
+
+
 CHECKS = {
   "README.md": _readme,
   "docs/audit.md": _audit,
+  "docs/clusters.md": _clusters,
   "docs/library.md": _library,
   "docs/models.md": _models,
   "docs/studies.md": _studies,
@@ -82,6 +90,8 @@ CHECKS = {
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name)
 def test_python_runs(page, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)  # where it may write files
+  # Of a machine with SLURM.
+  monkeypatch.setitem(sys.modules, "dask_jobqueue", types.SimpleNamespace(SLURMCluster=None))
   found = run(page)
   CHECKS[name(page)](found, capsys.readouterr().out)
 
