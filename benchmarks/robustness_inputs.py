@@ -126,13 +126,15 @@ def _digests(folder: pathlib.Path) -> dict[str, str]:
 
 def _alone(case: Case) -> _Ended:
   command = [sys.executable, f"launch/{case.command}.py", *case.arguments]
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+  _limit(process.pid)
   try:
-    ended = subprocess.run(
-      command, cwd=ROOT, capture_output=True, timeout=_LIMIT_SECONDS, preexec_fn=_limit
-    )
+    _, said = process.communicate(timeout=_LIMIT_SECONDS)
   except subprocess.TimeoutExpired:
+    process.kill()
+    process.communicate()
     return _Ended(None, "", 0)
-  return _Ended(ended.returncode, ended.stderr.decode(errors="replace"), 0)
+  return _Ended(process.returncode, said.decode(errors="replace"), 0)
 
 
 def _forked(case: Case, place: pathlib.Path, context) -> _Ended:
@@ -149,9 +151,10 @@ def _forked(case: Case, place: pathlib.Path, context) -> _Ended:
   return _Ended(process.exitcode, said, peak)
 
 
-def _limit() -> None:
-  resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESSES, _MOST_ADDRESSES))
-  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _limit(process: int) -> None:
+  """Lets a process, or with 0 this one, fail before the machine is out of memory."""
+  resource.prlimit(process, resource.RLIMIT_AS, (_MOST_ADDRESSES, _MOST_ADDRESSES))
+  resource.prlimit(process, resource.RLIMIT_CORE, (0, 0))
 
 
 def _run_forked(command: str, arguments: Sequence[str], place: str) -> None:
@@ -160,7 +163,7 @@ def _run_forked(command: str, arguments: Sequence[str], place: str) -> None:
   for number, name in ((1, "stdout"), (2, "stderr")):
     file = os.open(f"{place}/{name}", os.O_WRONLY | os.O_CREAT)
     os.dup2(file, number)
-  _limit()
+  _limit(0)
   sys.argv = [f"launch/{command}.py", *arguments]
   code = 1
   try:

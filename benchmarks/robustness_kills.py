@@ -39,7 +39,7 @@ def run(folder: pathlib.Path, seed: int, number: int) -> Iterator[Check]:
       return
   done, rounds = dict.fromkeys(RUNS, 0), 0
   while sum(done.values()) < number:
-    name = list(RUNS)[rounds % len(RUNS)]
+    name = min(done, key=lambda kind: done[kind])  # the kind that was killed least
     left = number - sum(done.values())
     workdir = _workdir(folder, name, str(rounds))
     checks = list(_round(name, folder, workdir, lengths[name], rng, min(_MOST_IN_A_ROW, left)))
@@ -79,8 +79,10 @@ def _round(
     faults += [f"it lost {one[:160]}" for one in kept - kind.finished(workdir)]
   for i, (case, found, at_work) in enumerate(kills):
     last = i == len(kills) - 1
-    what = f"{name}, killed {'at work' if at_work else 'before it or after it'}"
+    what = f"{name}, killed {'at work' if at_work else 'as it started or ended'}"
     yield Check(what, case, [*found, *(faults if last else ())])
+  if faults and not kills:
+    yield Check(f"{name}, not killed", workdir.name, faults)
 
 
 def _workdir(folder: pathlib.Path, name: str, which: str) -> pathlib.Path:
