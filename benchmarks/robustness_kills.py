@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-from robustness_runs import ROOT, RUNS, Check, Run, differences, leftovers, repeated_rows
+from robustness_runs import ROOT, RUNS, Check, Run, differences, finish, leftovers, repeated_rows
 
 _LIMIT_SECONDS = 300
 _MOST_IN_A_ROW = 3
@@ -95,18 +95,11 @@ def _start(kind: Run, folder: pathlib.Path, workdir: pathlib.Path) -> subprocess
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
-    text=True,
     start_new_session=True,
   )
 
 
 def _finish(kind: Run, folder: pathlib.Path, workdir: pathlib.Path) -> tuple[int, str]:
   """Lets a run end; returns its exit code and the last line that it said."""
-  process = _start(kind, folder, workdir)
-  try:
-    text, _ = process.communicate(timeout=_LIMIT_SECONDS)
-  except subprocess.TimeoutExpired:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    return -1, f"it took more than {_LIMIT_SECONDS} s"
-  return process.returncode, (text.strip().splitlines() or [""])[-1]
+  code, text = finish(_start(kind, folder, workdir), _LIMIT_SECONDS)
+  return code, (text.strip().splitlines() or [""])[-1]

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -194,6 +195,22 @@ def _write_updates(folder: pathlib.Path) -> None:
   for name, tree in trees.items():
     arrays = arrays_of(model.network.entries(), tree)
     np.savez(folder / f"{name}.npz", **{key: np.asarray(value) for key, value in arrays.items()})
+
+
+def finish(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
+  """Lets a program end that leads a group of processes; returns its exit code, and what it said.
+
+  Args:
+    process: with its output in a pipe.
+    seconds: after which it, and what it has started, is killed; the code is -1 then.
+  """
+  try:
+    said, _ = process.communicate(timeout=seconds)
+  except subprocess.TimeoutExpired:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return -1, f"it took more than {seconds} s"
+  return process.returncode, said.decode(errors="replace")
 
 
 def leftovers(workdir: pathlib.Path) -> list[str]:

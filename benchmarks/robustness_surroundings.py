@@ -7,7 +7,6 @@ import os
 import pathlib
 import pty
 import shutil
-import signal
 import stat
 import struct
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import termios
 from collections.abc import Iterator, Mapping, Sequence
 
-from robustness_runs import ROOT, Check, differences, leftovers
+from robustness_runs import ROOT, Check, differences, finish, leftovers
 
 _ODD = "Versuch ä 数据 1"
 _LIMIT_SECONDS = 300
@@ -110,13 +109,7 @@ def _start(one: _Surroundings) -> tuple[int, str]:
     stderr=subprocess.STDOUT,
     start_new_session=True,
   )
-  try:
-    said, _ = process.communicate(timeout=_LIMIT_SECONDS)
-  except subprocess.TimeoutExpired:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    return -1, f"it took more than {_LIMIT_SECONDS} s"
-  return process.returncode, said.decode(errors="replace")
+  return finish(process, _LIMIT_SECONDS)
 
 
 def _in_a_terminal(command, environment, one: _Surroundings) -> tuple[int, str]:

@@ -27,6 +27,7 @@ from jaxdia.data import denormalize
 from jaxdia.experiment.lock import Lock
 from jaxdia.experiment.manifest import manifest
 from jaxdia.experiment.network import create_model
+from jaxdia.experiment.schema import decode
 from jaxdia.models import DropoutModel
 
 
@@ -265,8 +266,8 @@ def _finished(workdir: pathlib.Path) -> list[Update]:
   if not path.exists():
     return []
   try:
-    return msgspec.json.decode(path.read_bytes(), type=Audit).updates
-  except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    return decode(path.read_bytes(), Audit).updates
+  except (OSError, msgspec.DecodeError) as error:
     raise InputError(f"{path} is damaged ({error}). Delete it, or choose another workdir.") from (
       error
     )

@@ -23,7 +23,7 @@ from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients, Lazy
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.rows import in_order, rows_before, score
-from jaxdia.experiment.schema import Row
+from jaxdia.experiment.schema import Row, decode
 from jaxdia.experiment.store import Store
 
 # Of so many images it is kept how they formed.
@@ -201,8 +201,7 @@ class AttackRun:
     if recovery := outcomes.load_recovery(self._recovery_path(number)):
       outcome = outcome._replace(recovery=recovery[0], recovery_seconds=recovery[1])
     outcomes.save(self.outcome_path(number), outcome)
-    if self._keep(number, outcome):
-      self._store.append_results(row.to_json() for row in self._rows[number])
+    if self._keep_and_write(number, outcome):
       self._recovery_path(number).unlink(missing_ok=True)
 
   def give(self) -> dict[int, Found]:
@@ -221,8 +220,7 @@ class AttackRun:
     outcome = outcomes.load(path)
     assert outcome is not None
     self._before |= {(row.mask_seed, row.image): row for row in found.rows}
-    if self._keep(number, outcome):
-      self._store.append_results(row.to_json() for row in self._rows[number])
+    self._keep_and_write(number, outcome)
 
   def add_times(self, more: Times) -> None:
     """Adds what another process took.
@@ -266,6 +264,12 @@ class AttackRun:
     self._set_times(self.times + took)
     note(f"closed form of gradient {number} ({len(self._left)} to go): {recovery.summary()}")
     return recovery
+
+  def _keep_and_write(self, number: int, outcome: outcomes.Outcome) -> bool:
+    """Does what `_keep` does, and adds the rows to results.jsonl."""
+    if kept := self._keep(number, outcome):
+      self._store.append_results(row.to_json() for row in self._rows[number])
+    return kept
 
   def _keep(self, number: int, outcome: outcomes.Outcome) -> bool:
     """Scores a gradient if all of its trials are finished; returns whether they are."""
@@ -340,8 +344,8 @@ def compilation() -> Iterator[list[float]]:
 def _read_times(path: pathlib.Path) -> Times:
   """Returns what earlier calls took."""
   try:
-    return msgspec.json.decode(path.read_bytes(), type=Times)
+    return decode(path.read_bytes(), Times)
   except FileNotFoundError:
     return Times(0.0, 0.0)
-  except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+  except (OSError, msgspec.DecodeError) as error:
     raise InputError(f"{path} is damaged ({error}). Delete it; it only holds times.") from error

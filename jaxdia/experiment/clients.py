@@ -18,7 +18,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.machine import memory_of
 from jaxdia.core.types import Key, Masks, Params
 from jaxdia.experiment.config import ClientsSettings, DataSettings
-from jaxdia.experiment.network import create_model, source_digest
+from jaxdia.experiment.network import count_weights, create_model, source_digest
 from jaxdia.experiment.training import DELTA
 from jaxdia.models import DropoutModel
 
@@ -36,13 +36,11 @@ T = TypeVar("T")
 
 def _check_size(model: DropoutModel) -> None:
   """Refuses a network whose weights and one gradient do not fit into the memory."""
-  shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
-  entries = sum(math.prod(leaf.shape) for leaf in shapes)
-  memory = memory_of(jax.local_devices()[0])
-  if 2 * _BYTES_OF_A_WEIGHT * entries > memory:
+  weights, memory = count_weights(model), memory_of(jax.local_devices()[0])
+  if 2 * _BYTES_OF_A_WEIGHT * weights > memory:
     raise InputError(
-      f"the network has {entries:,} weights, which with a gradient take"
-      f" {2 * _BYTES_OF_A_WEIGHT * entries / 2**30:,.0f} GiB; expected no more than the"
+      f"the network has {weights:,} weights, which with a gradient take"
+      f" {2 * _BYTES_OF_A_WEIGHT * weights / 2**30:,.0f} GiB; expected no more than the"
       f" {memory / 2**30:,.0f} GiB of this device. Make it smaller by the options of config.model."
     )
 

@@ -12,7 +12,6 @@ import functools
 import glob
 import logging
 import os
-import platform
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ import jaxdia
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.machine import keep_compiled, keep_memory, share_cpu
 from jaxdia.experiment.config import ExperimentSettings
-from jaxdia.experiment.manifest import commit, device_name
+from jaxdia.experiment.manifest import commit
 from jaxdia.experiment.parts import Done, Part, lanes_of, run_part
 from jaxdia.experiment.store import Devices
 
@@ -46,13 +45,11 @@ class Worker(NamedTuple):
 
   Attributes:
     version: of jaxdia in it, with the commit where it is known.
-    host: that it is on.
     devices: that it computes on.
     jax: version of JAX.
   """
 
   version: str
-  host: str
   devices: Devices
   jax: str
 
@@ -75,8 +72,8 @@ def _prepare(workers_here: int | None, dask_worker: Any = None) -> Worker:
   keep_compiled()
   share_cpu()
   keep_memory()
-  devices = Devices(device_name(), len(jax.local_devices()))
-  return Worker(_version(), platform.node(), devices, jax.__version__)
+  devices = Devices.of_this_process()
+  return Worker(_version(), devices, jax.__version__)
 
 
 def _take_share(number: int, count: int) -> None:
@@ -253,17 +250,26 @@ class Cluster:
         time.sleep(_LOOK)
         self._look()
       address = self._free if self._free in self.workers else next(iter(self.workers))
-      future = self._client.submit(ask, workers=[address], pure=False)
-      future.add_done_callback(lambda _: self._ended.set())
+      future = self._submit(address, ask)
       while address in self.workers and not future.done():
-        self._ended.wait(_LOOK)
-        self._ended.clear()
-        self._look()
+        self._await_any()
       if future.done():
         return future.result(timeout=_PATIENCE)
       future.cancel()
       self._say(f"worker {address} is gone; another is asked")
     raise InputError(_LOST)
+
+  def _submit(self, address: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Gives a worker something to do; returns its future."""
+    future = self._client.submit(function, *arguments, workers=[address], pure=False)
+    future.add_done_callback(lambda _: self._ended.set())
+    return future
+
+  def _await_any(self) -> None:
+    """Waits until something has ended, but not long, and looks which workers there are."""
+    self._ended.wait(_LOOK)
+    self._ended.clear()
+    self._look()
 
   def _on_event(self, event: tuple[float, tuple[int, float]]) -> None:
     number, share = event[1]
@@ -287,23 +293,18 @@ class Cluster:
     numbered = enumerate(parts)
     try:
       while True:
-        self._look()
         for address in self.workers.keys() - running.keys():
           self._free = address
           number, part = again.popleft() if again else next(numbered, (-1, None))
           if part is None:
             break
           self._shares[number] = 0.0
-          future = self._client.submit(_work, number, part, workers=[address], pure=False)
-          future.add_done_callback(lambda _: self._ended.set())
-          running[address] = number, part, future
+          running[address] = number, part, self._submit(address, _work, number, part)
         if not running and not again and self.workers:
           return
         self._notice()
         on_progress((part, self._shares[number]) for number, part, _ in running.values())
-        self._ended.wait(_LOOK)
-        self._ended.clear()
-        self._look()
+        self._await_any()
         for address, (number, part, future) in list(running.items()):
           if address in self.workers and not future.done():
             continue

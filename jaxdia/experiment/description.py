@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from jaxdia.attacks import Attack
@@ -13,7 +12,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.experiment import local, training
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
-from jaxdia.experiment.network import common_rate
+from jaxdia.experiment.network import common_rate, count_weights
 from jaxdia.experiment.training import DELTA
 
 _MASKS = {
@@ -41,8 +40,6 @@ def describe(
     where: the devices, such as "2 cpu device(s)".
   """
   d, model = settings.data, clients.model
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  gradient = sum(leaf.size for leaf in jax.tree.leaves(params))
   shapes = mask_shapes(model, clients.local, d.batch_size)
   masks = sum(int(np.prod(shape)) for shape in shapes.values())
   pixels = d.batch_size * int(np.prod(model.image_shape))
@@ -54,7 +51,7 @@ def describe(
     f" {training.describe(dataclasses.asdict(settings.training))}",
     "  threat   an honest-but-curious server knows the weights, the dropout rates and"
     f" {local.describe(dataclasses.asdict(settings.local)) or 'one client gradient'}",
-    f"  known    {gradient:,} gradient entries a batch",
+    f"  known    {count_weights(model):,} gradient entries a batch",
     f"  defence  {defences.describe(settings.defence)}{_privacy(settings.defence)}",
   ]
   for name, attack in attacks.items():

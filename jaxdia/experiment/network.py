@@ -86,6 +86,16 @@ def common_rate(model: DropoutModel) -> float:
   return rates[0] if len(set(rates)) == 1 else sum(rates) / max(len(rates), 1)
 
 
+def count_weights(model: DropoutModel) -> int:
+  """Returns the number of entries of all weights; none is drawn.
+
+  Args:
+    model: the network.
+  """
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
 def source_digest(settings: ModelSettings) -> str | None:
   """Returns the SHA-256 of the file that the user's own network is in; None of a built-in one.
 

@@ -4,11 +4,12 @@ Numbers that name experiments are those of the study, or 0 of one alone. A part 
 directory of its own, which is dropped: what counts is what it gives back.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,6 @@ from jaxdia.experiment.attack_run import Found, Times
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ClientsSettings, ExperimentSettings
 from jaxdia.experiment.experiment import Experiment
-from jaxdia.experiment.manifest import device_name
 from jaxdia.experiment.progress import share_done
 from jaxdia.experiment.shared_lanes import plan, run_attack
 from jaxdia.experiment.store import Devices
@@ -74,6 +74,17 @@ class Done(NamedTuple):
 @functools.lru_cache(maxsize=4)  # parts of one experiment mostly follow each other
 def _clients(settings: ClientsSettings) -> Clients:
   return Clients(settings)
+
+
+@contextlib.contextmanager
+def _somewhere(settings: Mapping[int, ExperimentSettings]) -> Iterator[pathlib.Path]:
+  """Gives a folder that is dropped, and the precision of experiments that share a program."""
+  first = next(iter(settings.values()))
+  with (
+    tempfile.TemporaryDirectory(prefix="jaxdia-", ignore_cleanup_errors=True) as name,
+    jax.enable_x64(first.precision == "float64"),
+  ):
+    yield pathlib.Path(name)
 
 
 def _open(part: Part, number: int, folder: pathlib.Path) -> Experiment:
@@ -133,12 +144,7 @@ def run_part(part: Part, tell: Callable[[float], None]) -> Done:
     if not part.lanes:
       tell(min(1.0, notes / part.count))
 
-  first = next(iter(part.settings.values()))
-  with (
-    tempfile.TemporaryDirectory(prefix="jaxdia-", ignore_cleanup_errors=True) as name,
-    jax.enable_x64(first.precision == "float64"),
-  ):
-    folder = pathlib.Path(name)
+  with _somewhere(part.settings) as folder:
     try:
       for number in part.settings:
         try:
@@ -184,16 +190,11 @@ def lanes_of(attack: str, settings: Mapping[int, ExperimentSettings], workers: i
     settings: of the experiments that share its program.
     workers: processes like this one.
   """
-  first = next(iter(settings.values()))
-  with (
-    tempfile.TemporaryDirectory(prefix="jaxdia-", ignore_cleanup_errors=True) as name,
-    jax.enable_x64(first.precision == "float64"),
-  ):
-    devices = Devices(device_name(), len(jax.local_devices()))
+  with _somewhere(settings) as folder:
+    devices = Devices.of_this_process()
     experiments = {
-      number: Experiment(
-        one, pathlib.Path(name) / str(number), _clients(one.clients), devices=devices
-      )
+      number: Experiment(one, folder / str(number), _clients(one.clients), devices=devices)
       for number, one in settings.items()
     }
-    return plan(attack, experiments, first.engine.lanes, workers).lanes
+    asked = next(iter(settings.values())).engine.lanes
+    return plan(attack, experiments, asked, workers).lanes

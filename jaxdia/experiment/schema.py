@@ -17,6 +17,23 @@ _OPTIONAL = ("label_name", "session")
 Value = float | int | dict[str, float] | None
 
 
+def decode(content: bytes, kind: Any = Any) -> Any:
+  """Reads JSON.
+
+  Args:
+    content: of a file, or a line of one.
+    kind: what it has to be.
+
+  Raises:
+    msgspec.DecodeError: it is something else; also of other letters than UTF-8, and of lists in
+      lists that have no end.
+  """
+  try:
+    return msgspec.json.decode(content, type=kind)
+  except (UnicodeDecodeError, RecursionError) as error:
+    raise msgspec.DecodeError(str(error)) from error
+
+
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
   """One metric over the images of an attack that have it."""
 

@@ -3,7 +3,6 @@
 import contextlib
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from jaxdia import engine
 from jaxdia.core.errors import first_line
@@ -27,6 +26,49 @@ def plan(
   return engine.plan(tasks, lanes=lanes, devices=devices)
 
 
+def noted_lanes(name: str, experiments: Mapping[int, Experiment]) -> int | None:
+  """Returns in how many lanes a device an attack was begun; None if it was not.
+
+  Args:
+    name: of the attack.
+    experiments: by number.
+  """
+  before = (one.store.lanes(name) for one in experiments.values())
+  return next((lanes for lanes in before if lanes is not None), None)
+
+
+def start(
+  name: str,
+  experiments: Mapping[int, Experiment],
+  lanes: int,
+  fresh: int,
+  say: Callable[[str], None],
+) -> tuple[int, dict[int, Exception]]:
+  """Notes that an attack is run on what is left of experiments.
+
+  Args:
+    name: of the attack.
+    experiments: by number.
+    lanes: in how many a device it is run.
+    fresh: in how many it would be run if it was not begun before.
+    say: called with what a person should read.
+
+  Returns:
+    In how many lanes a device it goes on, which are fewer if memory was short, and errors by
+    experiment.
+  """
+  errors: dict[int, Exception] = {}
+  for number, one in experiments.items():
+    if one.runs[name].is_finished:
+      continue
+    try:
+      one.store.start(name, lanes, fresh, say)
+    except Exception as error:  # the others go on without it, whatever it is
+      errors[number] = error
+  halved = (one.store.halved(name) for one in experiments.values())
+  return min([lanes, *(fewer for fewer in halved if fewer is not None)]), errors
+
+
 def lanes_of(name: str, experiments: Mapping[int, Experiment]) -> tuple[int, int]:
   """Returns in how many lanes a device an attack goes on, and in how many it would begin.
 
@@ -35,8 +77,7 @@ def lanes_of(name: str, experiments: Mapping[int, Experiment]) -> tuple[int, int
     experiments: by number.
   """
   asked = next(iter(experiments.values())).settings.engine.lanes
-  before = (one.store.lanes(name) for one in experiments.values())
-  lanes = next((lanes for lanes in before if lanes is not None), None)
+  lanes = noted_lanes(name, experiments)
   fresh = plan(name, experiments, lanes if asked is None else asked).lanes
   return fresh if lanes is None else lanes, fresh
 
@@ -70,26 +111,17 @@ def run_attack(
   """
   errors: dict[int, Exception] = {}
 
-  def attempt(number: int, function: Callable[..., None], *arguments: Any) -> None:
-    try:
-      function(*arguments)
-    except Exception as error:  # the others go on without it, whatever it is
-      errors.setdefault(number, error)
-
   left = [number for number, one in experiments.items() if not one.runs[name].is_finished]
   if not left:
     if checkpoint_path is not None:  # of a call that was interrupted after its last trial
       checkpoint_path.unlink(missing_ok=True)
     return errors
-  lanes, fresh = lanes_of(name, experiments)
-  for number in left:
-    attempt(number, experiments[number].store.start, name, lanes, fresh, say)
+  lanes, failed = start(name, experiments, *lanes_of(name, experiments), say)
+  errors |= failed
   runs = {number: one.runs[name] for number, one in experiments.items() if number not in errors}
   left = [number for number in left if number in runs]
   if not left:
     return errors
-  halved = (one.store.halved(name) for one in experiments.values())
-  lanes = min([lanes, *(fewer for fewer in halved if fewer is not None)])
   most = runs[left[0]].attack.max_iterations
   settings, store = experiments[left[0]].settings, experiments[left[0]].store
 
@@ -117,7 +149,10 @@ def run_attack(
     )
     for trial in trials:
       number = trial.job.task
-      attempt(number, runs[number].take, trial)
+      try:
+        runs[number].take(trial)
+      except Exception as error:  # likewise
+        errors.setdefault(number, error)
       if errors.keys() >= set(left):
         break
   except Exception as error:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TextIO
 
-from jaxdia.experiment.attack_run import Found
 from jaxdia.experiment.cluster import Cluster
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.experiment import Experiment
 from jaxdia.experiment.parts import Done, Part
 from jaxdia.experiment.progress import ProgressReport
+from jaxdia.experiment.shared_lanes import noted_lanes, start
 
 # A worker has so many parts or more of an attack to do, so that none waits long for the last; but
 # not fewer trials than fill its lanes, and no more than fill them so many times.
@@ -34,22 +34,14 @@ def fix_lanes(
     cluster: that will run it.
     say: called with what a person should read.
   """
-  stores = {number: one.store for number, one in experiments.items()}
   asked = next(iter(settings.values())).engine.lanes
-  noted = next((x for s in stores.values() if (x := s.lanes(name)) is not None), None)
+  noted = noted_lanes(name, experiments)
   if noted is not None and (asked is None or asked >= noted):
     lanes = fresh = noted  # more workers now would have fewer
   else:
     fresh = cluster.lanes_of(name, settings)
     lanes = fresh if noted is None else noted
-  errors: dict[int, Exception] = {}
-  for number, store in stores.items():
-    try:
-      store.start(name, lanes, fresh, say)
-    except Exception as error:  # the others go on without it, whatever it is
-      errors[number] = error
-  halved = (x for s in stores.values() if (x := s.halved(name)) is not None)
-  return min([lanes, *halved]), errors
+  return start(name, experiments, lanes, fresh, say)
 
 
 def cut(
@@ -72,9 +64,9 @@ def cut(
     size = min(max(fair, fill), _FILLS * fill)
   else:
     size = min(fair, _MOST)
-  for start in range(0, len(left), size):
+  for first in range(0, len(left), size):
     gradients: dict[int, tuple[int, ...]] = {}
-    for number, gradient in left[start : start + size]:
+    for number, gradient in left[first : first + size]:
       gradients[number] = (*gradients.get(number, ()), gradient)
     yield _part(name, experiments, gradients, lanes)
 
@@ -116,7 +108,7 @@ def take(
       continue
     try:
       for gradient, found in done.found.get(number, {}).items():
-        run.accept(gradient, Found(*found))
+        run.accept(gradient, found)
       if number in done.times:
         run.add_times(done.times[number])
       if done.halved is not None:

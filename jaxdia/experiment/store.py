@@ -24,7 +24,7 @@ from jaxdia.core.files import append_json_lines, write_json, write_json_lines
 from jaxdia.experiment.config import EngineSettings
 from jaxdia.experiment.lock import Lock, cannot_write
 from jaxdia.experiment.manifest import add_session, device_name, manifest
-from jaxdia.experiment.schema import Row
+from jaxdia.experiment.schema import Row, decode
 
 
 class Devices(NamedTuple):
@@ -37,6 +37,11 @@ class Devices(NamedTuple):
 
   name: str
   count: int
+
+  @classmethod
+  def of_this_process(cls) -> "Devices":
+    """Returns what this process computes on."""
+    return cls(device_name(), len(jax.local_devices()))
 
 
 class Store:
@@ -70,7 +75,7 @@ class Store:
     self._config = config
     self._asked = engine
     self._lock = Lock(workdir)
-    self._given = devices or Devices(device_name(), len(jax.local_devices()))
+    self._given = devices or Devices.of_this_process()
     self._began = session is not None
     self.session = session or 0
     self._engine = self._check()
@@ -126,7 +131,7 @@ class Store:
         )
     if not self._began:
       there = f"{fixed['devices']} devices ({fixed['device']})"
-      here = f"{min(self._given.count, fixed['devices'])} devices ({self._given.name})"
+      here = f"{self._used.count} devices ({self._used.name})"
       if there != here:
         say(
           f"begun on {there}, going on on {here}: results are equal but for rounding, which a long"
@@ -144,10 +149,15 @@ class Store:
       facts = {name: self._config[name] for name in ("seed", "precision")}
       write_json(path, manifest(**facts, data_sha256=self._config["data"]["sha256"]))
     lanes = self._engine["lanes"] | self._engine.get("halved", {})
-    count = min(self._given.count, self._engine["devices"])
-    used = vars(self._asked) | {"device": self._given.name, "devices": count, "lanes": lanes}
+    device, count = self._used
+    used = vars(self._asked) | {"device": device, "devices": count, "lanes": lanes}
     self.session = add_session(self._workdir, engine=used)
     self._began = True
+
+  @property
+  def _used(self) -> Devices:
+    """Of those that there are, as many as the first session had."""
+    return self._given._replace(count=min(self._given.count, self._engine["devices"]))
 
   @property
   def devices(self) -> list[jax.Device]:
@@ -185,8 +195,8 @@ class Store:
     """Reads what is whole of results.jsonl."""
     rows, path = [], self.path("results.jsonl")
     for line in path.read_bytes().splitlines() if path.exists() else ():
-      with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        rows.append(Row.from_json(msgspec.json.decode(line)))
+      with contextlib.suppress(msgspec.DecodeError):
+        rows.append(Row.from_json(decode(line)))
     return rows
 
   def write_results(self, rows: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from jaxdia.experiment.clients import KEPT, Lazy
 from jaxdia.experiment.fields import check_batches, check_names, plain, pop_group, split_names
 from jaxdia.experiment.lock import Lock
 from jaxdia.experiment.manifest import manifest
+from jaxdia.experiment.schema import decode
 from jaxdia.models.tokens import create_language_model
 
 # What each attack is, for people.
@@ -300,8 +301,8 @@ def read_rows(workdir: pathlib.Path) -> list[Row]:
   """
   try:
     lines = (workdir / "results.jsonl").read_bytes().splitlines()
-    return [msgspec.json.decode(line, type=Row) for line in lines]
+    return [decode(line, Row) for line in lines]
   except FileNotFoundError:
     return []
-  except (OSError, UnicodeDecodeError, RecursionError, msgspec.MsgspecError) as error:
+  except (OSError, msgspec.DecodeError) as error:
     raise InputError(f"{workdir}/results.jsonl is damaged ({error}). Remove it.") from error

@@ -3,7 +3,6 @@
 import pathlib
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from jaxdia.audit import images_path
@@ -12,6 +11,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz
 from jaxdia.experiment.local import describe
 from jaxdia.experiment.progress import duration
+from jaxdia.experiment.schema import decode
 from jaxdia.report import figures, words
 from jaxdia.report.page import write_page
 
@@ -44,9 +44,9 @@ def write_audit_report(workdir: pathlib.Path) -> pathlib.Path:
   """
   path = workdir / "audit.json"
   try:
-    audit = msgspec.json.decode(path.read_bytes(), type=Audit)
+    audit = decode(path.read_bytes(), Audit)
     arrays = [_images(workdir, number, one) for number, one in enumerate(audit.updates)]
-  except (OSError, ValueError, msgspec.DecodeError, RecursionError, UnreadableFile) as error:
+  except (OSError, ValueError, UnreadableFile) as error:
     raise InputError(
       f"{workdir} holds no whole audit ({error}). Give the folder that launch/audit.py wrote, or"
       " run that again."

@@ -10,7 +10,15 @@ import numpy as np
 
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import UnreadableFile, read_npz
-from jaxdia.experiment.schema import AttackSummary, Config, Row, StudyCell, StudyFile, Summary
+from jaxdia.experiment.schema import (
+  AttackSummary,
+  Config,
+  Row,
+  StudyCell,
+  StudyFile,
+  Summary,
+  decode,
+)
 
 _QUESTION = (
   "What could an honest-but-curious server see of the images that a client trained on,"
@@ -204,8 +212,8 @@ def _bytes(path: pathlib.Path) -> bytes:
 
 def _parse(path: pathlib.Path, text: bytes, convert: Callable[[Any], Any], where: str = "") -> Any:
   try:
-    return convert(msgspec.json.decode(text))
-  except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    return convert(decode(text))
+  except msgspec.DecodeError as error:
     raise _damaged(path, where + first_line(error)) from error
 
 

@@ -17,7 +17,7 @@ from jaxdia.experiment.config import (
   ExperimentSettings,
   ModelSettings,
 )
-from jaxdia.experiment.network import create_model
+from jaxdia.experiment.network import count_weights, create_model
 from jaxdia.models import DropoutModel
 from jaxdia.study.plan import Cell
 
@@ -100,10 +100,8 @@ def _program(number: int, settings: ExperimentSettings, name: str) -> tuple[Hash
   defence = jax.tree.structure(settings.defence)  # the numbers of both may differ
   facts = (settings.data.batch_size, channels, settings.precision, local, defence)
   shared = (*facts, settings.engine)
-  params = jax.eval_shape(attack.model.init, jax.random.key(0))
-  entries = sum(leaf.size for leaf in jax.tree.leaves(params))
   # The weights, and the gradients that are kept.
-  size = (1 + KEPT) * entries * (8 if settings.precision == "float64" else 4)
+  size = (1 + KEPT) * count_weights(attack.model) * (8 if settings.precision == "float64" else 4)
   return (name, jax.tree.structure(attack), *shared), size
 
 

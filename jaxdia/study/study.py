@@ -24,7 +24,7 @@ from jaxdia.experiment.manifest import add_session, manifest
 from jaxdia.experiment.network import source_digest
 from jaxdia.experiment.parts import Done, Part
 from jaxdia.experiment.progress import ProgressReport
-from jaxdia.experiment.schema import StudyCell, StudyFile
+from jaxdia.experiment.schema import StudyCell, StudyFile, decode
 from jaxdia.experiment.spread import Tally, Work, cut, fix_lanes, take
 from jaxdia.experiment.store import differences
 from jaxdia.experiment.table import markdown
@@ -99,8 +99,8 @@ class Study:
         )
       return self._new
     try:
-      there = msgspec.json.decode(path.read_bytes(), type=StudyFile)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+      there = decode(path.read_bytes(), StudyFile)
+    except (OSError, msgspec.DecodeError) as error:
       raise InputError(f"{path} is damaged ({error}). Choose another --workdir.") from error
     if differing := [name for name, _, _ in differences(_identity(there), _identity(self._new))]:
       raise InputError(
