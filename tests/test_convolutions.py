@@ -7,7 +7,8 @@ import pytest
 from closed_form_cases import compute_scores, make_lenet, observe_victims
 from flax import linen as nn
 
-from jaxdia import models
+from jaxdia import attacks, models
+from jaxdia.audit.attempts import choose_attack
 from jaxdia.closed_form import Verdict, recover
 
 
@@ -17,23 +18,47 @@ def _true_inputs(model, observation, secret, layer):
   return np.asarray(apply(observation.params, secret.masks, secret.images, taps)[1][layer.path][0])
 
 
-def test_features_of_a_convolutional_network():
+def _check_features(model, observation, secret, parts, layers, sites):
+  """Checks features and masks that were recovered; returns the order of the images."""
+  order = None
+  for layer in layers:
+    assert parts.known_features[layer.path].all()
+    true, found = _true_inputs(model, observation, secret, layer), parts.features[layer.path]
+    order = order or [int(np.argmin(np.linalg.norm(found - row, axis=1))) for row in true]
+    np.testing.assert_allclose(found[order], true, atol=1e-4)
+  assert order is not None and sorted(order) == list(range(len(order)))
+  for site in sites:
+    assert parts.known_masks[site].all()
+    assert np.array_equal(parts.masks[site][order], secret.masks[site])
+  assert np.array_equal(parts.labels[order], secret.labels) and parts.known_labels.all()
+  return order
+
+
+def test_a_convolutional_network_gives_a_batch_away():
   model = make_lenet()
   observation, secret = observe_victims(model, 3)
   recovery = recover(jax.random.key(0), model, observation)
-  parts = recovery.parts
-  assert not parts.verdict.any() and "features, not with pixels" in recovery.reason
-  assert all(known.all() for known in parts.known_features.values())
-  layer = next(x for x in model.dense(3) if x.path == ("hidden",))
-  true, found = _true_inputs(model, observation, secret, layer), parts.features[layer.path]
-  order = [int(np.argmin(np.linalg.norm(found - row, axis=1))) for row in true]
-  assert sorted(order) == list(range(3))
-  np.testing.assert_allclose(found[order], true, atol=1e-4)
-  assert np.array_equal(parts.labels[order], secret.labels) and parts.known_labels.all()
-  for site in ("dropout_2", "dropout_3"):
-    assert parts.known_masks[site].all()
-    assert np.array_equal(parts.masks[site][order], secret.masks[site])
-  assert not parts.known_masks["dropout_0"].any()
+  assert (recovery.parts.verdict == Verdict.EXACT).all() and recovery.reason == "", recovery
+  layers = (*model.dense(3), *model.convolutions)
+  order = _check_features(model, observation, secret, recovery.parts, layers, secret.masks)
+  np.testing.assert_allclose(recovery.parts.images[order], secret.images, atol=1e-4)
+
+
+def test_of_a_batch_behind_convolutions_as_much_is_told_as_equations_suffice_for():
+  model = make_lenet(channels=4)
+  observation, secret = observe_victims(model, 3)
+  recovery = recover(jax.random.key(0), model, observation)
+  assert not recovery.parts.verdict.any()
+  assert "are too few for the 768 inputs of conv_1" in recovery.reason
+  layers = [x for x in (*model.dense(3), *model.convolutions) if x.path[0] in ("hidden", "conv_2")]
+  sites = ("dropout_1", "dropout_2", "dropout_3")
+  _check_features(model, observation, secret, recovery.parts, layers, sites)
+  assert not recovery.parts.known_masks["dropout_0"].any()
+  assert not recovery.parts.known_features[("conv_1",)].any()
+  # An audit searches the masks of the first site with more total variation.
+  name, attack = choose_attack(model, observation, recovery)
+  assert name == "hybrid_tv"
+  assert attack == attacks.hybrid(model, tv_weight=attacks.dia_tv(model).settings.tv_weight)
 
 
 @pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])

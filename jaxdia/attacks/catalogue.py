@@ -71,6 +71,9 @@ CATALOGUE: dict[str, Preset] = {
   # DIA for convolutional networks: with the paper's total variation, noise in the image makes up
   # for wrong masks of the first site.
   "dia_tv": Preset(AttackSettings(masks="free", tv_weight=3e-3, schedule="cosine"), _search),
+  # The same where the masks of later sites are known, as of a batch behind convolutions. It gets as
+  # far with the paper's schedule, which needs not be told how many iterations there are.
+  "hybrid_tv": Preset(AttackSettings(labels="recovered", tv_weight=3e-3), _analytic(Hybrid)),
 }
 
 
@@ -127,6 +130,11 @@ def closed_form(model: DropoutModel, **overrides: Any) -> Attack:
 def hybrid(model: DropoutModel, **overrides: Any) -> Attack:
   """DIA that starts from a closed form; see `create`."""
   return create("hybrid", model, **overrides)
+
+
+def hybrid_tv(model: DropoutModel, **overrides: Any) -> Attack:
+  """DIA with more total variation that starts from a closed form; see `create`."""
+  return create("hybrid_tv", model, **overrides)
 
 
 def dia_tv(model: DropoutModel, **overrides: Any) -> Attack:

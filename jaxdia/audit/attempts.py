@@ -342,10 +342,15 @@ def choose_attack(
   if observation.labels is None:
     labels = "recovered" if can_read_labels(model, observation) else "free"
   name = "dia" if model.rates else "ig"
+  masks_known = False
   if labels != "free" and recovery is not None and _gave_something(recovery):
     name = "hybrid"
-  weight = _AVERAGE_WEIGHT if observation.averages else None
-  return name, attacks.create(name, model, labels=labels, average_weight=weight)
+    masks_known = all(np.all(known) for known in recovery.parts.known_masks.values())
+  settings = {"labels": labels, "average_weight": _AVERAGE_WEIGHT if observation.averages else None}
+  if model.convolutions and model.rates and not masks_known:
+    name += "_tv"
+    settings["schedule"] = "plateau"  # as it is not known how many iterations there is time for
+  return name, attacks.create(name, model, **settings)
 
 
 def can_read_labels(model: DropoutModel, observation: Observation) -> bool:

@@ -1,11 +1,12 @@
-"""Backwards through convolutions, for one image: from the inputs of a layer to those before it.
+"""Backwards through convolutions: from the inputs of a layer to those before it.
 
 Let `h = kept ∘ f(z) / (1 - p)` be what follows a convolution `z = K * x + b`, with the function f
 of single entries. If h, what was kept of it and the derivative ∂L/∂h are known, then so are z
 where h was kept, up to the branch of f, and `δ = ∂L/∂z`. And the gradient of the kernel is linear
 in x: each of its entries is one equation, as is each kept entry of z. Mostly these are more
 equations than x has entries. Then x is known, and what dropout kept of it, and the step can be
-repeated for the convolution before.
+repeated for the convolution before. The images of a batch share the gradient of the kernel, and
+are solved for together.
 """
 
 import functools
@@ -49,11 +50,11 @@ class Before(NamedTuple):
   """What was found in front of a convolution.
 
   Attributes:
-    inputs: f64[inputs].
+    inputs: f64[B, inputs].
     residual: f[], how much of the gradient and the values they leave unexplained, relative.
     error: f[], how far the inputs may be off for that residual, relative; infinite if
       there are fewer equations than inputs.
-    spread: f64[inputs], standard deviations of the inputs, from the size of the residual;
+    spread: f64[B, inputs], standard deviations of the inputs, from the size of the residual;
       None if there are fewer equations than inputs.
     equations: i[], kernel entries and kept values.
   """
@@ -77,7 +78,8 @@ def solve(
   """Finds the inputs of a convolution, by Gauss-Newton steps.
 
   The prior is that of smooth images, or of small features. Its weight shrinks, so where
-  the equations suffice it does not matter; where not, it fills in what they leave open.
+  the equations suffice it does not matter; where not, it fills in what they leave open of images.
+  Features that they leave open are not solved for.
 
   Args:
     model: the network.
@@ -91,29 +93,34 @@ def solve(
   Returns:
     The inputs.
   """
+  count = len(known.values)
+  shape, size = (count, layer.inputs), count * layer.inputs
+  gradients = layer_gradient(gradient, layer.path)
+  equations = sum(x.size for x in gradients.values()) + int(np.sum(known.kept))
+  if equations < size and pixels is None:
+    return Before(np.zeros(shape), np.inf, np.inf, None, equations)
   problem = find_problem(model, layer, after, params, gradient, known)
   if pixels is None:
-    prior, weights = scipy.sparse.eye_array(layer.inputs, format="csr"), _FEATURE_WEIGHTS
+    prior, weights = scipy.sparse.eye_array(size, format="csr"), _FEATURE_WEIGHTS
   else:  # of which some libraries have the channels first
-    pixels = pixels[problem.geometry.order.ravel()]
-    prior, weights = _smoothness(model.image_shape)[pixels][:, pixels], _PIXEL_WEIGHTS
+    order = problem.geometry.order[: model.image_shape[0] * model.image_shape[1]]
+    pixels = pixels[order.ravel()]
+    one, weights = _smoothness(model.image_shape)[pixels][:, pixels], _PIXEL_WEIGHTS
+    prior = scipy.sparse.block_diag([one] * count, format="csr")
   inputs = _start(problem, prior, weights[0])
   for weight in weights:
     inputs = _descend(problem, prior, weight, inputs, None)
-  gradients = layer_gradient(gradient, layer.path)
-  equations = sum(x.size for x in gradients.values()) + int(np.sum(known.kept))
-  flat = np.empty(layer.inputs)
-  if equations < layer.inputs:
-    flat[problem.geometry.order] = inputs
+  flat, spreads = np.empty((2, size))
+  flat[problem.geometry.order] = inputs
+  if equations < size:
     residual = float(np.linalg.norm(problem.residuals(inputs)))
-    return Before(flat, residual, np.inf, None, equations)
+    return Before(flat.reshape(shape), residual, np.inf, None, equations)
   inverse = _inverse(problem, inputs)
   inputs = _descend(problem, prior, 0.0, inputs, inverse.solve)
   residual, spread, error = _precision(problem, inputs, inverse)
   flat[problem.geometry.order] = inputs
-  spreads = np.empty(layer.inputs)
-  spreads[problem.geometry.order] = spread / max(equations - layer.inputs, 1) ** 0.5
-  return Before(flat, residual, error, spreads, equations)
+  spreads[problem.geometry.order] = spread / max(equations - size, 1) ** 0.5
+  return Before(flat.reshape(shape), residual, error, spreads.reshape(shape), equations)
 
 
 def cotangent_before(
@@ -124,7 +131,7 @@ def cotangent_before(
   known: After,
   inputs: jax.Array,
 ) -> jax.Array:
-  """Returns the derivative of the loss by the inputs of a convolution, f64[inputs].
+  """Returns the derivative of the loss by the inputs of a convolution, f64[B, inputs].
 
   Args:
     model: the network.
@@ -132,7 +139,7 @@ def cotangent_before(
     after: the next layer.
     params: of the network, f64.
     known: behind the convolution.
-    inputs: f64[inputs], of it.
+    inputs: f64[B, inputs], of it.
   """
   leaves = layer_gradient(params, layer.path)
   outputs, pull = jax.vjp(lambda x: _convolve(layer, leaves, x), jnp.asarray(inputs))
@@ -140,12 +147,12 @@ def cotangent_before(
 
 
 def _convolve(layer, leaves, inputs):
-  return layer.apply(leaves, inputs.reshape(1, *layer.input_shape)).reshape(-1)
+  return layer.apply(leaves, inputs.reshape(-1, *layer.input_shape)).reshape(len(inputs), -1)
 
 
 def _delta(model, layer, after, params, known, outputs):
   """Returns the values behind outputs, with nothing dropped, and the derivative by the outputs."""
-  function = functools.partial(activate, model, params, layer, after)
+  function = jax.vmap(functools.partial(activate, model, params, layer, after))
   values, slopes = jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))
   return values, known.cotangent * known.kept * slopes
 

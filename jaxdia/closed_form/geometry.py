@@ -14,8 +14,11 @@ from jaxdia.models import Convolution
 class Geometry(NamedTuple):
   """A convolution as sums over the pixels that each position of the outputs sees.
 
+  The images of a batch are beside each other: their pixels are as many more pixels, their positions
+  as many more positions.
+
   Attributes:
-    order: i[pixels, channels], where each input is among the flattened ones.
+    order: i[pixels, channels], where each input is among the flattened ones of the batch.
     positions: i[positions, outputs], likewise of the outputs.
     seen: i[positions, places], the pixel at each place of the kernel; beyond the last for none.
     scatter: [pixels + 1, positions * places] of 0 and 1, sparse: adds up what was seen.
@@ -39,7 +42,7 @@ class Geometry(NamedTuple):
     return found.reshape(*found.shape[:-2], -1)
 
   def gather(self, patches: np.ndarray) -> np.ndarray:
-    """Returns f64[pixels, channels], the transpose of `patches` of one image."""
+    """Returns f64[pixels, channels], the transpose of `patches` without leading axes."""
     return (self.scatter @ patches.reshape(-1, self.order.shape[1]))[:-1]
 
   def correlate(self, delta: np.ndarray) -> scipy.sparse.csr_array:
@@ -57,12 +60,13 @@ class Geometry(NamedTuple):
     return scipy.sparse.csr_array(scipy.sparse.coo_array(entries, shape=shape))[:, :-1]
 
 
-def find_geometry(layer: Convolution, leaves: Params) -> Geometry:
+def find_geometry(layer: Convolution, leaves: Params, count: int) -> Geometry:
   """Returns where the inputs of a convolution go.
 
   Args:
     layer: the convolution.
     leaves: "kernel" f[h, w, inputs / groups, outputs], and "bias" if there is one.
+    count: images of the batch.
   """
   convolution = layer.apply
   kernel = np.asarray(leaves["kernel"], np.float64)
@@ -73,20 +77,27 @@ def find_geometry(layer: Convolution, leaves: Params) -> Geometry:
   image = [sizes[axis] for axis in convolution.layout]
   numbers = jnp.arange(1.0, len(order) + 1).reshape(image)  # 0 is what lies outside
   seen = np.asarray(convolution.patches(numbers, (height, width))).astype(int).reshape(-1, places)
-  seen = np.where(seen == 0, len(order), seen - 1)
+  pixels = count * len(order)
+  seen = [np.where(seen == 0, pixels, seen - 1 + i * len(order)) for i in range(count)]
+  seen = np.concatenate(seen)
   of_output = np.arange(outputs) // (outputs // groups)
   joined = (of_output[:, None] == np.arange(channels * groups) // channels).astype(float)
   whole = np.tile(kernel.reshape(places, channels, outputs), (1, groups, 1)) * joined.T
   entries = (np.ones(seen.size), (seen.ravel(), np.arange(seen.size)))
   return Geometry(
-    order,
-    _channels_last(layer.output_shape, convolution.layout),
+    _beside(order, count),
+    _beside(_channels_last(layer.output_shape, convolution.layout), count),
     seen,
-    scipy.sparse.csr_matrix(entries, shape=(len(order) + 1, seen.size)),
+    scipy.sparse.csr_matrix(entries, shape=(pixels + 1, seen.size)),
     whole.reshape(-1, outputs),
     np.asarray(leaves["bias"], np.float64).ravel() if "bias" in leaves else np.zeros(outputs),
     joined,
   )
+
+
+def _beside(order: np.ndarray, count: int) -> np.ndarray:
+  """Returns where the entries of images are that are flattened one after another."""
+  return np.concatenate([order + i * order.size for i in range(count)])
 
 
 def _channels_last(shape: tuple[int, ...], layout: str) -> np.ndarray:

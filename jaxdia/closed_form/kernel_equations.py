@@ -35,9 +35,9 @@ class After(NamedTuple):
   """What is known behind a convolution.
 
   Attributes:
-    values: f64[outputs], the inputs of the next layer, zero where dropped.
-    kept: f64[outputs].
-    cotangent: f64[outputs], derivative of the loss by the values.
+    values: f64[B, outputs], the inputs of the next layer, zero where dropped.
+    kept: f64[B, outputs].
+    cotangent: f64[B, outputs], derivative of the loss by the values.
   """
 
   values: jax.Array
@@ -173,7 +173,7 @@ def _inverse(square: np.ndarray) -> scipy.sparse.csr_array:
 
 
 class Problem(NamedTuple):
-  """What is known of the inputs of a convolution, by pixel and channel.
+  """What is known of the inputs of a convolution, by pixel (of all images) and channel.
 
   Attributes:
     geometry: of the convolution.
@@ -184,7 +184,7 @@ class Problem(NamedTuple):
     kept: likewise.
     cotangent: likewise.
     size: of the values.
-    function: from outputs to values, slopes and curvatures, all flat.
+    function: from outputs to values, slopes and curvatures.
     start: outputs that give the values, and 1 where there is but one.
   """
 
@@ -242,7 +242,8 @@ def find_problem(
     gradient: of the client, f64.
     known: behind the convolution.
   """
-  geometry = find_geometry(layer, layer_gradient(params, layer.path))
+  count = len(known.values)
+  geometry = find_geometry(layer, layer_gradient(params, layer.path), count)
   gradients = layer_gradient(gradient, layer.path)
   outputs, channels = geometry.joined.shape
   kernel = np.zeros((outputs, geometry.seen.shape[1], channels))
@@ -258,14 +259,14 @@ def find_problem(
   order = geometry.positions
 
   def function(outputs):
-    flat = np.empty(layer.outputs)
+    flat = np.empty(order.size)
     flat[order] = outputs
-    found = _slopes(model, layer, after, params, flat)
-    return [np.nan_to_num(np.asarray(x))[order] for x in found]
+    found = _slopes(model, layer, after, params, flat.reshape(count, -1))
+    return [np.nan_to_num(np.asarray(x)).ravel()[order] for x in found]
 
-  values, kept, cotangent = (np.asarray(x)[order] for x in known)
+  values, kept, cotangent = (np.asarray(x).ravel()[order] for x in known)
   start = _outputs(model, layer, after, params, known)
-  begin = tuple(np.asarray(x)[order] for x in start)
+  begin = tuple(np.asarray(x).ravel()[order] for x in start)
   known_parts = (values, kept, cotangent, _size(values), function, begin)
   return Problem(geometry, kernel, bias, (scales[0], scales[1]), *known_parts)
 
@@ -277,7 +278,7 @@ def _size(array) -> float:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _slopes(model, layer, after, params, outputs):
   """Returns the values behind outputs, with nothing dropped, and two derivatives."""
-  function = functools.partial(activate, model, params, layer, after)
+  function = jax.vmap(functools.partial(activate, model, params, layer, after))
 
   def slope(outputs):
     return jax.jvp(function, (outputs,), (jnp.ones_like(outputs),))[::-1]
@@ -290,8 +291,8 @@ def _slopes(model, layer, after, params, outputs):
 def _outputs(model, layer, after, params, known):
   """Returns the largest outputs that give the values, and 1 where there are no others."""
 
-  function = functools.partial(activate, model, params, layer, after)
-  on_grid = jax.vmap(lambda z: function(jnp.full(layer.outputs, z)))(jnp.asarray(_GRID))
+  function = jax.vmap(functools.partial(activate, model, params, layer, after))
+  on_grid = function(jnp.full((len(_GRID), layer.outputs), jnp.asarray(_GRID)[:, None]))[:, None]
   crosses = (on_grid[1:] > known.values[None]) != (on_grid[:-1] > known.values[None])
   last = len(crosses) - 1 - jnp.argmax(crosses[::-1], axis=0)
   nearest = jnp.argmin(jnp.abs(on_grid - known.values[None]), axis=0)

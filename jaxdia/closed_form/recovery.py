@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxdia.client import Observation
 from jaxdia.closed_form import batch as batches
+from jaxdia.closed_form.backwards import use_convolutions
 from jaxdia.closed_form.first_step import place_in_steps
 from jaxdia.closed_form.found import Found
 from jaxdia.closed_form.labels import check_sign
@@ -18,7 +19,6 @@ from jaxdia.closed_form.patches import find_patching
 from jaxdia.closed_form.single import (
   scale_by_classifier,
   use_classifier,
-  use_convolutions,
   use_first_layer,
   use_patches,
 )
@@ -45,8 +45,8 @@ def recover(
 
   Structures are looked for by calling the network: dense layers up to the logits with
   elementwise functions and dropout between them, whose inputs, be they pixels or features,
-  are told by the zeros that dropout left (`chain.py`, `sparse.py`); and, for a single image,
-  the convolutions before such layers (`convolutions.py`), patches with a position embedding
+  are told by the zeros that dropout left (`chain.py`, `sparse.py`); the convolutions before such
+  layers (`convolutions.py`); and, for a single image, patches with a position embedding
   (`patches.py`), and a first dense layer with a bias, whatever comes after it
   (`first_layer.py`). Computed in float64, whatever the type of the gradient.
 
@@ -89,7 +89,7 @@ def _recover(key, model, observation, rounding, noise) -> Recovery:
     return found.recovery(first_line(error))
   if chain is not None and chain.pixels is None:
     # Of every client, so that all results have the same form.
-    convolutions = find_convolutions(model.network, chain.layers[0]) if size == 1 else None
+    convolutions = find_convolutions(model.network, chain.layers[0])
     for layer in (*chain.layers, *(convolutions.layers if convolutions else ())):
       found.declare_features(layer)
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)):
@@ -100,7 +100,7 @@ def _recover(key, model, observation, rounding, noise) -> Recovery:
     reason = f"the layer {'/'.join(frozen[0])} is frozen: no gradient of it was sent, or a part"
   elif chain is not None:
     reason = _use_chain(key, model, chain, observation, gradient, found, noise)
-    if size == 1 and chain.pixels is None and convolutions is not None:
+    if chain.pixels is None and convolutions is not None:
       known = (model, chain, convolutions)
       reason = use_convolutions(*known, observation, gradient, found) or reason
   if chain is None or frozen or chain.pixels is None:

@@ -187,7 +187,7 @@ def _not_tried(audit: Audit) -> list[str]:
   tried = {attempt.name for update in audit.updates for attempt in update.attempts}
   seconds = audit.settings["seconds"]
   texts = []
-  if not tried & {"dia", "hybrid", "ig"}:
+  if not tried & {"dia", "dia_tv", "hybrid", "hybrid_tv", "ig"}:
     reason = "linear algebra had found all"
     if not seconds:
       reason = "config.seconds is 0"
