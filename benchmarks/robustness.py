@@ -8,6 +8,7 @@ not is said below it, and then the exit code is 1. Parts that need what is not t
 right to mount) say so, and count as skipped.
 """
 
+import collections
 import importlib
 import pathlib
 import tempfile
@@ -65,9 +66,9 @@ def _table(checks: list[Check]) -> str:
   for what, of in rows.items():
     skipped = [check for check in of if check.skipped]
     right = sum(not check.faults and not check.skipped for check in of)
-    notes = dict.fromkeys(filter(None, (check.skipped or check.note for check in of)))
+    notes = collections.Counter(filter(None, (check.skipped or check.note for check in of)))
     counts = (str(len(of)), str(right), str(len(skipped)), str(len(of) - right - len(skipped)))
-    shown.append((what, *counts, "; ".join(notes)))
+    shown.append((what, *counts, ", ".join(f"{n} {note}" for note, n in notes.items())))
   numbers = [str(sum(int(row[i]) for row in shown)) for i in range(1, 5)]
   text = markdown(
     ("what", "done", "right", "skipped", "wrong", ""), [*shown, ("all", *numbers, "")]

@@ -53,8 +53,9 @@ def run(folder: pathlib.Path, seed: int, number: int) -> Iterator[Check]:
       place.mkdir(parents=True)
       case = kind.make(originals, place, rng, i)
       alone = index % _SAMPLED == 0
-      faults = _try(case, place, None if alone else context)
-      yield Check(f"{name}{', a process of its own' if alone else ''}", case.name, faults)
+      faults, how = _try(case, place, None if alone else context)
+      what = f"{name}{', a process of its own' if alone else ''}"
+      yield Check(what, case.name, faults, note=how)
       if not faults:
         shutil.rmtree(place, ignore_errors=True)
       index += 1
@@ -89,8 +90,8 @@ class _Ended:
   peak: int
 
 
-def _try(case: Case, place: pathlib.Path, context) -> list[str]:
-  """Runs a case, and returns what was wrong with how it ended."""
+def _try(case: Case, place: pathlib.Path, context) -> tuple[list[str], str]:
+  """Runs a case, and returns what was wrong with how it ended, and how it ended."""
   before = _digests(case.workdir)
   kept = case.finished(case.workdir) if before else set()
   ended = _alone(case) if context is None else _forked(case, place, context)
@@ -116,7 +117,7 @@ def _try(case: Case, place: pathlib.Path, context) -> list[str]:
   if before:
     faults += [f"it lost {one[:160]}" for one in kept - case.finished(case.workdir)]
     faults += [f"it left {p.name}" for p in case.workdir.rglob(".*.tmp")]
-  return faults
+  return faults, {0: "valid", 2: "refused", 3: "said of a cell"}.get(ended.code or 0, "")
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:

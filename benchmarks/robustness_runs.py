@@ -56,7 +56,7 @@ class Check:
     case: which one it was.
     faults: what was not as it must be, each in a line.
     skipped: why it could not be tried; empty if it was.
-    note: of the row.
+    note: how it went; the row counts each.
   """
 
   what: str

@@ -157,9 +157,10 @@ def test_malformed_inputs_are_tried_and_judged(robustness, tmp_path):
   from robustness_inputs import _try
 
   made = KINDS["flags"].make(None, tmp_path, np.random.default_rng(0), 0)
-  assert made.name == "'--config='" and _try(made, tmp_path, None) == []
+  assert made.name == "'--config='" and _try(made, tmp_path, None) == ([], "refused")
   unseen = Case("", "report", ["--help"], tmp_path / "run")  # ends, but refuses nothing
-  assert _try(unseen, tmp_path, None)
+  faults, how = _try(unseen, tmp_path, None)
+  assert faults and how != "refused"
 
 
 def test_an_unknown_part_is_named():
