@@ -46,11 +46,14 @@ _PROBE = """<!DOCTYPE html><meta charset="utf-8"><title>waiting</title>
 const payload = PAYLOAD, frames = FRAMES, found = {};
 const plain = s => s.replace(/[\\x00-\\x08\\x0e-\\x1f\\x7f-\\x9f\\ufffd]/g, "")
   .replace(/\\s+/g, " ").trim();
+const bad = v => /^\\s*javascript:/i.test(v || "");
+const elements = frame => [...frame.contentDocument.querySelectorAll("*")];
+// What a link does, it does later.
+const press = frame =>
+  elements(frame).filter(e => bad(e.getAttribute("href"))).forEach(e => e.click());
 function look(name, frame) {
-  const page = frame.contentDocument, all = [...page.querySelectorAll("*")];
+  const page = frame.contentDocument, all = elements(frame);
   const links = ["href", "src", "action", "srcdoc", "data", "formaction"];
-  const bad = v => /^\\s*javascript:/i.test(v || "");
-  all.filter(e => bad(e.getAttribute("href"))).forEach(e => e.click());
   found[name] = {
     harmed: Boolean(window.harmed || frame.contentWindow.harmed),
     scripts: page.querySelectorAll("script,iframe,object,embed,base,svg,form").length,
@@ -63,10 +66,13 @@ function look(name, frame) {
 for (const name of frames) {
   const frame = document.createElement("iframe");
   frame.src = name + ".html";
-  frame.onload = () => setTimeout(() => {
-    look(name, frame);
-    if (Object.keys(found).length == frames.length) document.title = JSON.stringify(found);
-  }, 300);
+  frame.onload = () => {
+    setTimeout(() => press(frame), 200);
+    setTimeout(() => {
+      look(name, frame);
+      if (Object.keys(found).length == frames.length) document.title = JSON.stringify(found);
+    }, 500);
+  };
   document.documentElement.appendChild(frame);
 }
 </script>"""
