@@ -15,6 +15,9 @@ from jaxdia.evaluation.matching import assign
 from jaxdia.evaluation.metric import Pairs
 from jaxdia.models import DropoutModel
 
+# Images that floors are computed of at once, which bounds the memory of it.
+_AT_ONCE = 256
+
 
 class Evaluation(NamedTuple):
   """A reconstruction in the order of the originals, with its scores.
@@ -164,19 +167,25 @@ def floors(
     For `mean_image`, the mean of the pool, and `random_image`, pixels drawn uniformly, the
     mean of each metric of images that needs no pool.
   """
-  rng = np.random.default_rng(0)
-  guesses = {
-    "mean_image": np.broadcast_to(np.mean(pool, axis=0), originals.shape),
-    "random_image": rng.uniform(size=originals.shape),
+  rng, mean_image = np.random.default_rng(0), np.mean(pool, axis=0)
+  found: dict[str, dict[str, list[np.ndarray]]] = {"mean_image": {}, "random_image": {}}
+  for start in range(0, len(originals), _AT_ONCE):
+    some = originals[start : start + _AT_ONCE]
+    guesses = (np.broadcast_to(mean_image, some.shape), rng.uniform(size=some.shape))
+    for scores, guess in zip(found.values(), guesses, strict=True):
+      guess = guess.astype(np.float32)
+      normalized = tuple(normalize(x, statistics) for x in (some, guess))
+      for name, values in image_scores(Pairs(some, guess, normalized)).items():
+        if values is not None:
+          scores.setdefault(name, []).append(values)
+  means = {
+    guess: {name: _finite(np.mean(np.concatenate(parts))) for name, parts in scores.items()}
+    for guess, scores in found.items()
   }
-  result = {}
-  for name, guess in guesses.items():
-    guess = guess.astype(np.float32)
-    normalized = tuple(normalize(x, statistics) for x in (originals, guess))
-    scores = image_scores(Pairs(originals, guess, normalized))
-    means = {n: _finite(np.mean(values)) for n, values in scores.items() if values is not None}
-    result[name] = {n: mean for n, mean in means.items() if mean is not None}
-  return result
+  return {
+    guess: {name: mean for name, mean in of_guess.items() if mean is not None}
+    for guess, of_guess in means.items()
+  }
 
 
 def found_labels(
