@@ -49,6 +49,9 @@ _WIDTHS = flags.DEFINE_list(
 _TRAIN_STEPS = flags.DEFINE_integer(
   "train_steps", 0, "Steps of Adam before, with dropout, on batches of 64 digits.", 0
 )
+_PRECISION = flags.DEFINE_enum(
+  "precision", "float32", ("float32", "float64"), "That the client computes its gradient in."
+)
 _DIA = flags.DEFINE_bool("dia", True, "Whether to run DIA for as long.")
 
 _HEADINGS = (
@@ -91,13 +94,15 @@ def _victims(name, dataset, size, rate):
     inputs = data.normalize(seen.images, seen.statistics)
     params = train(jax.random.key(1), model, params, inputs, seen.labels, _TRAIN_STEPS.value)
     reached = float(accuracy(model, params, images, victims.labels))
+  params, images = jax.tree.map(lambda x: np.asarray(x, _PRECISION.value), (params, images))
   pairs = []
   for i in range(_BATCHES.value):
     batch = np.arange(i * size, (i + 1) * size) % len(images)
     key = jax.random.key(100 + i)
     labels = victims.labels[batch]
     statistics = victims.statistics
-    pairs.append(observe(key, model, params, images[batch], labels, statistics=statistics))
+    with jax.enable_x64(_PRECISION.value == "float64"):
+      pairs.append(observe(key, model, params, images[batch], labels, statistics=statistics))
   return model, victims, reached, *zip(*pairs, strict=True)
 
 

@@ -126,7 +126,7 @@ def _kept_inputs(before: Before, rate) -> list[np.ndarray]:
   sizes = np.abs(before.inputs) / before.spread
   unclear = np.flatnonzero((sizes > _ROUNDING[0]) & (sizes < _ROUNDING[1]))
   kept = sizes > _ROUNDING[0]
-  least, most = bounds(float(sizes.shape[1]), 0.0, rate)
+  least, most = map(float, bounds(float(sizes.shape[1]), 0.0, rate))
   dropped = np.sum(~kept, axis=1)
   if np.any((dropped < least) | (dropped > most)) or unclear.size > _MOST_UNCLEAR:
     return []

@@ -132,6 +132,7 @@ def solve(
   levels = find_levels(spectra, batch_size, max(rounding, *(x.share for x in parts)), noise)
   level = max(one.share for one in levels)
   shares = np.minimum([one.share for one in levels], MOST_ALLOWED)
+  stds = [one.std * share / one.share for one, share in zip(levels, shares, strict=True)]
   zeros = (rate or 0.0, chains.may_be_silent(links.silent[0]), float(np.max(shares[:2])))
   # Each by itself: an image that is there twice has one dimension before dropout, and two after it.
   found_ranks = [
@@ -143,8 +144,8 @@ def solve(
   found, empty, rounds, copies = [], 0, 0, None
   while outside <= most_noise and min(ranks) > 0 and empty < _EMPTY_ROUNDS:
     spaces = tuple(
-      planes.span(matrix, n, batch_size, known)
-      for matrix, n, known in zip(matrices, ranks, told, strict=True)
+      planes.span(matrix, n, batch_size, known, std)
+      for matrix, n, known, std in zip(matrices, ranks, told, stds, strict=True)
     )
     if ranks[0] == 1 < ranks[1]:
       copies = _find_copies(key, model, links, params, spaces, zeros, outside, ranks[1])
@@ -158,7 +159,8 @@ def solve(
       )
       samples = jax.tree.map(np.asarray, samples)
       samples = _by_first_layer(samples) if pruned else samples
-      believed = max(_PRUNED if pruned else _BELIEVED, 2 * float(tolerance_of(level)))
+      tolerance = np.asarray(tolerance_of(samples.level))
+      believed = np.maximum(_PRUNED if pruned else _BELIEVED, 2 * tolerance)
       samples = _distinct(samples, believed, 0 if pruned else _GOOD)
     if samples is None:
       empty += 1
@@ -210,7 +212,9 @@ def _candidates(key, spaces, zeros_of, left, effort):
   first, second = spaces[0], spaces[1]
   if left > 1:
     points = first.right.T
-    zero = _find_planes(key, points, first.columns, first.padding, zeros_of, left, effort)
+    zero = _find_planes(
+      key, points, first.columns, first.padding, first.noise, zeros_of, left, effort
+    )
     return None if zero is None else _see(first, second, zero, zeros_of)
   filled = _filled(first.right.T, zeros_of[-1])
   return _see(first, second, ~filled[None], zeros_of)
@@ -222,14 +226,16 @@ def _filled(points, rounding):
   return sizes > max(_EMPTY_COLUMN, OF_ROUNDING * rounding) * np.max(sizes)
 
 
-def _find_planes(key, points, told, padding, zeros_of, most, effort):
+def _find_planes(key, points, told, padding, noise, zeros_of, most, effort):
   """Returns on which hyperplanes many points lie, b[planes, points]; None if there are none."""
   rate, silent, rounding = zeros_of
   if not (rate or silent):
     return None
   filled = _filled(points, rounding)
   counts, dimensions = filled.astype(float), points.shape[1]
-  points = points / np.where(filled, np.linalg.norm(points, axis=1), 1)[:, None] * counts[:, None]
+  sizes = np.linalg.norm(points, axis=1)
+  points = points / np.where(filled, sizes, 1)[:, None] * counts[:, None]
+  noise = noise / np.sqrt(np.mean(sizes[filled] ** 2))
   starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))
   starts = starts.astype(jnp.float64) * (1 - padding)[None, None]
   starts /= jnp.linalg.norm(starts, axis=-1, keepdims=True)
@@ -239,7 +245,7 @@ def _find_planes(key, points, told, padding, zeros_of, most, effort):
   # Of the columns that are not empty a sample dropped fewer, as it dropped all of the empty ones.
   empty = np.sum((counts == 0) & (told > 0))
   share = max(rate * np.sum(told) - empty, 1.0) / np.sum(counts)
-  zeros = sparse.examine(points, counts, padding, normals, share, silent, rounding)
+  zeros = sparse.examine(points, counts, padding, normals, share, silent, rounding, noise)
   chosen = sparse.distinct(zeros)[:most]
   return np.asarray(zeros.zero)[chosen] | (counts == 0) if len(chosen) else None
 
@@ -255,7 +261,8 @@ def _find_copies(key, model, links, params, spaces, zeros_of, noise, number) -> 
   width = links.layers[0].outputs
   # Between any two copies there is a plane too, of what both kept.
   rows = second.rows[:width]
-  zero = _find_planes(key, second.left[:width], rows, second.padding, zeros_of, number**2, 1)
+  points, padding, noise = second.left[:width], second.padding, second.noise
+  zero = _find_planes(key, points, rows, padding, noise, zeros_of, number**2, 1)
   if zero is None:
     return None
   found = [_of_zeros(model, links, params, first, second, one) for one in zero]
@@ -323,10 +330,10 @@ def _distinct(samples, believed, good):
   """Returns the samples that are believed, each once; None if there is none."""
   kept: list[int] = []
   masks = samples.kept[0]
-  limit = good if np.min(samples.residual) < good else believed
+  first = np.min(samples.residual) < good
   for i in np.argsort(samples.residual):
-    if not samples.residual[i] < limit:
-      break
+    if not samples.residual[i] < (good if first else believed[i]):
+      continue
     same = [j for j in kept if np.mean(masks[i] != masks[j]) < 0.02]
     if not any(np.allclose(samples.inputs[0][i], samples.inputs[0][j], rtol=1e-2) for j in same):
       kept.append(int(i))

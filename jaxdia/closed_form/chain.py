@@ -23,6 +23,7 @@ from jaxdia.closed_form.spaces import (
   fit_size,
   layers_of,
   least_squares,
+  noise_in,
   rms,
   share,
 )
@@ -61,6 +62,7 @@ class Sample(NamedTuple):
       how well those of the second fit.
     fit: f[], what is left of the inputs of the second layer, in the direction that its gradient
       tells of them, by those that follow from the first; relative.
+    level: f[], share of it that rounding or noise changed, in the layer where that is most.
   """
 
   inputs: tuple[jax.Array, ...]
@@ -72,6 +74,7 @@ class Sample(NamedTuple):
   residual: jax.Array
   error: jax.Array
   fit: jax.Array
+  level: jax.Array
 
 
 def refine(
@@ -95,7 +98,7 @@ def refine(
     off: b[n], entries that are zero of themselves, whether dropped or not.
     rate: f[], of dropout.
     silent: see `bounds`, of the entries that are not known to be off.
-    rounding: f[], share of the gradient that rounding changed.
+    rounding: f[], share of the gradient that rounding changed; of the sample it may be more.
 
   Returns:
     kept f64[n], delta f64[n] and inputs f64[n], the latter two up to scale and sign.
@@ -103,28 +106,31 @@ def refine(
   count = len(zero)
   points = jnp.stack([delta_space.right.T, input_space.left[:count]])
   padding = jnp.stack([delta_space.padding, input_space.padding])
+  noise = jnp.stack([delta_space.noise, input_space.noise])
 
   def vectors(weights):
     normals = jax.vmap(normal, (0, None, 0))(points, weights, padding)
-    return jnp.einsum("inr,ir->in", points, normals)
+    both = jnp.einsum("inr,ir->in", points, normals)
+    return both, jax.vmap(noise_in)(normals, noise, both)
 
   def joint_sizes(weights):
-    both = vectors(weights)
+    both, noises = vectors(weights)
     sizes = jnp.linalg.norm(both / jnp.sqrt(jnp.mean(both**2, axis=1, keepdims=True)), axis=0)
-    return sizes * jnp.sqrt(2 / jnp.maximum(jnp.sum(told, axis=0), 1))
+    return sizes * jnp.sqrt(2 / jnp.maximum(jnp.sum(told, axis=0), 1)), jnp.max(noises)
 
   # Reweighted, so that an entry that only seems dropped loses its weight.
   told = jnp.stack([delta_space.columns, input_space.rows[:count]])
   off |= ~jnp.any(told > 0, axis=0)
-  sizes = joint_sizes(zero.astype(jnp.float64))
+  sizes, own = joint_sizes(zero.astype(jnp.float64))
   for epsilon in (0.3, 0.1, 0.03, 0.01, 1e-3):
-    sizes = joint_sizes(zero.astype(sizes.dtype) / (sizes**2 + epsilon**2))
+    sizes, own = joint_sizes(zero.astype(sizes.dtype) / (sizes**2 + epsilon**2))
   on = 1 - off.astype(sizes.dtype)
   least, most = bounds(jnp.sum(on), 0.0, rate, silent)
+  rounding = jnp.maximum(rounding, own)
   zeros = split_zeros(sizes, on, jnp.maximum(least, 1), most, rounding)
   chosen = zeros.zero & (zeros.gap > LEAST_GAP)  # a sample may have dropped nothing
   kept = on * (1 - chosen.astype(on.dtype))
-  delta, inputs = vectors(1 - kept)
+  delta, inputs = vectors(1 - kept)[0]
   kept = after(kept, delta)
   # What only seemed dropped can be seen again in these, so they are not made zero there.
   return kept, on * delta, on * inputs
@@ -221,6 +227,9 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
   if layers[0].biased:
     inputs[0] = inputs[0].at[-1].set(1.0)
   sign = jnp.sign(share(inputs[0], delta, spaces[0]))
+  # Of a sample with a small part in the gradient more is rounding than of the whole.
+  own = noise_in(delta @ spaces[0].right.T, spaces[0].noise, delta)
+  level = jnp.maximum(jnp.max(levels), own)
   masks, active, slopes = [], [], []
   for k in range(last):
     values, slope = activation(k, inputs[k] @ layers[k].weights)
@@ -230,8 +239,7 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
     if k:
       rate = None if links.sites[k] is None else model.rates[links.sites[k]]
       within_reach = slice(k, k + 2)
-      rounding = jnp.max(levels[within_reach])
-      kept, delta = _kept_after(spaces[within_reach], delta, active[k], rate, rounding)
+      kept, delta = _kept_after(spaces[within_reach], delta, active[k], rate, level)
     # delta = (next delta @ weights.T) * slope, and the next delta lies in the space of its layer.
     inner = layers[k + 1].weights[: len(values)].T
     within = jnp.eye(len(inner)) if k + 1 == last else spaces[k + 1].right
@@ -243,7 +251,7 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
       # What was kept shows once more, now that the delta is known that would be if all were. What
       # was wrong in the first place is in this delta too, so it is asked again.
       expected = (next_delta @ inner) * slope
-      least = jnp.maximum(_LEAST_DELTA, _OF_ROUNDING * jnp.max(levels[k : k + 2]))
+      least = jnp.maximum(_LEAST_DELTA, _OF_ROUNDING * level)
       told = spaces[k].columns > 0
       sure = told & (jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept))))
       kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
@@ -254,7 +262,6 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
     delta = next_delta
 
   logits, error = inputs[last] @ layers[last].weights, jnp.zeros(())
-  level = jnp.max(levels)
   # Noise tilts the space that the inputs lie in, and places them there with some error.
   tilt = std * jnp.linalg.norm(coordinates / spaces[0].values)
   size = jnp.ones(())
@@ -287,7 +294,7 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
   spread = size * jnp.sqrt(tilt**2 + spread**2 / rows)
   spread = jnp.hypot(spread, error * rms(inputs[0][:rows], jnp.ones(rows)))
   parts = (tuple(inputs), deltas, tuple(masks), tuple(active))
-  return Sample(*parts, label, scale, residual, spread, fit)
+  return Sample(*parts, label, scale, residual, spread, fit, level)
 
 
 def _rows_after(spaces, k, count):

@@ -42,6 +42,8 @@ class Space(NamedTuple):
     rows: f64[inputs (+ 1)], 1 for those that the gradient tells, 0 for those of which too little
       was sent; these are 0 in `left`.
     columns: f64[outputs], likewise.
+    noise: f64[rank], standard deviation of the entries of each singular vector, by the noise of the
+      gradient: the less an image has a part in it, the more. 0 for dimensions that are not used.
   """
 
   left: jax.Array
@@ -50,6 +52,7 @@ class Space(NamedTuple):
   padding: jax.Array
   rows: jax.Array
   columns: jax.Array
+  noise: jax.Array
 
 
 def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
@@ -67,7 +70,9 @@ def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
   return tuple(layers)
 
 
-def span(matrix: np.ndarray, rank: int, size: int, told: tuple[np.ndarray, np.ndarray]) -> Space:
+def span(
+  matrix: np.ndarray, rank: int, size: int, told: tuple[np.ndarray, np.ndarray], std: float
+) -> Space:
   """Returns the space of a gradient.
 
   Args:
@@ -75,13 +80,15 @@ def span(matrix: np.ndarray, rank: int, size: int, told: tuple[np.ndarray, np.nd
     rank: dimensions that are used.
     size: dimensions in all, so that shapes need not change with the rank.
     told: `rows` and `columns` of the space.
+    std: standard deviation of the noise of an entry.
   """
   left, values, right = leading(matrix, rank)
   unused = np.arange(size) >= rank
   left = np.where(unused, 0, _resize(left, size, 1))
   right = np.where(unused[:, None], 0, _resize(right, size, 0))
   values = np.where(unused, 1, _resize(values, size, 0))
-  return Space(left, values, right, unused.astype(float), *told)
+  noise = np.where(unused, 0, std / np.maximum(values, 1e-300))
+  return Space(left, values, right, unused.astype(float), *told, noise)
 
 
 def _resize(array, size, axis):
@@ -102,6 +109,18 @@ def share(inputs: jax.Array, delta: jax.Array, space: Space) -> jax.Array:
     f[]; its inverse times the outer product is what to take out (Wedderburn 1934).
   """
   return jnp.sum((inputs @ space.left) * (delta @ space.right.T) / space.values)
+
+
+def noise_in(coordinates: jax.Array, noise: jax.Array, vector: jax.Array) -> jax.Array:
+  """Returns the standard deviation of the entries of a vector, relative to their size, f[].
+
+  Args:
+    coordinates: f64[rank], of the vector in a space.
+    noise: of the space.
+    vector: f64[n].
+  """
+  size = jnp.sqrt(jnp.mean(vector**2))
+  return jnp.sqrt(jnp.sum((coordinates * noise) ** 2)) / jnp.maximum(size, 1e-300)
 
 
 def rms(values: jax.Array, kept: jax.Array) -> jax.Array:

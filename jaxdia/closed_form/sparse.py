@@ -169,6 +169,7 @@ def examine(
   rate: jax.Array,
   silent: jax.Array,
   rounding: jax.Array,
+  noise: jax.Array,
 ) -> Zeros:
   """Sharpens hyperplanes, and says which points lie on them.
 
@@ -179,7 +180,8 @@ def examine(
     normals: f64[k, rank].
     rate: f[], of dropout: the share of points that lies on the plane of a sample.
     silent: f[], see `bounds`.
-    rounding: f[], see `split_zeros`.
+    rounding: f[], see `split_zeros`, of a plane that lies in no dimension with more noise.
+    noise: f64[rank], standard deviation of the points in each dimension.
 
   Returns:
     `Zeros` with leading axis k. The gap is less than 1 if no more points lie on the plane
@@ -189,11 +191,16 @@ def examine(
   # Any rank - 1 points have a hyperplane, so fewer than a few more are no sign of one.
   least, most = bounds(jnp.sum(counts), rank + 2, rate, silent)
 
+  def split(q):
+    sizes = points @ q
+    # Relative to the largest, as rounding is.
+    own = jnp.linalg.norm(q * noise) / jnp.maximum(jnp.max(jnp.abs(sizes)), 1e-300)
+    return split_zeros(sizes, counts, least, most, jnp.maximum(rounding, own))
+
   def one(q):
-    zeros = split_zeros(points @ q, counts, least, most, rounding)
+    zeros = split(q)
     for _ in range(2):
-      q = normal(points, zeros.zero, padding)
-      zeros = split_zeros(points @ q, counts, least, most, rounding)
+      zeros = split(normal(points, zeros.zero, padding))
     return zeros
 
   return batched_map(one, normals)
