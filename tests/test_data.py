@@ -158,7 +158,9 @@ def test_load_refuses(source, options, message):
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
-  with pytest.raises(InputError, match="has no images"):
+  _png(tmp_path / "a" / "inside" / "1.png", 0)
+  (tmp_path / "a" / "1.avif").write_bytes(b"of a kind that is not read")
+  with pytest.raises(InputError, match=r"has no images; .* that end in \.apng, \.bmp, .*\.webp\."):
     data.load(f"folder:{tmp_path}", 1)
   _png(tmp_path / "a" / "1.png", 0)
   _png(tmp_path / "a" / "2.png", 0, size=(9, 8))
@@ -166,7 +168,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     data.load(f"folder:{tmp_path}", 2)
   assert data.load(f"folder:{tmp_path}", 2, image_size=8).images.shape == (2, 8, 8, 3)
   (tmp_path / "a" / "3.png").write_bytes(b"broken")
-  with pytest.raises(InputError, match="3.png is no image in PNG, JPEG.*or damaged"):
+  with pytest.raises(InputError, match="3.png is no image in PNG, JPEG.*damaged, or"):
     data.load(f"folder:{tmp_path}", 3, image_size=8)
 
 
@@ -185,7 +187,8 @@ def test_grey_and_colour_do_not_mix_and_hidden_folders_are_no_classes(tmp_path):
     ([str(i) for i in range(12)], [str(i) for i in range(12)]),
     ([f"{i:02d}" for i in range(11)], [f"{i:02d}" for i in range(11)]),
     (["10", "9", "100"], ["9", "10", "100"]),
-    (["10", "9", "x"], ["10", "9", "x"]),  # not all are numbers: as text
+    ([*map(str, range(12)), "lost+found"], [*map(str, range(12)), "lost+found"]),
+    (["10", "9", "x", "__MACOSX"], ["9", "10", "__MACOSX", "x"]),
     (["class_10", "class_2"], ["class_10", "class_2"]),
     (["²", "1"], ["1", "²"]),  # a digit to Unicode, but no number
   ],
@@ -269,6 +272,22 @@ def test_statistics_are_checked(mean, std, message):
   with pytest.raises(InputError, match=message) as caught:
     data.Statistics(mean, std)
   assert "\n" not in str(caught.value)
+
+
+def test_statistics_may_be_given_as_a_pair():
+  pixels, own = np.full((1, 4, 4, 1), 0.5, np.float32), data.Statistics(0.25, 0.5)
+  for pair in ((0.25, 0.5), [[0.25], [0.5]], (np.array([0.25]), jnp.array([0.5]))):
+    np.testing.assert_array_equal(data.normalize(pixels, pair), data.normalize(pixels, own))
+    np.testing.assert_array_equal(data.denormalize(pixels, pair), data.denormalize(pixels, own))
+  for wrong in ("mnist", {"mean": 0.25, "std": 0.5}, 0.5, (0.5,), None):
+    with pytest.raises(InputError, match=r"expected a Statistics\(mean, std\), or the two as"):
+      data.normalize(pixels, wrong)
+  assert data.load("sklearn:digits/test", 1, statistics=own).statistics == own
+
+
+def test_counts_of_numpy_are_counts():
+  victims = data.load("sklearn:digits/test", np.int64(2), np.int32(1), num_classes=np.int64(12))
+  assert len(victims.images) == 2 and victims.num_classes == 12
 
 
 def test_each_data_set_is_known_in_one_place():

@@ -78,7 +78,10 @@ def test_channels_last_is_taken_at_its_word(npz, shape):
     ({"labels": np.arange(3.0)}, r"labels in .* are float64 .* labels.astype\(int\)"),
     ({"labels": np.array(["cat", "dog", "cat"])}, "numpy.unique.labels, return_inverse=True"),
     ({"labels": np.arange(2)}, r"labels in .* are int64 of shape \(2,\); .* one class an image.$"),
+    ({"labels": np.arange(3) + 0j}, r"labels in .* are complex128 .* one class an image.$"),
     ({"labels": np.array(3)}, r"of shape \(\)"),
+    ({"images": np.zeros((3, 8, 8, 5)), "labels": np.arange(5)}, r"transpose\(3, 1, 2, 0\)"),
+    ({"images": None, "x_train": np.zeros(3)}, "lacks .'images'.; .* It has .*x_train: write it"),
     ({"labels": None}, r"lacks \['labels'\]"),
     ({"images": np.zeros((3, 4, 4, 1), np.int32)}, "image 0 of .* is int32; .*astype.numpy.uint8"),
     ({"images": np.zeros((3, 4, 4, 1), bool)}, "is bool; expected uint8 or uint16"),
@@ -86,6 +89,9 @@ def test_channels_last_is_taken_at_its_word(npz, shape):
     ({"images": np.zeros((3, 4, 4, 1), ml_dtypes.bfloat16)}, "save bfloat16 as float32"),
     ({"images": np.full((3, 4, 4, 1), 2.0)}, "pixels from 2 to 2; expected floats in"),
     ({"images": np.full((3, 4, 4, 1), 255.0)}, "Divide by 255"),
+    ({"images": np.full((3, 4, 4, 1), 16.0)}, "or by what else stands for white"),
+    ({"images": np.full((3, 4, 4, 1), 0.99 / 255)}, "no value above 0.00388; .* nearly black"),
+    ({"images": np.full((3, 4, 4, 1), 4095 / 65535)}, "no value above 0.0625; expected images"),
     ({"images": np.full((3, 4, 4, 1), -0.1)}, "pixels from -0.1 to -0.1"),
     ({"images": np.full((3, 4, 4, 1), np.nan)}, "NaN or infinite pixels"),
     ({"images": np.full((3, 4, 4, 1), np.inf, np.float16)}, "NaN or infinite pixels"),
@@ -107,6 +113,12 @@ def test_npz_refuses(npz, change, message):
   arrays = {k: v for k, v in (GOOD | change).items() if v is not None}
   with pytest.raises(InputError, match=message):
     data.load(npz(**arrays), 3)
+
+
+def test_few_levels_in_8_bits_are_warned_of(npz):
+  source = npz(images=np.full((3, 4, 4, 1), 16, np.uint8), labels=np.arange(3))
+  with pytest.warns(UserWarning, match="no value above 16 of 255, .* If that is what stands for"):
+    data.load(source, 3)
 
 
 def test_one_hot_labels_of_few_images_are_not_taken_for_another_layout(npz):

@@ -1,6 +1,7 @@
 """What a picture file says about how to read it is obeyed, or the file is refused."""
 
 import io
+import pathlib
 import struct
 import sys
 import zlib
@@ -117,6 +118,15 @@ def test_only_one_frame_is_taken(folder, kind):
   many = folder(_saved(frames[0], kind, save_all=True, append_images=frames[1:]))
   with pytest.raises(InputError, match="has 3 frames.*Save the one that is meant"):
     _pixels(many)
+
+
+def test_other_names_of_the_same_formats_are_read(folder):
+  image = Image.fromarray(RNG.integers(0, 256, (8, 8, 3)).astype(np.uint8))
+  for kind, name in (("JPEG", "jfif"), ("JPEG", "JPE"), ("PNG", "apng")):
+    source = folder(_saved(image, kind))
+    path = next(pathlib.Path(source.removeprefix("folder:")).rglob("*.*"))
+    path.rename(path.with_suffix(f".{name}"))
+    assert _pixels(source).shape == (1, 8, 8, 3)
 
 
 def test_previews_behind_a_photograph_are_not_taken_for_pages(folder):

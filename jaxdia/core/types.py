@@ -1,10 +1,11 @@
 """The names that the rest of the package uses for arrays and trees of arrays."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer, Shaped
 
@@ -90,6 +91,63 @@ class Statistics:
     span = np.where(most > least, most - least, 1)
     pixels = np.clip((centre - least) / span, 0, 1)
     return cls(_floats(pixels, "mean"), _floats(scale / span, "std"))
+
+
+def as_statistics(value: Any) -> Statistics:
+  """Returns statistics that may be given as a pair of mean and standard deviation.
+
+  Args:
+    value: `Statistics`, or what they can be made of.
+
+  Raises:
+    InputError: it is no such thing.
+  """
+  if isinstance(value, Statistics):
+    return value
+  pair: Any = () if isinstance(value, (str, Mapping)) else value
+  try:
+    mean, std = pair
+  except (TypeError, ValueError) as error:
+    shown = " ".join(repr(value).split())  # arrays take many lines
+    raise InputError(
+      f"statistics is {shown}; expected a Statistics(mean, std), or the two as a pair. Those of a"
+      " data set are jaxdia.data.statistics_of(name)."
+    ) from error
+  return Statistics(mean, std)
+
+
+def check_key(key: Any, what: str = "key") -> Key:
+  """Returns a random key, or refuses what is no single one.
+
+  Args:
+    key: of `jax.random.key`, or of the older `jax.random.PRNGKey`.
+    what: what the message calls it.
+
+  Raises:
+    InputError: it is something else.
+  """
+  dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+  is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+  if (is_typed and shape == ()) or (dtype == np.uint32 and shape is not None and len(shape) == 1):
+    return key
+  got = type(key).__name__ if shape is None else f"{dtype} of shape {tuple(shape)}"
+  raise InputError(f"{what} is {got}; expected one random key. Use jax.random.key(0).")
+
+
+def as_numbers(value: Any) -> Any:
+  """Returns an array of numbers as it is, and lists and tensors of other libraries as NumPy's.
+
+  Args:
+    value: anything; what cannot be converted becomes an array of objects.
+  """
+  if isinstance(value, jax.Array) or isinstance(getattr(value, "dtype", None), np.dtype):
+    return value
+  try:
+    return np.asarray(value)
+  except Exception:  # what a library raises that does not let itself be converted
+    array = np.empty((), object)
+    array[()] = value
+    return array
 
 
 def _floats(values: Any, name: str) -> tuple[float, ...]:

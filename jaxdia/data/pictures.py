@@ -14,7 +14,8 @@ import numpy as np
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import read_regular
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+ENDINGS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp"}
+ENDINGS |= {".tif", ".tiff"}
 # A file is read as what it holds, whatever its name, but as nothing that runs programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE = 258, 262, 281  # TIFF's tags
@@ -71,7 +72,10 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
       upright = pil.ImageOps.exif_transpose(image)
       told = _told(image, content)
   except pil.UnidentifiedImageError as error:
-    raise InputError(f"{path} is no image in {', '.join(_FORMATS)}, or damaged.") from error
+    raise InputError(
+      f"{path} is no image in {', '.join(_FORMATS)}, damaged, or of a kind that Pillow does not"
+      " read, as TIFFs of several channels of floats are. Save it as 8-bit grey or RGB."
+    ) from error
   except Exception as error:  # what a decoder raises depends on the byte that is wrong
     raise InputError(f"{path} cannot be read as an image ({first_line(error)}).") from error
   if frames > 1:

@@ -1,14 +1,20 @@
 """Arithmetic on the pixels of images: their range, normalisation and size."""
 
+import warnings
+
 import numpy as np
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Statistics
+from jaxdia.core.types import Statistics, as_statistics
 from jaxdia.data.pictures import import_pillow
 
 # Images whose values are all below are taken for ones of fewer bits in too wide a type: masks of 0
 # and 1 in 8 bits, and what cameras and scanners give, up to 14 bits, in 16.
 _DIM = {np.dtype(np.uint8): 2, np.dtype(np.uint16): 2**14}
+# Of floats likewise: those that were divided by 255 twice, or 12 bits by the largest value of 16.
+_DIM_FLOAT = 1 / 16
+# In 8 bits these may be dark pictures, or few levels, as of digits from 0 to 16.
+_FEW_LEVELS = 2**5
 
 
 def normalize(pixels: np.ndarray, statistics: Statistics) -> np.ndarray:
@@ -21,7 +27,7 @@ def normalize(pixels: np.ndarray, statistics: Statistics) -> np.ndarray:
   Returns:
     f[..., C] of the same type.
   """
-  mean, std = (np.asarray(value, pixels.dtype) for value in statistics)
+  mean, std = (np.asarray(value, pixels.dtype) for value in as_statistics(statistics))
   return (pixels - mean) / std
 
 
@@ -35,7 +41,7 @@ def denormalize(images: np.ndarray, statistics: Statistics) -> np.ndarray:
   Returns:
     f[..., C] in [0, 1], of the same type.
   """
-  mean, std = (np.asarray(value, images.dtype) for value in statistics)
+  mean, std = (np.asarray(value, images.dtype) for value in as_statistics(statistics))
   return np.clip(images * std + mean, 0, 1)
 
 
@@ -66,13 +72,13 @@ def to_pixels(image: np.ndarray, where: str) -> np.ndarray:
   if image.min() < 0 or image.max() > 1:
     raise InputError(
       f"{where} has pixels from {image.min():.9g} to {image.max():.9g}; expected floats in [0, 1]"
-      " (or uint8). Divide by 255, or undo the normalisation."
+      " (or uint8). Divide by 255, or by what else stands for white, or undo the normalisation."
     )
   return image.astype(np.float32)
 
 
 def check_range(images: list[np.ndarray], source: str) -> None:
-  """Refuses integer images that all use only the lowest values of their type.
+  """Refuses images that all use only the lowest values of their type, or warns of 8-bit ones.
 
   How bright the fullest of 12 bits should be cannot be known from 16-bit values. A single dark
   image among others is one; images that are dark without exception were stored unscaled.
@@ -84,6 +90,14 @@ def check_range(images: list[np.ndarray], source: str) -> None:
   Raises:
     InputError: they would be nearly black.
   """
+  floats = [x for x in images if x.size and np.issubdtype(x.dtype, np.floating)]
+  brightest = max((float(image.max()) for image in floats), default=0.0)
+  if 0 < brightest < _DIM_FLOAT and all(image.min() >= 0 for image in floats):
+    raise InputError(
+      f"{source}: the floats asked for have no value above {brightest:.3g}; expected images that"
+      f" reach {_DIM_FLOAT:g} of [0, 1], as these come out nearly black. They may be divided by too"
+      " much, or twice: divide them by what stands for white."
+    )
   for dtype, dim in _DIM.items():
     same = [image for image in images if image.dtype.newbyteorder("=") == dtype and image.size]
     largest = max((int(image.max()) for image in same), default=0)
@@ -95,6 +109,12 @@ def check_range(images: list[np.ndarray], source: str) -> None:
         f" {bits}-bit ones would, and come out nearly black. Multiply them by"
         f" {full // (2**bits - 1)} if they are {bits}-bit ones, or save them as 8-bit images of"
         " full range, or as floats in [0, 1] in an npz."
+      )
+    if dtype == np.uint8 and 0 < largest < _FEW_LEVELS:
+      warnings.warn(
+        f"{source}: the uint8 images asked for have no value above {largest} of 255, and come out"
+        " nearly black. If that is what stands for white, divide them by it and save floats.",
+        stacklevel=3,
       )
 
 

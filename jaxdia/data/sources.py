@@ -147,7 +147,11 @@ def _npz(name: str, wanted: slice) -> Raw:
     ) from error
   missing = [key for key in ("images", "labels") if key not in arrays]
   if missing:
-    raise InputError(f"{path} lacks {missing}; expected an npz with images and labels.")
+    raise InputError(
+      f"{path} lacks {missing}; expected an npz with images and labels. It has"
+      f" {', '.join(arrays) or 'no array'}: write it again with numpy.savez(path, images=...,"
+      " labels=...)."
+    )
   images, labels = arrays["images"], arrays["labels"]
   _check_images(images, labels, path)
   _check_labels(labels, len(images), path)
@@ -173,11 +177,13 @@ def _check_images(images: np.ndarray, labels: np.ndarray, path: pathlib.Path) ->
     )
   if not len(images):
     raise InputError(f"{path} has no images; expected at least one in its array images.")
-  if images.shape[2] in (1, 3) and labels.shape[:1] == images.shape[3:] != images.shape[:1]:
-    raise InputError(
-      f"images in {path} have shape {images.shape}, but there are {len(labels)} labels; expected"
-      " (N, height, width, channels). Use images.transpose(3, 0, 1, 2)."
-    )
+  if labels.shape[:1] == images.shape[3:] != images.shape[:1]:
+    axes = {images.shape[0]: (3, 1, 2, 0), images.shape[2]: (3, 0, 1, 2)}
+    if wanted := axes.get(3) or axes.get(1):
+      raise InputError(
+        f"images in {path} have shape {images.shape}, but there are {len(labels)} labels; expected"
+        f" (N, height, width, channels). Use images.transpose{wanted}."
+      )
   if _has_channels_first(images.shape):
     raise InputError(
       f"images in {path} have shape {images.shape}, which looks like (N, channels, height, width);"
@@ -207,7 +213,7 @@ def _check_labels(labels: np.ndarray, count: int, path: pathlib.Path) -> None:
     mend = " Use labels.astype(int) if they are whole numbers."
   elif labels.shape == (count,) and labels.dtype.kind in "US":
     mend = " Use class_names, labels = numpy.unique(labels, return_inverse=True), and save both."
-  elif labels.size == count:
+  elif labels.size == count and labels.shape != (count,):
     mend = " Use labels.ravel()."
   elif labels.ndim == 2 and len(labels) == count:
     mend = " Use labels.argmax(1) if they are one-hot or probabilities."
@@ -244,7 +250,10 @@ def _folder(name: str, wanted: slice) -> Raw:
     if path.suffix.lower() in ENDINGS
   ]
   if not files:
-    raise InputError(f"{root} has no images; expected one sub-folder a class, with images in it.")
+    raise InputError(
+      f"{root} has no images; expected one sub-folder a class, with files in it that end in"
+      f" {', '.join(sorted(ENDINGS))}."
+    )
   images = [read_picture(path) for path, _ in files[wanted]]
   labels = [label for _, label in files[wanted]]
   names = tuple(folder.name for folder in classes)
@@ -260,16 +269,16 @@ def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _in_order(folders: list[pathlib.Path]) -> list[pathlib.Path]:
-  """Returns class folders by number if all are numbers, so that 0 ... n-1 are their own labels."""
-  if not all(re.fullmatch("[0-9]+", folder.name) for folder in folders):
-    return sorted(folders)
+  """Returns class folders, numbers first and by number, so that 0 ... n-1 are their own labels."""
+  numbers = [folder for folder in folders if re.fullmatch("[0-9]+", folder.name)]
   by_number: dict[int, pathlib.Path] = {}
-  for folder in folders:
+  for folder in numbers:
     if (same := by_number.setdefault(int(folder.name), folder)) != folder:
       raise InputError(
         f"the class folders {str(same)!r} and {folder.name!r} are the same number; rename one."
       )
-  return [by_number[number] for number in sorted(by_number)]
+  others = sorted(folder for folder in folders if folder not in numbers)
+  return [*(by_number[number] for number in sorted(by_number)), *others]
 
 
 SOURCES: dict[str, Callable[[str, slice], Raw]] = {

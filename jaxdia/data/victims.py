@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxdia.core.errors import InputError, check_count, unknown
-from jaxdia.core.types import Statistics
+from jaxdia.core.types import Statistics, as_statistics
 from jaxdia.data.datasets import statistics_of
 from jaxdia.data.pixels import check_range, resize, to_pixels
 from jaxdia.data.sources import SOURCES, Raw
@@ -60,7 +60,7 @@ def load(
   *,
   image_size: int | None = None,
   num_classes: int | None = None,
-  statistics: str | None = None,
+  statistics: str | Statistics | None = None,
 ) -> Victims:
   """Loads consecutive images of a source.
 
@@ -70,18 +70,18 @@ def load(
       (1,400 and 397 digits of 8 x 8 pixels; no network), "tfds:NAME/SPLIT", "npz:PATH" (arrays
       `images`, uint8, uint16 or float in [0, 1], NHWC, `labels`, and perhaps
       `class_names`) or "folder:PATH" (a sub-folder for each class, labelled in
-      alphabetical order; if all names are numbers, in that of the numbers, so that
-      folders 0 ... n-1 are labelled as they are named). Pictures are turned upright
-      as they say; colour profiles are not applied. Of 16-bit images the brightest
-      must reach a quarter of the range.
+      alphabetical order; before them those that are numbers, in their order, so that
+      folders 0 ... n-1 are labelled as they are named). Files of other endings are left out.
+      Pictures are turned upright as they say; colour profiles are not applied. Of 16-bit
+      images the brightest must reach a quarter of the range, of floats a sixteenth.
     count: how many images.
     offset: index of the first.
     image_size: side in pixels; larger or smaller images are scaled to it by the
       shorter side and cropped in the middle. None leaves them as they are.
     num_classes: None takes it from the source, for an npz the largest of all its
       labels plus one, or as many as it has `class_names`.
-    statistics: name of the data set whose statistics to use, or "neutral". None
-      takes those of the source.
+    statistics: name of the data set whose statistics to use, or "neutral", or statistics
+      of one's own. None takes those of the source.
 
   Returns:
     The victims.
@@ -119,11 +119,10 @@ def load(
       " Set data.image_size."
     )
   classes = raw.num_classes if num_classes is None else num_classes
-  if type(classes) is not int or not 2 <= classes <= _MAX_CLASSES:
-    raise InputError(
-      f"data.num_classes is {classes!r}; expected an integer from 2 to {_MAX_CLASSES}. If it comes"
-      " from the labels, correct them."
-    )
+  try:
+    classes = check_count("data.num_classes", classes, 2, _MAX_CLASSES)
+  except InputError as error:
+    raise InputError(f"{error} If it comes from the labels, correct them.") from error
   wrong = [label for label in raw.labels if not 0 <= label < classes]
   if wrong:
     raise InputError(
@@ -131,7 +130,7 @@ def load(
       " data.num_classes, or correct the labels."
     )
   name = raw.statistics if statistics is None else statistics
-  fitting = statistics_of(name)
+  fitting = statistics_of(name) if isinstance(name, str) else as_statistics(name)
   if len(fitting.mean) not in (1, channels[0]):
     raise InputError(
       f"data.statistics={name} are for {len(fitting.mean)} channels, but"
