@@ -3,11 +3,13 @@
 import importlib
 from typing import Any
 
+from jaxdia.core.errors import InputError as InputError
+
 __version__ = "0.1.0"
 
 _ROOMS = (
-  *("attacks", "client", "closed_form", "data", "engine", "evaluation", "experiment", "gradients"),
-  *("models", "report", "study"),
+  *("attacks", "audit", "client", "closed_form", "data", "engine", "evaluation", "experiment"),
+  *("gradients", "models", "report", "study", "updates"),
 )
 
 

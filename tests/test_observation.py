@@ -52,8 +52,11 @@ def test_gradients_that_do_not_fit_the_params(seen, change, message):
     ({"batch_size": 0}, "batch_size of the observation is 0"),
     ({"labels": [1, 2, 3]}, r"expected integers of shape \(2,\)"),
     ({"labels": [0.5, 1.0]}, "labels are float64"),
-    ({"std": (0.0,)}, "expected numbers above 0"),
-    ({"mean": (0.5, 0.5)}, "one number a channel in both"),
+    ({"std": (0.0,)}, "expected values above 0"),
+    ({"mean": (0.5, 0.5)}, "2 means and 1 standard deviations"),
+    ({"mean": [33.0], "std": [78.0]}, "Divide mean and std by 255"),
+    ({"mean": [np.nan]}, "one finite number a channel"),
+    ({"mean": None}, "mean is None; expected one finite number"),
   ],
 )
 def test_facts_that_do_not_fit_the_batch(seen, changes, message):

@@ -34,6 +34,8 @@ from jaxdia.attacks.protocol import (
   Status,
   Terms,
   Told,
+  check_attack,
+  parts_of,
   same_program,
 )
 from jaxdia.attacks.search import Search, project
@@ -58,6 +60,7 @@ __all__ = [
   "Terms",
   "Told",
   "average_distance",
+  "check_attack",
   "closed_form",
   "complete",
   "create",
@@ -71,6 +74,7 @@ __all__ = [
   "ig",
   "mask_prior",
   "objective",
+  "parts_of",
   "prepare_for",
   "project",
   "same_program",

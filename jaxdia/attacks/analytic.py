@@ -17,7 +17,7 @@ from jaxdia.attacks.protocol import (
   Terms,
   Told,
 )
-from jaxdia.attacks.search import Search, check_averages
+from jaxdia.attacks.search import Search, check_start
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Recovery, recover_labels
@@ -93,7 +93,7 @@ class Hybrid(Search):
 
   def init(self, key: Key, observation: Observation, told: Told = NOT_TOLD) -> State:
     """Starts from what was recovered, and from random values elsewhere; see `Attack.init`."""
-    check_averages(self, observation)
+    check_start(self, key, observation)
     parts, drawn = _parts_of(told), self.draw(key, observation)
     found = (parts.verdict > 0)[:, None, None, None]
     masks = jax.tree.map(jnp.where, parts.known_masks, parts.masks, drawn.masks)

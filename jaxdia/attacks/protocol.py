@@ -14,6 +14,7 @@ from jaxtyping import Integer
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation
 from jaxdia.closed_form import Parts, Recovery
+from jaxdia.core.errors import InputError
 from jaxdia.core.types import Array, Images, Key, Labels, Logits, Masks, Scalar
 from jaxdia.gradients import Prepared
 from jaxdia.models import DropoutModel
@@ -196,6 +197,49 @@ class Attack(abc.ABC):
       observation: of the client; prepared, if there are many steps.
       state: of the trial; one that has ended is returned as it is.
     """
+
+
+def check_attack(attack: Any, observation: Any) -> None:
+  """Refuses what is no attack, or no observation.
+
+  Args:
+    attack: that is to be run.
+    observation: of one client.
+
+  Raises:
+    InputError: it is something else.
+  """
+  if not isinstance(attack, Attack):
+    raise InputError(
+      f"the attack is {_kind(attack)}; expected one that jaxdia.attacks.create(name, model) made."
+    )
+  if not isinstance(observation, Observation):
+    raise InputError(
+      f"the observation is {_kind(observation)}; expected a jaxdia.client.Observation, the first of"
+      " the two that observe returns."
+    )
+
+
+def parts_of(recovery: Any) -> Parts | None:
+  """Returns the parts of a recovery, which may be given themselves.
+
+  Args:
+    recovery: what `Attack.recover` returned, its parts, or None.
+
+  Raises:
+    InputError: it is something else.
+  """
+  parts = getattr(recovery, "parts", recovery)
+  if parts is not None and not isinstance(parts, Parts):
+    raise InputError(
+      f"the recovery is {_kind(parts)}; expected what attack.recover(key, observation) returns, or"
+      " its parts."
+    )
+  return parts
+
+
+def _kind(value: Any) -> str:
+  return repr(value) if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def same_program(one: Attack, other: Attack) -> bool:

@@ -16,14 +16,15 @@ from jaxdia.attacks.protocol import (
   State,
   Status,
   Told,
+  check_attack,
 )
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.client import Observation, draw_masks
+from jaxdia.client import Observation, check_fit, draw_masks
 from jaxdia.closed_form import Parts, Verdict, recover_labels
 from jaxdia.core.errors import InputError, unknown
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import value_tree
-from jaxdia.core.types import Key
+from jaxdia.core.types import Key, check_key
 from jaxdia.gradients import Prepared, noise_distance
 from jaxdia.models import DropoutModel, averages_after, follows_averages
 
@@ -54,7 +55,7 @@ class Search(Attack):
     Raises:
       InputError: it needs labels or masks that it is not told.
     """
-    check_averages(self, observation)
+    check_start(self, key, observation)
     masks = told.masks if self.masks == "known" else None
     if self.masks == "known" and masks is None:
       raise InputError(
@@ -114,6 +115,11 @@ class Search(Attack):
 
   def step(self, observation: Observation | Prepared, state: State) -> tuple[State, Info]:
     """Takes a step of the optimiser; see `Attack.step`."""
+    if not isinstance(state, State):
+      raise InputError(
+        f"the state is of type {type(state).__name__}; expected step(observation, state), with what"
+        " init or the last step returned."
+      )
     settings = self.settings
     dtype = state.candidate.images.dtype
     if not isinstance(observation, Prepared):
@@ -170,6 +176,23 @@ class Search(Attack):
     status = jnp.select(list(ends.values()), statuses, state.status)
     after = State(candidate, state.known, optimizer, plateau, best, iteration, status)
     return _where(state.status == int(Status.RUNNING), after, state), Info(value, terms, rate)
+
+
+def check_start(attack: Attack, key: Key, observation: Observation) -> None:
+  """Refuses what a trial cannot start from.
+
+  Args:
+    attack: any.
+    key: random key.
+    observation: of the client, whose arrays may be traced.
+
+  Raises:
+    InputError: see `check_key`, `check_attack`, `jaxdia.client.check_fit` and `check_averages`.
+  """
+  check_key(key)
+  check_attack(attack, observation)
+  check_fit(attack.model, observation)
+  check_averages(attack, observation)
 
 
 def check_averages(attack: Attack, observation: Observation) -> None:

@@ -1,17 +1,20 @@
 """Runs one trial of an attack to its end."""
 
 import math
+import numbers
 import time
 
 import jax
 import jax.numpy as jnp
 
 from jaxdia.attacks.objective import prepare_for
-from jaxdia.attacks.protocol import Attack, State, Status, Told
+from jaxdia.attacks.protocol import Attack, State, Status, Told, check_attack, parts_of
 from jaxdia.attacks.search import project
 from jaxdia.client import Observation
 from jaxdia.closed_form import Recovery, check_sign
-from jaxdia.core.types import Key, Masks
+from jaxdia.core.errors import InputError
+from jaxdia.core.trees import is_traced
+from jaxdia.core.types import Key, Masks, check_key
 from jaxdia.gradients import Prepared
 
 # Folded into a key for what closed forms draw, so that they share no key with trials.
@@ -53,10 +56,20 @@ def solve(
   Raises:
     InputError: the attack needs labels or masks that it is not given.
   """
+  check_key(key)
+  check_attack(attack, observation)
+  if is_traced((key, masks)):
+    raise InputError(
+      "the key or the masks are traced, as inside of jax.jit or jax.vmap; expected values, as a"
+      " trial is run from the host. Use attack.init and attack.step there, or engine.run for many"
+      " trials."
+    )
+  if not isinstance(seconds, numbers.Real) or math.isnan(seconds):
+    raise InputError(f"seconds is {seconds!r}; expected a number, or math.inf for no limit.")
   check_sign(attack.model, observation)
   if recovery is None:
     recovery = attack.recover(jax.random.fold_in(key, RECOVERY), observation)
-  told = Told(masks, None if recovery is None else recovery.parts)
+  told = Told(masks, parts_of(recovery))
   state = attack.init(key, observation, told)
   if int(state.status) == Status.NO_SEARCH:
     return state

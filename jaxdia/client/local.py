@@ -14,7 +14,7 @@ from jaxtyping import Integer
 
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.precision import usual_promotion
-from jaxdia.core.trees import static, value_tree
+from jaxdia.core.trees import is_traced, static, value_tree
 from jaxdia.core.types import Array, Gradient, Images, Key, Labels, Masks, Number, Params
 from jaxdia.models import DropoutModel, sample_masks
 
@@ -67,8 +67,9 @@ class LocalUpdate:
     below_1 = (lambda v: 0 <= v < 1), "a number in [0, 1)"
     for name, expected in (("learning_rate", above_0), ("momentum", below_1)):
       value = getattr(self, name)
-      if not isinstance(value, jax.Array):  # of a program
-        value = check_number(f"{name} of a local update", value, *expected)
+      if not is_traced(value):
+        number = check_number(f"{name} of a local update", value, *expected)
+        value = value if isinstance(value, jax.Array) else number  # of a type of its own
       object.__setattr__(self, name, value)
     if self.optimizer == "adam" and isinstance(self.momentum, float) and self.momentum:
       raise InputError(

@@ -14,8 +14,8 @@ from jaxdia.client.local import LocalUpdate, as_local
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
-from jaxdia.core.types import Gradient, Images, Labels, Masks, Params
-from jaxdia.models import Averages
+from jaxdia.core.types import Gradient, Images, Labels, Masks, Params, Statistics, as_numbers
+from jaxdia.models import Averages, DropoutModel, check_params
 
 _FLOATS = (jnp.float32, jnp.float64)
 
@@ -67,8 +67,7 @@ class Observation:
       "params": params,
       "gradient": _fit_gradient(params, self.gradient),
       "labels": _fit_labels(self.labels, size),
-      "mean": _as_array(self.mean, dtype),
-      "std": _as_array(self.std, dtype),
+      **_fit_statistics(self.mean, self.std, dtype),
       "batch_size": size,
       "loss": as_loss(self.loss),
       "averages": _fit_averages(self.averages, dtype),
@@ -81,13 +80,6 @@ class Observation:
         f" client took {fields['local'].draws} local steps. Choose another defence,"
         " or one step."
       )
-    if fields["mean"].ndim != 1 or fields["mean"].shape != fields["std"].shape:
-      raise InputError(
-        f"mean and std have the shapes {fields['mean'].shape} and {fields['std'].shape}; expected"
-        " one number a channel in both, or one in all."
-      )
-    if _is_concrete(fields["std"]) and not np.all(np.asarray(fields["std"]) > 0):
-      raise InputError(f"std is {np.asarray(self.std).tolist()}; expected numbers above 0.")
     for name, value in fields.items():
       object.__setattr__(self, name, value)
 
@@ -111,6 +103,42 @@ class Secret:
   images: Images
   labels: Labels
   masks: Masks | None
+
+
+def check_fit(model: DropoutModel, observation: Observation) -> None:
+  """Refuses an observation that is not one of a model.
+
+  Args:
+    model: the network.
+    observation: of one client; of traced arrays only shapes are checked.
+
+  Raises:
+    InputError: its params are of another network, it has statistics for other channels, or labels
+      that are no classes of the model.
+  """
+  check_params(model.network, observation.params)
+  channels = model.image_shape[-1]
+  if len(observation.mean) not in (1, channels):
+    raise InputError(
+      f"the observation has mean and std for {len(observation.mean)} channels; expected one number"
+      f" for each of the {channels} of the images of {model.network.name}, or one for all."
+    )
+  labels = observation.labels
+  if labels is None or not _is_concrete(labels):
+    return
+  labels = np.asarray(labels)
+  if wrong := labels[(labels < 0) | (labels >= model.num_classes)].tolist():
+    raise InputError(
+      f"the observation has the label {wrong[0]}; expected classes from 0 to"
+      f" {model.num_classes - 1}, as {model.network.name} has. Correct the labels."
+    )
+
+
+def _fit_statistics(mean: Any, std: Any, dtype: Any) -> dict[str, Any]:
+  """Returns mean and standard deviation as arrays of the params' type."""
+  if _is_concrete(mean) and _is_concrete(std):
+    mean, std = Statistics(mean, std)  # refuses what is none
+  return {"mean": _as_array(mean, dtype), "std": _as_array(std, dtype)}
 
 
 def _fit_averages(averages: Any, dtype: Any) -> dict[str, Averages] | None:
@@ -158,10 +186,11 @@ def _as_array(value: Any, dtype: Any = None) -> Any:
 def _as_arrays(what: str, tree: Any) -> Any:
   """Returns a tree whose leaves are arrays of numbers."""
   for path, leaf in leaves_by_path(tree).items():
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+    if not isinstance(getattr(leaf, "dtype", None), np.dtype) or not hasattr(leaf, "shape"):
+      tensor = " Use tensor.detach().cpu().numpy()." if hasattr(leaf, "detach") else ""
       raise InputError(
         f"the leaf {'/'.join(path)!r} of the {what} is {type(leaf).__name__}; expected an array of"
-        " numbers."
+        f" numbers.{tensor}"
       )
   return tree
 
@@ -184,9 +213,11 @@ def _fit_gradient(params: Params, gradient: Gradient) -> Gradient:
       " the params. If they are in the order of its leaves, put them there by"
       " jax.tree.unflatten(jax.tree.structure(params), gradient)."
     )
-  found, leaves = leaves_by_path(_as_arrays("gradient", gradient)), leaves_by_path(params)
+  found, leaves = leaves_by_path(gradient), leaves_by_path(params)
   if strange := [path for path in found if path not in leaves]:
-    raise InputError(_strange_leaf(strange[0], leaves))
+    within = [path for path in strange if path[1:] in leaves]  # of more than the params
+    raise InputError(_strange_leaf((within or strange)[0], leaves))
+  _as_arrays("gradient", gradient)
   if not found:
     raise InputError("the gradient has no leaf at all; expected a tree like the params.")
   for path, leaf in found.items():
@@ -194,6 +225,8 @@ def _fit_gradient(params: Params, gradient: Gradient) -> Gradient:
     if tuple(leaf.shape) != tuple(expected.shape):
       turned = tuple(leaf.shape) == tuple(expected.shape[::-1])
       mend = " Transpose it." if turned else " It may be of another network."
+      if tuple(leaf.shape[1:]) == tuple(expected.shape):
+        mend = " Of the gradients of single images take the mean over the first axis."
       raise InputError(
         f"the leaf {'/'.join(path)!r} of the gradient has shape {tuple(leaf.shape)}; expected"
         f" {tuple(expected.shape)} as in the params.{mend}"
@@ -215,6 +248,17 @@ def _strange_leaf(path: Path, leaves: dict[Path, Any]) -> str:
       f"the gradient has the leaf {name!r}; expected {'/'.join(path[1:])!r} as in the params. Pass"
       f" gradient[{path[0]!r}]."
     )
+  if not path:
+    return (
+      "the gradient is one array; expected a tree like the params. If it is all of their entries,"
+      " use jax.flatten_util.ravel_pytree(params)[1](gradient)."
+    )
+  for mark, sep in (("/", "sep='/'"), (".", "sep='.'"), (", ", "")):  # the last of a tuple
+    if len(path) == 1 and tuple(part.strip("()'\"") for part in name.split(mark)) in leaves:
+      return (
+        f"the gradient has the flat name {name!r}; expected a tree like the params. Use"
+        f" flax.traverse_util.unflatten_dict(gradient{sep and ', ' + sep})."
+      )
   known = ", ".join("/".join(p) for p in list(leaves)[:4])
   return (
     f"the gradient has the leaf {name!r}, which the params lack; they have {known}"
@@ -225,7 +269,7 @@ def _strange_leaf(path: Path, leaves: dict[Path, Any]) -> str:
 def _fit_labels(labels: Any, size: int) -> Any:  # labels, or what stands for them in a trace
   if labels is None:
     return None
-  labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
+  labels = as_numbers(labels)
   if tuple(labels.shape) != (size,) or not jnp.issubdtype(labels.dtype, jnp.integer):
     raise InputError(
       f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected integers of shape"

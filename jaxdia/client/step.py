@@ -12,7 +12,19 @@ from jaxdia.client.local import LocalUpdate, as_local, draw_masks, local_gradien
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Gradient, Images, Key, Labels, Masks, Params, Scalar, Statistics
+from jaxdia.core.types import (
+  Gradient,
+  Images,
+  Key,
+  Labels,
+  Masks,
+  Params,
+  Scalar,
+  Statistics,
+  as_numbers,
+  as_statistics,
+  check_key,
+)
 from jaxdia.models import DropoutModel
 
 # Images whose normalised values are the pixels themselves.
@@ -116,7 +128,9 @@ def observe(
       shared out among local steps; no such loss; or a defence that is none or does not suit the
       network.
   """
-  loss, defence = as_loss(loss), as_defence(defence)
+  check_key(key)
+  loss, defence, statistics = as_loss(loss), as_defence(defence), as_statistics(statistics)
+  images, labels = as_numbers(images), as_numbers(labels)
   _check_batch(model, images, labels, statistics)
   dtype = jnp.result_type(*jax.tree.leaves(params))
   images, labels = jnp.asarray(images, dtype), jnp.asarray(labels, jnp.int32)
@@ -143,7 +157,6 @@ _compiled_gradient = jax.jit(client_gradient, static_argnames="loss")
 
 def _check_batch(model: DropoutModel, images: Any, labels: Any, statistics: Statistics) -> None:
   """Refuses a batch that the model cannot have been trained on; of traced arrays only shapes."""
-  images, labels = (x if hasattr(x, "dtype") else np.asarray(x) for x in (images, labels))
   expected = ", ".join(str(n) for n in model.image_shape)
   if images.ndim != 4 or images.shape[1:] != tuple(model.image_shape) or not images.shape[0]:
     raise InputError(
@@ -159,6 +172,11 @@ def _check_batch(model: DropoutModel, images: Any, labels: Any, statistics: Stat
     raise InputError(
       f"labels are {labels.dtype} of shape {labels.shape}; expected integers of shape"
       f" ({images.shape[0]},), one class an image."
+    )
+  if len(statistics.mean) not in (1, images.shape[-1]):
+    raise InputError(
+      f"statistics are for {len(statistics.mean)} channels; expected one number for each of the"
+      f" {images.shape[-1]} of the images, or one for all."
     )
   if isinstance(images, Tracer) or isinstance(labels, Tracer):
     return

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdia.client import Observation
+from jaxdia.client import Observation, check_fit
 from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision
+from jaxdia.core.trees import is_traced
 from jaxdia.core.types import Labels
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import DropoutModel, discovery
@@ -41,15 +42,22 @@ def is_turned(model: DropoutModel, observation: Observation) -> bool:
 
 
 def check_sign(model: DropoutModel, observation: Observation) -> None:
-  """Refuses a gradient that has the opposite sign; see `is_turned`.
+  """Refuses a gradient that is of another model, or has the opposite sign; see `is_turned`.
 
   Args:
     model: the network.
     observation: of one client, with concrete values.
 
   Raises:
-    InputError: it was turned.
+    InputError: it was turned, or see `jaxdia.client.check_fit`.
   """
+  if is_traced(observation):
+    raise InputError(
+      "the observation is traced, as inside of jax.jit or jax.vmap; expected one with values, as"
+      " this reckons on the host. Call it outside, or use attack.init and attack.step, which may be"
+      " traced."
+    )
+  check_fit(model, observation)
   if is_turned(model, observation):
     raise InputError(
       f"the gradient by the bias of {'/'.join(model.classifier or ())} is negative for more than"

@@ -4,6 +4,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 
 class InputError(ValueError):
@@ -40,17 +41,18 @@ def check_number(
 
   Args:
     name: what the message calls it.
-    value: that was given; NumPy's numbers are numbers too.
+    value: that was given; NumPy's and JAX's numbers are numbers too.
     is_valid: tells of a number whether it can be used.
     expected: of the message.
 
   Raises:
     InputError: it is no number, not finite, or not valid.
   """
-  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  if not is_number or not math.isfinite(value) or not is_valid(value):
+  number = _own(value)
+  is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+  if not is_number or not math.isfinite(number) or not is_valid(number):
     raise InputError(f"{name} is {value!r}; expected {expected}.")
-  return float(value)
+  return float(number)
 
 
 def check_count(name: str, value: object, least: int, most: int | None = None) -> int:
@@ -58,15 +60,26 @@ def check_count(name: str, value: object, least: int, most: int | None = None) -
 
   Args:
     name: what the message calls it.
-    value: that was given; NumPy's integers are integers too.
+    value: that was given; NumPy's and JAX's integers are integers too.
     least: the least that can be used.
     most: the largest, if there is one.
 
   Raises:
     InputError: it is no integer, or out of range.
   """
-  is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if not is_integer or int(value) < least or (most is not None and int(value) > most):
+  count = _own(value)
+  is_integer = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+  if not is_integer or int(count) < least or (most is not None and int(count) > most):
     span = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise InputError(f"{name} is {value!r}; expected an integer {span}.")
-  return int(value)
+  return int(count)
+
+
+def _own(value: object) -> Any:
+  """Returns the number of Python's own that an array without axes holds, and all else as it is."""
+  if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+    return value
+  try:
+    return cast(Any, value).item()
+  except Exception:  # an array that JAX traces has no value
+    return value

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 Path = tuple[str, ...]
 _Class = TypeVar("_Class", bound=type)
@@ -116,6 +117,11 @@ def with_leaves(like: Any, leaves: Mapping[Path, Any]) -> Any:
   """Returns a tree like the given one, with leaves by their paths."""
   structure = jax.tree.structure(like)
   return jax.tree.unflatten(structure, [leaves[path] for path in leaves_by_path(like)])
+
+
+def is_traced(tree: Any) -> bool:
+  """Returns whether a tree has leaves without values, as `jax.jit` and `jax.vmap` hand them in."""
+  return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def shapes_of(tree: Any) -> Any:

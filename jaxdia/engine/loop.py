@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdia.attacks import Attack, State, Status, Told, prepare_for
+from jaxdia.attacks import Attack, State, Status, Told, parts_of, prepare_for
 from jaxdia.client import Observation
 from jaxdia.closed_form import check_sign
 from jaxdia.core.errors import InputError
@@ -37,7 +37,7 @@ def init_trial(attack: Attack, key: Key, observation: Observation, told: Told) -
 def told_of(task: Task, number: int) -> Told:
   """Returns what an attack is told of one of a task's observations besides it."""
   masks, parts = (x and x[number] for x in (task.masks, task.parts))
-  return Told(masks, getattr(parts, "parts", parts))
+  return Told(masks, parts_of(parts))
 
 
 class Loop:

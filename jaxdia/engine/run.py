@@ -9,15 +9,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxdia.attacks import Status, same_program
-from jaxdia.client import Observation
-from jaxdia.core.errors import InputError
+from jaxdia.attacks import Status
+from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.machine import forget_programs
-from jaxdia.core.trees import shapes_of
 from jaxdia.engine.capacity import choose_lanes, halve_lanes
+from jaxdia.engine.checks import check_tasks
 from jaxdia.engine.jobs import Job, Progress, Task, Trial, trial_key
-from jaxdia.engine.loop import Loop, init_trial, told_of
-from jaxdia.gradients import Method
+from jaxdia.engine.loop import Loop, told_of
+from jaxdia.gradients import METHODS, Method
 
 
 class Plan(NamedTuple):
@@ -51,7 +50,20 @@ def plan(
   Raises:
     InputError: see `run`.
   """
-  tasks = _check_tasks(tasks)
+  return _share_out(check_tasks(tasks), lanes, devices)
+
+
+def _share_out(
+  tasks: Sequence[Task], lanes: int | None, devices: Sequence[jax.Device] | None
+) -> Plan:
+  if lanes is not None:
+    lanes = check_count("lanes of a run", lanes, 1)
+  devices = [devices] if isinstance(devices, jax.Device) else devices
+  if devices is not None and (
+    not isinstance(devices, Sequence)
+    or not all(isinstance(device, jax.Device) for device in devices)
+  ):
+    raise InputError(f"devices is {devices!r}; expected those of JAX, such as jax.devices()[:1].")
   trials = sum(len(task.observations) * task.restarts for task in tasks)
   devices = tuple(devices or jax.local_devices())[:trials]
   if tasks[0].attack.max_iterations == 0:
@@ -108,7 +120,16 @@ def run(
       told what it needs, the checkpoint is of another run, or not even one trial fits into the
       memory.
   """
-  tasks = _check_tasks(tasks)
+  tasks = check_tasks(tasks)
+  if chunk is not None:
+    chunk = check_count("chunk of a run", chunk, 1)
+  if matching not in METHODS:
+    raise unknown("way to match gradients:", matching, METHODS)
+  seconds = (lambda value: value >= 0), "a number of at least 0"
+  checkpoint_seconds = check_number("checkpoint_seconds", checkpoint_seconds, *seconds)
+  record = [check_count("a recorded iteration", iteration, 0) for iteration in record]
+  if checkpoint_path is not None:
+    checkpoint_path = pathlib.Path(checkpoint_path)
   by_number = {i if task.number is None else task.number: task for i, task in enumerate(tasks)}
   jobs = [
     Job(observation, restart, number)
@@ -119,7 +140,7 @@ def run(
   finished = {Job(*pair, number) for number, task in by_number.items() for pair in task.finished}
   if tasks[0].attack.max_iterations == 0:
     return _run_without_steps(by_number, [job for job in jobs if job not in finished])
-  shared = plan(tasks, lanes=lanes, devices=devices)
+  shared = _share_out(tasks, lanes, devices)
   loop = Loop(by_number, shared.devices, chunk, matching, sorted(record))
   lanes = min(shared.lanes, loop.most_on_a_device(jobs))
   saving = (checkpoint_path, checkpoint_seconds)
@@ -202,57 +223,3 @@ def _run(
       saved = time.monotonic()
   if checkpoint_path is not None:
     checkpoint_path.unlink(missing_ok=True)
-
-
-def _check_tasks(tasks: Sequence[Task] | Task) -> list[Task]:
-  tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
-  if jax.process_count() > 1:
-    raise InputError(
-      f"this is one of {jax.process_count()} processes of jax.distributed, each of which would run"
-      " all trials. Run the engine in one process, or give each its own share of the observations."
-    )
-  if not jax.sharding.get_abstract_mesh().empty:
-    raise InputError(
-      "a mesh is set, over which JAX would spread what belongs to one device. Call the engine"
-      " outside of jax.set_mesh; it shares out its trials over the devices by itself."
-    )
-  counts = [(len(task.observations), task.restarts) for task in tasks]
-  if not counts or min(min(pair) for pair in counts) < 1:
-    pairs = ", ".join(f"{n} observations and {restarts} restarts" for n, restarts in counts)
-    raise InputError(f"got {pairs or 'no tasks'}; expected at least one of each.")
-  first = tasks[0]
-  like = _form(first.observations[0])
-  for number, task in enumerate(tasks):
-    if not same_program(first.attack, task.attack):
-      raise InputError(
-        f"task {number} needs another program than the first: its network or what its attack"
-        " leaves free differs. Run it in a call of its own."
-      )
-    for what, given in (("masks", task.masks), ("parts", task.parts)):
-      if given is not None and len(given) != len(task.observations):
-        raise InputError(
-          f"task {number} has {len(given)} {what} for {len(task.observations)} observations;"
-          " expected one for each."
-        )
-    if isinstance(task.observations, (list, tuple)):  # others are seen when they are attacked
-      for i, observation in enumerate(task.observations):
-        if _form(observation) != like:
-          raise InputError(
-            f"observation {i} of task {number} has another batch size, loss or defence, or"
-            " params, statistics or labels of other shapes, than the first of all. Run it in a call"
-            " of its own."
-          )
-    # An attack that lacks something says so here, not in the middle of a run.
-    if len(set(task.finished)) < len(task.observations) * task.restarts:
-      told = told_of(task, 0)
-      jax.eval_shape(init_trial, task.attack, task.key, task.observations[0], told)
-  return tasks
-
-
-def _form(observation: Observation) -> tuple:
-  """Returns what observations must have in common, besides gradients of one form."""
-  names = ("params", "mean", "std", "labels", "averages", "local")
-  rest = [getattr(observation, name) for name in names]
-  leaves, structure = jax.tree.flatten(shapes_of(rest))
-  defence = jax.tree.structure(observation.defence)  # its numbers may differ
-  return observation.batch_size, observation.loss, defence, structure, tuple(leaves)

@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxdia.attacks import Candidate
 from jaxdia.client import LocalUpdate, Secret
+from jaxdia.core.errors import InputError
+from jaxdia.core.trees import is_traced
 from jaxdia.core.types import Array, Images, Masks, Statistics
 from jaxdia.data import denormalize, normalize
 from jaxdia.evaluation import metrics
@@ -68,8 +70,17 @@ def evaluate(
     `mask_undecided_by_site`, `mask_dropped_by_site` (see
     `jaxdia.evaluation.mask_diagnostics`); `label_accuracy`, 0 or 1. What does not
     apply, or is no finite number, is None.
+
+  Raises:
+    InputError: the secret or the candidate is none, has no values, or they do not fit together.
   """
+  _check_kinds(secret, candidate)
   originals, images = as_float(secret.images), as_float(candidate.images)
+  if originals.shape != images.shape:
+    raise InputError(
+      f"the secret has images of shape {originals.shape}, and the candidate of {images.shape};"
+      " expected the same. They may be of other clients, or of another model."
+    )
   order = assign(images, originals, found)
   pairs = pair(originals, images[order], statistics, pool)
   columns: dict[str, Any] = image_scores(pairs)
@@ -99,6 +110,25 @@ def evaluate(
     scores.append(score)
   reconstructions = np.where(missing[:, None, None, None], np.nan, pairs.reconstructions)
   return Evaluation(pairs.originals, reconstructions, scores, order)
+
+
+def _check_kinds(secret: Any, candidate: Any) -> None:
+  """Refuses what is no secret or no candidate."""
+  if not isinstance(secret, Secret):
+    raise InputError(
+      f"the secret is of type {type(secret).__name__}; expected a jaxdia.client.Secret, the second"
+      " of the two that observe returns, or Secret(images, labels, None)."
+    )
+  if not isinstance(candidate, Candidate):
+    raise InputError(
+      f"the candidate is of type {type(candidate).__name__}; expected an attacks.Candidate, such as"
+      " state.best.candidate of a state, or trial.candidate of a trial."
+    )
+  if is_traced((secret, candidate)):
+    raise InputError(
+      "the secret or the candidate is traced, as inside of jax.jit or jax.vmap; expected values, as"
+      " scores are computed on the host. Evaluate outside."
+    )
 
 
 def as_float(array: Any) -> np.ndarray:

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdia.core.errors import InputError, check_number, unknown
+from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.precision import full_precision, usual_promotion
-from jaxdia.core.trees import Path, leaves_by_path, static, value_tree
-from jaxdia.core.types import Images, Key, Logits, Masks, Number, Params
+from jaxdia.core.trees import Path, is_traced, leaves_by_path, static, value_tree
+from jaxdia.core.types import Images, Key, Logits, Masks, Number, Params, check_key
 from jaxdia.models import discovery
 from jaxdia.models.convolutions import CONVOLVE, Convolve, is_faster_as_product
 from jaxdia.models.hooks import Hooks, ignore_sites
@@ -96,7 +96,7 @@ class DropoutModel:
         " remove some."
       )
     rates = {
-      site: rate if isinstance(rate, jax.Array) else check_rate(rate, f"the rate of site {site!r}")
+      site: rate if is_traced(rate) else check_rate(rate, f"the rate of site {site!r}")
       for site, rate in self.rates.items()
     }
     object.__setattr__(self, "rates", {site: rates[site] for site in sites})
@@ -181,6 +181,7 @@ class DropoutModel:
 
   def init(self, key: Key) -> Params:
     """Draws parameters."""
+    check_key(key)
     with usual_promotion():
       return self.network.init(key)
 
@@ -250,6 +251,11 @@ class DropoutModel:
 
   def _call(self, params, masks, images, on_linear, run=None) -> Any:
     name = self.network.name
+    if masks is not None and not isinstance(masks, Mapping):
+      raise InputError(
+        f"masks is {type(masks).__name__}; expected a dict of the mask of each site,"
+        f" {sorted(self.rates)}. Take them from sample_masks or expected_masks."
+      )
     if masks is not None and set(masks) != set(self.rates):
       raise InputError(
         f"masks have the sites {sorted(masks)}; {name} has {sorted(self.rates)}. Take them from"
@@ -267,6 +273,7 @@ class DropoutModel:
       # The rate is the model's, which may be another than the network itself has.
       return drop(call.inputs, mask.astype(call.inputs.dtype), self.rates[call.name])
 
+    discovery.check_params(self.network, params)
     leaves = leaves_by_path(params)
     as_products = self.as_products()
 
@@ -327,10 +334,10 @@ def check_image_shape(image_shape: Any) -> tuple[int, int, int]:
     InputError: it is not that.
   """
   try:
-    shape = tuple(int(n) for n in image_shape)
+    shape = tuple(check_count("a side", n, 1) for n in image_shape)
   except (TypeError, ValueError):
     shape = ()
-  if len(shape) != 3 or min(shape) < 1:
+  if len(shape) != 3:
     raise InputError(
       f"image_shape is {image_shape!r}; expected three positive integers (height, width,"
       " channels), such as (32, 32, 3)."

@@ -245,6 +245,39 @@ def _count_products(program: jex_core.Jaxpr, variable) -> float:
   return count
 
 
+def check_params(network: "Network", params: Params) -> None:
+  """Refuses params that are not those of a network.
+
+  Args:
+    network: any.
+    params: of it, whose arrays may be traced.
+
+  Raises:
+    InputError: a leaf is missing, or there is one more, or it is of another shape; the message
+      names it.
+  """
+  found, expected = leaves_by_path(params), leaves_by_path(params_shape(network))
+  for path in [path for path in expected if path not in found]:
+    within = [other[0] for other in found if other[1:] == path]
+    mend = f"Pass params[{within[0]!r}]." if within else "They may be of another network."
+    raise InputError(
+      f"the params lack the leaf {'/'.join(path)!r}, which {network.name} has; expected a tree as"
+      f" model.init(key) returns it. {mend}"
+    )
+  for path in [path for path in found if path not in expected]:
+    raise InputError(
+      f"the params have the leaf {'/'.join(path)!r}, which {network.name} lacks; expected a tree as"
+      " model.init(key) returns it. They may be of another network."
+    )
+  for path, leaf in expected.items():
+    name = "/".join(path)
+    if np.shape(found[path]) != leaf.shape:
+      raise InputError(
+        f"the leaf {name!r} of the params has shape {np.shape(found[path])}; expected {leaf.shape}"
+        f" as {network.name} has it. They may be of another network."
+      )
+
+
 def check_randomness(network: "Network") -> None:
   """Refuses a network that draws other random numbers than the masks of its sites.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision, usual_promotion
-from jaxdia.core.types import Images, Key, Masks, Params
+from jaxdia.core.types import Images, Key, Masks, Params, check_key
 from jaxdia.models.base import DropoutModel
 from jaxdia.models.hooks import Hooks
 from jaxdia.models.layers import drop
@@ -26,6 +26,7 @@ def sample_masks(key: Key, model: DropoutModel, batch_size: int, dtype=jnp.float
     {site name: f[shape]} of zeros and ones, for every type the same ones, but for the rounding
     of rates that are arrays.
   """
+  check_key(key)
   shapes = model.mask_shapes(batch_size)
   return {
     site.name: jax.random.bernoulli(
