@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from jaxdia import data, evaluation
 from jaxdia.attacks import Candidate
 from jaxdia.client import Secret
 from jaxdia.closed_form import NO_LABEL
+from jaxdia.core.errors import InputError
 from jaxdia.core.types import Statistics
 
 PIXELS = Statistics((0.0,), (1.0,))
@@ -172,3 +174,20 @@ def test_a_score_that_is_no_number_is_none(images):
   result = evaluation.evaluate(_model({}), secret, Candidate(broken, None, None), PIXELS)
   assert result.scores[0]["mse_normalized"] is None and result.scores[0]["ssim"] is None
   assert [score["mse_normalized"] for score in result.scores[1:]] == [0, 0, 0]
+
+
+def test_what_is_no_candidate_or_secret_is_refused(model):
+  images = np.full((1, 6, 6, 1), 0.5, np.float32)
+  secret, candidate = Secret(images, np.array([1]), None), Candidate(images, None, None)
+  statistics = Statistics(0.0, 1.0)
+  for given, message in (
+    ((images, candidate), "secret is of type ndarray; expected a jaxdia.client.Secret"),
+    ((secret, images), "candidate is of type ndarray; .* such as state.best.candidate"),
+    ((secret, Candidate(images[:, 1:], None, None)), "the same. They may be of other clients"),
+  ):
+    with pytest.raises(InputError, match=message):
+      evaluation.evaluate(model, *given, statistics)
+  with pytest.raises(InputError, match="traced, as inside of jax.jit"):
+    jax.jit(lambda s: evaluation.evaluate(model, s, candidate, statistics).scores[0]["ssim"])(
+      secret
+    )

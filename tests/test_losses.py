@@ -180,3 +180,17 @@ def test_observations_refuse_what_is_no_loss(model):
   _, (seen,), _ = make_victims(model, 1)
   with pytest.raises(InputError, match="loss is 3; expected a Loss, one of cross_entropy"):
     dataclasses.replace(seen, loss=3)
+
+
+@pytest.mark.parametrize(
+  "function, message",
+  [
+    (lambda logits: 0.0, "ended in a TypeError: .*takes 1 positional.* function.logits, targets"),
+    (lambda logits, targets: np.sum(np.asarray(logits)), "ended in a TracerArrayConversionError"),
+    (lambda logits, targets: logits["a"], "the loss <lambda> ended in a "),
+  ],
+)
+def test_a_function_that_fails_is_named(model, function, message):
+  images, params = np.full((1, 6, 6, 1), 0.5, np.float32), model.init(jax.random.key(0))
+  with pytest.raises(InputError, match=message):
+    observe(jax.random.key(0), model, params, images, [1], loss=function)

@@ -1,5 +1,6 @@
 """What does not fit together is refused where an observation is made, with the mend."""
 
+import collections
 import dataclasses
 
 import jax
@@ -7,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_victims
+from flax import linen as nn
+from flax.core import freeze
+from flax.traverse_util import flatten_dict
+from jax.flatten_util import ravel_pytree
 
 from jaxdia import attacks, engine, models
 from jaxdia.client import Observation, defences, observe
@@ -21,6 +26,16 @@ def seen(model):
 
 def _with(seen, **changes):
   return dataclasses.replace(seen, **changes)
+
+
+class Tensor:
+  """As one of PyTorch, whose types are not NumPy's."""
+
+  def __init__(self, array):
+    self.shape, self.dtype = array.shape, "torch.float32"
+
+  def detach(self):
+    return self
 
 
 def _leaf(gradient, leaf):
@@ -38,6 +53,17 @@ def _leaf(gradient, leaf):
     (lambda g: _leaf(g, np.ones((36, 24), np.int32)), "is int32; expected floats"),
     (lambda g: g | {"hiden_0": g["hidden_0"]}, "'hiden_0/kernel', which the params lack"),
     (lambda g: jax.tree.map(lambda x: None, g), "has no leaf at all"),
+    (lambda g: {"params": g, "batch_stats": {"mean": np.ones(3)}}, r"Pass gradient\['params'\]"),
+    (lambda g: [g], "is a list of 1; expected a tree like the params, which has 3 leaves.$"),
+    (flatten_dict, r"name .*'classifier', 'kernel'.*unflatten_dict\(gradient\)"),
+    (lambda g: flatten_dict(g, sep="/"), r"name 'classifier/kernel'.*\(gradient, sep='/'\)"),
+    (lambda g: flatten_dict({"params": g}, sep="."), r"'params.classifier.kernel'.*sep='.'"),
+    (lambda g: ravel_pytree(g)[0], r"is one array; .*ravel_pytree\(params\)\[1\]\(gradient\)"),
+    (lambda g: "gradient.npz", "gradient is of type str; expected a tree like the params"),
+    (lambda g: jax.tree.map(lambda x: [x, x], g), "has the leaf .*kernel/0', which the params"),
+    (lambda g: jax.tree.map(np.ndarray.tolist, jax.device_get(g)), "is made of floats; .* numpy"),
+    (lambda g: jax.tree.map(lambda x: jnp.stack([x, x]), g), "single images take the mean over"),
+    (lambda g: jax.tree.map(Tensor, g), r"is Tensor; .* Use tensor.detach\(\).cpu\(\).numpy\(\)"),
   ],
 )
 def test_gradients_that_do_not_fit_the_params(seen, change, message):
@@ -62,6 +88,77 @@ def test_gradients_that_do_not_fit_the_params(seen, change, message):
 def test_facts_that_do_not_fit_the_batch(seen, changes, message):
   with pytest.raises(InputError, match=message):
     _with(seen, **changes)
+
+
+def test_gradients_by_name_in_other_containers_are_taken(seen):
+  named = collections.namedtuple("Gradient", list(seen.gradient))
+  for gradient in (
+    named(**seen.gradient),
+    freeze(seen.gradient),
+    jax.tree.map(lambda x: nn.Partitioned(x, (None, "model")), seen.gradient),
+  ):
+    made = _with(seen, params=freeze(seen.params), gradient=gradient)
+    for own, other in zip(*map(jax.tree.leaves, (made.gradient, seen.gradient)), strict=True):
+      np.testing.assert_array_equal(own, other)
+
+
+def test_params_in_boxes_are_taken_out_of_them(model, seen):
+  boxed = jax.tree.map(lambda x: nn.Partitioned(x, (None, "model")), seen.params)
+  images = np.full((2, 6, 6, 1), 0.5, np.float32)
+  found = observe(jax.random.key(0), model, boxed, images, [1, 2])[0]
+  plain = observe(jax.random.key(0), model, seen.params, images, [1, 2])[0]
+  jax.tree.map(np.testing.assert_array_equal, found, plain)
+  np.testing.assert_array_equal(
+    model.apply(boxed, None, images), model.apply(seen.params, None, images)
+  )
+
+
+@pytest.mark.parametrize(
+  "labels, mend",
+  [
+    ([[1], [2]], r"Use labels.ravel\(\)"),
+    (np.eye(5)[:2], r"Use labels.argmax\(1\) if they are one-hot"),
+    ([1.0, 2.0], r"Use labels.astype\(int\) if they are whole"),
+    ([True, False], r"Use labels.astype\(int\)"),
+    ({1, 2}, r"labels are object of shape \(\)"),
+    (["1", "2"], "labels are <U1"),
+  ],
+)
+def test_labels_of_other_forms_are_refused_with_the_mend(model, seen, labels, mend):
+  images = np.full((2, 6, 6, 1), 0.5, np.float32)
+  for call in (
+    lambda: _with(seen, labels=labels),
+    lambda: observe(jax.random.key(0), model, seen.params, images, labels),
+  ):
+    with pytest.raises(InputError, match=mend):
+      call()
+
+
+@pytest.mark.parametrize(
+  "shape, mend",
+  [
+    ((2, 3, 6, 5), r"Use images.transpose\(0, 2, 3, 1\)"),
+    ((6, 5, 3), r"Use images\[None\] for a single one"),
+    ((2, 7, 5, 3), "Resize them, or create the model"),
+    ((2, 6, 5), "Resize them"),
+  ],
+)
+def test_images_of_other_shapes_are_refused_with_the_mend(shape, mend):
+  model = models.create("mlp", (6, 5, 3), 5, hidden_sizes=(4,))
+  params = model.init(jax.random.key(0))
+  with pytest.raises(InputError, match=mend):
+    observe(jax.random.key(0), model, params, np.full(shape, 0.5, np.float32), [1, 2])
+
+
+def test_statistics_of_a_pair_and_of_other_channels(model, seen):
+  images = np.full((2, 6, 6, 1), 0.5, np.float32)
+  given = (jax.random.key(0), model, seen.params, images, [1, 2])
+  assert observe(*given, statistics=(0.25, 0.5))[0].mean.tolist() == [0.25]
+  for wrong in ("mnist", None, {"mean": 0.5, "std": 0.5}):
+    with pytest.raises(InputError, match=r"expected a Statistics\(mean, std\)"):
+      observe(*given, statistics=wrong)
+  with pytest.raises(InputError, match="statistics are for 3 channels; .* each of the 1"):
+    observe(*given, statistics=([0.5] * 3, [0.5] * 3))
 
 
 def test_lists_and_half_precision_are_converted(seen):

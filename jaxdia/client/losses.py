@@ -3,14 +3,14 @@
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdia.core.errors import InputError, check_number, unknown
-from jaxdia.core.types import Labels, Logits
+from jaxdia.core.errors import InputError, check_number, first_line, unknown
+from jaxdia.core.types import Labels, Logits, as_numbers
 
 Kind = Literal["cross_entropy", "binary_cross_entropy", "mean_squared_error"]
 Reduction = Literal["mean", "sum"]
@@ -77,10 +77,11 @@ class Loss:
       f[].
 
     Raises:
-      InputError: a function of one's own does not return one number.
+      InputError: a function of one's own fails, or does not return one number.
     """
+    labels = as_numbers(labels)
     if callable(self.kind):
-      value = jnp.asarray(self.kind(logits, self.targets(logits, labels)))
+      value = self._of_function(logits, self.targets(logits, labels))
       if value.shape:
         raise InputError(
           f"the loss {self.name} returns an array of shape {value.shape}; expected one number for"
@@ -89,6 +90,18 @@ class Loss:
       return value
     values = self._values(logits, labels)
     return values.mean() if self.reduction == "mean" else values.sum()
+
+  def _of_function(self, logits, targets):
+    try:
+      return jnp.asarray(cast(Function, self.kind)(logits, targets))
+    except InputError:
+      raise
+    except Exception as error:  # of whatever the user's function does
+      raise InputError(
+        f"the loss {self.name} ended in a {type(error).__name__}: {first_line(error)}. It is called"
+        " as function(logits, targets) with two f[B, num_classes], as JAX traces it, without"
+        " values; expected one number, computed by JAX."
+      ) from error
 
   def targets(self, logits: Logits, labels: Labels) -> jax.Array:
     """Returns what the loss pulls the outputs to, f[B, num_classes].

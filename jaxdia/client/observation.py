@@ -1,12 +1,14 @@
 """What the server sees of a client's training step, and what stays with the client."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.core import Tracer
 
 from jaxdia.client.defences import Defence, as_defence, identity
@@ -61,11 +63,12 @@ class Observation:
 
   def __post_init__(self):
     size = check_count("batch_size of the observation", self.batch_size, 1)
-    dtype = _float_of(_as_arrays("params", self.params))
-    params = jax.tree.map(lambda leaf: _as_array(leaf, dtype), self.params)
+    unboxed = nn.unbox(self.params)
+    dtype = _float_of(_as_arrays("params", unboxed))
+    params = jax.tree.map(lambda leaf: _as_array(leaf, dtype), unboxed)
     fields = {
       "params": params,
-      "gradient": _fit_gradient(params, self.gradient),
+      "gradient": _fit_gradient(params, nn.unbox(self.gradient)),
       "labels": _fit_labels(self.labels, size),
       **_fit_statistics(self.mean, self.std, dtype),
       "batch_size": size,
@@ -207,16 +210,23 @@ def _float_of(params: Params) -> Any:
 
 def _fit_gradient(params: Params, gradient: Gradient) -> Gradient:
   """Returns a gradient as a tree like the params, of their type; None where it has no leaf."""
-  if isinstance(gradient, Sequence) and not isinstance(params, Sequence):
-    raise InputError(
-      f"the gradient is a {type(gradient).__name__} of {len(gradient)} arrays; expected a tree like"
-      " the params. If they are in the order of its leaves, put them there by"
-      " jax.tree.unflatten(jax.tree.structure(params), gradient)."
-    )
   found, leaves = leaves_by_path(gradient), leaves_by_path(params)
+  is_named = hasattr(gradient, "_fields") and set(found) <= set(leaves)
+  if isinstance(gradient, (list, tuple)) and not isinstance(params, Sequence) and not is_named:
+    mend = ""
+    if len(gradient) == len(leaves):
+      mend = (
+        " If they are in the order of its leaves, put them there by"
+        " jax.tree.unflatten(jax.tree.structure(params), gradient)."
+      )
+    raise InputError(
+      f"the gradient is a {type(gradient).__name__} of {len(gradient)}; expected a tree like the"
+      f" params, which has {len(leaves)} leaves.{mend}"
+    )
   if strange := [path for path in found if path not in leaves]:
     within = [path for path in strange if path[1:] in leaves]  # of more than the params
-    raise InputError(_strange_leaf((within or strange)[0], leaves))
+    path = (within or strange)[0]
+    raise InputError(_strange_leaf(path, found[path], leaves))
   _as_arrays("gradient", gradient)
   if not found:
     raise InputError("the gradient has no leaf at all; expected a tree like the params.")
@@ -241,8 +251,16 @@ def _fit_gradient(params: Params, gradient: Gradient) -> Gradient:
   )
 
 
-def _strange_leaf(path: Path, leaves: dict[Path, Any]) -> str:
+def _strange_leaf(path: Path, leaf: Any, leaves: dict[Path, Any]) -> str:
   name = "/".join(path)
+  if not path and not hasattr(leaf, "shape"):
+    return f"the gradient is of type {type(leaf).__name__}; expected a tree like the params."
+  inside = [n for n in range(1, len(path)) if path[:n] in leaves]
+  if inside and not hasattr(leaf, "shape"):
+    return (
+      f"the leaf {'/'.join(path[: inside[0]])!r} of the gradient is made of"
+      f" {type(leaf).__name__}s; expected an array of numbers. Use numpy.asarray."
+    )
   if len(path) > 1 and path[1:] in leaves:
     return (
       f"the gradient has the leaf {name!r}; expected {'/'.join(path[1:])!r} as in the params. Pass"
@@ -254,7 +272,8 @@ def _strange_leaf(path: Path, leaves: dict[Path, Any]) -> str:
       " use jax.flatten_util.ravel_pytree(params)[1](gradient)."
     )
   for mark, sep in (("/", "sep='/'"), (".", "sep='.'"), (", ", "")):  # the last of a tuple
-    if len(path) == 1 and tuple(part.strip("()'\"") for part in name.split(mark)) in leaves:
+    parts = tuple(part.strip("()'\"") for part in name.split(mark))
+    if len(path) == 1 and (parts in leaves or parts[1:] in leaves):
       return (
         f"the gradient has the flat name {name!r}; expected a tree like the params. Use"
         f" flax.traverse_util.unflatten_dict(gradient{sep and ', ' + sep})."
@@ -273,6 +292,25 @@ def _fit_labels(labels: Any, size: int) -> Any:  # labels, or what stands for th
   if tuple(labels.shape) != (size,) or not jnp.issubdtype(labels.dtype, jnp.integer):
     raise InputError(
       f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected integers of shape"
-      f" ({size},), one class for each of batch_size={size} images."
+      f" ({size},), one class for each of batch_size={size} images.{mend_of_labels(labels, size)}"
     )
   return _as_array(labels, jnp.dtype(jnp.int32))
+
+
+def mend_of_labels(labels: Any, size: int) -> str:
+  """Returns what makes labels of other forms classes, for the end of a message.
+
+  Args:
+    labels: an array.
+    size: number of images.
+  """
+  shape = tuple(labels.shape)
+  if shape == (size,) and jnp.issubdtype(labels.dtype, jnp.floating):
+    return " Use labels.astype(int) if they are whole numbers."
+  if shape == (size,) and labels.dtype == bool:
+    return " Use labels.astype(int)."
+  if len(shape) > 1 and math.prod(shape) == size:
+    return " Use labels.ravel()."
+  if len(shape) == 2 and shape[0] == size:
+    return " Use labels.argmax(1) if they are one-hot or probabilities."
+  return ""

@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.core import Tracer
 
 from jaxdia.client.defences import Defence, Step, as_defence, identity
 from jaxdia.client.local import LocalUpdate, as_local, draw_masks, local_gradient
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
-from jaxdia.client.observation import Observation, Secret
+from jaxdia.client.observation import Observation, Secret, mend_of_labels
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import (
   Gradient,
@@ -129,6 +130,7 @@ def observe(
       network.
   """
   check_key(key)
+  params = nn.unbox(params)
   loss, defence, statistics = as_loss(loss), as_defence(defence), as_statistics(statistics)
   images, labels = as_numbers(images), as_numbers(labels)
   _check_batch(model, images, labels, statistics)
@@ -160,8 +162,8 @@ def _check_batch(model: DropoutModel, images: Any, labels: Any, statistics: Stat
   expected = ", ".join(str(n) for n in model.image_shape)
   if images.ndim != 4 or images.shape[1:] != tuple(model.image_shape) or not images.shape[0]:
     raise InputError(
-      f"images have shape {images.shape}; expected (B, {expected}) with B at least 1. Resize"
-      " them, or create the model for their shape."
+      f"images have shape {images.shape}; expected (B, {expected}) with B at least 1."
+      f" {_mend_of_images(images.shape, tuple(model.image_shape))}"
     )
   if not jnp.issubdtype(images.dtype, jnp.floating):
     raise InputError(
@@ -171,7 +173,7 @@ def _check_batch(model: DropoutModel, images: Any, labels: Any, statistics: Stat
   if labels.shape != images.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
     raise InputError(
       f"labels are {labels.dtype} of shape {labels.shape}; expected integers of shape"
-      f" ({images.shape[0]},), one class an image."
+      f" ({images.shape[0]},), one class an image.{mend_of_labels(labels, images.shape[0])}"
     )
   if len(statistics.mean) not in (1, images.shape[-1]):
     raise InputError(
@@ -197,3 +199,15 @@ def _check_batch(model: DropoutModel, images: Any, labels: Any, statistics: Stat
       f"labels contain {wrong}; expected classes from 0 to {model.num_classes - 1}. Create the"
       " model with more classes, or correct the labels."
     )
+
+
+def _mend_of_images(shape: tuple[int, ...], expected: tuple[int, int, int]) -> str:
+  """Returns what makes images of other shapes those of a model, for the end of a message."""
+  height, width, channels = expected
+  if shape[1:] == (channels, height, width):
+    return "Use images.transpose(0, 2, 3, 1)."
+  if shape == expected:
+    return "Use images[None] for a single one."
+  if channels == 1 and shape[1:] == (height, width):
+    return "Use images[..., None]."
+  return "Resize them, or create the model for their shape."

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.precision import full_precision, usual_promotion
@@ -273,6 +274,7 @@ class DropoutModel:
       # The rate is the model's, which may be another than the network itself has.
       return drop(call.inputs, mask.astype(call.inputs.dtype), self.rates[call.name])
 
+    params = nn.unbox(params)
     discovery.check_params(self.network, params)
     leaves = leaves_by_path(params)
     as_products = self.as_products()
