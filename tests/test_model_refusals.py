@@ -1,7 +1,10 @@
 """What cannot be made a model is refused by name."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -123,6 +126,46 @@ class Undecided(nn.Module):
   @nn.compact
   def __call__(self, x):
     return nn.Dense(3)(nn.Dropout(0.5, name="undecided")(x.reshape(len(x), -1)))
+
+
+class Wrapped(nn.Module):
+  function: Callable[[jax.Array], jax.Array]
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(self.function(x))
+
+
+FAILING = [
+  (lambda x: np.asarray(x).reshape(len(x), -1), "Wrapped ended in a TracerArrayConversionError: "),
+  (lambda x: x.reshape(len(x), 49), "ended in a TypeError: cannot reshape array of shape"),
+  (lambda x: x.reshape(1, -1), "ended in a ScopeParamShapeError: .* any number of such images"),
+  (lambda x: {}["oops"], "ended in a KeyError: 'oops' It was called with 1 and with 2 images of"),
+]
+
+
+@pytest.mark.parametrize("function, message", FAILING)
+def test_modules_that_fail_are_named(function, message):
+  with pytest.raises(InputError, match=message):
+    models.from_flax(Wrapped(function), (2, 2, 1))
+  if "ScopeParam" in message:
+    return
+
+  class Module(nnx.Module):
+    def __init__(self):
+      self.out = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+      return self.out(function(x))
+
+  with pytest.raises(InputError, match=message.replace("Wrapped", "Module")):
+    models.from_nnx(Module(), (2, 2, 1))
+
+
+def test_logits_of_integers_are_refused():
+  module = nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(3), lambda x: x.astype(int)])
+  with pytest.raises(InputError, match="Sequential returns int32; expected logits of floats"):
+    models.from_flax(module, (2, 2, 1))
 
 
 @pytest.mark.parametrize(

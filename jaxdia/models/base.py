@@ -310,6 +310,11 @@ def model_of(network: Network, rates: Mapping[str, float] | None = None) -> Drop
       f"{network.name} returns {jax.tree.map(lambda x: x.shape, logits)} for 2 images; expected one"
       " array of logits, (2, num_classes)."
     )
+  if not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise InputError(
+      f"{network.name} returns {logits.dtype}; expected logits of floats, by which the loss has a"
+      " gradient."
+    )
   if logits.shape[1] < 2:
     raise InputError(
       f"{network.name} returns a single logit an image, whose softmax is always 1 and has no"

@@ -1,8 +1,9 @@
 """What is in a network, seen by tracing a call of it; kept for networks that are equal."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
-from jaxdia.core.errors import InputError
+from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.trees import Path, leaves_by_path
 from jaxdia.core.types import Params
@@ -243,6 +244,26 @@ def _count_products(program: jex_core.Jaxpr, variable) -> float:
     else:
       count = math.nan
   return count
+
+
+@contextlib.contextmanager
+def naming_failures(network: "Network") -> Iterator[None]:
+  """Lets an error inside a user's module be an InputError that says how the module was called.
+
+  Args:
+    network: of the module.
+  """
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:  # of whatever the module does
+    raise InputError(
+      f"{network.name} ended in a {type(error).__name__}: {first_line(error)} It was called with 1"
+      f" and with 2 images of {network.image_shape} as JAX traces it, without values; expected a"
+      " module that computes any number of such images by its library alone. Check image_shape and"
+      " the arguments of its call."
+    ) from error
 
 
 def check_params(network: "Network", params: Params) -> None:

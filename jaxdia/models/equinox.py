@@ -272,8 +272,9 @@ def from_equinox(module: eqx.Module, image_shape: tuple[int, int, int]) -> Dropo
       " such as eqx.nn.GroupNorm or eqx.nn.LayerNorm."
     )
   network = EquinoxNetwork(module, check_image_shape(image_shape))
-  model = model_of(network)
-  mend = "Switch it on by eqx.nn.inference_mode(module, value=False)"
-  discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
-  discovery.check_randomness(network)
+  with discovery.naming_failures(network):
+    model = model_of(network)
+    mend = "Switch it on by eqx.nn.inference_mode(module, value=False)"
+    discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
+    discovery.check_randomness(network)
   return model

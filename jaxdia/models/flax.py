@@ -190,12 +190,13 @@ def from_flax(
       f"{network.name} cannot be called as module(images, **{kwargs}): {error}. Pass call_kwargs"
       " to from_flax with the other arguments of its __call__."
     ) from error
-  network = dataclasses.replace(network, collections=fit_collections(network, variables))
-  model = model_of(network)
-  if not any(kwargs.get(name, on) != on for name, on in _TRAINING_FLAGS.items()):  # not meant so
-    mend = "Pass call_kwargs to from_flax with the argument that turns training on"
-    discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
-  discovery.check_randomness(network)
+  with discovery.naming_failures(network):
+    network = dataclasses.replace(network, collections=fit_collections(network, variables))
+    model = model_of(network)
+    if not any(kwargs.get(name, on) != on for name, on in _TRAINING_FLAGS.items()):  # not meant so
+      mend = "Pass call_kwargs to from_flax with the argument that turns training on"
+      discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
+    discovery.check_randomness(network)
   return model
 
 

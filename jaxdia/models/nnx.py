@@ -255,8 +255,9 @@ def from_nnx(
       f"{network.name} cannot be called as module(images, **{dict(call_kwargs)}): {error}. Pass"
       " call_kwargs to from_nnx with the other arguments of its __call__."
     ) from error
-  model = model_of(network)
-  mend = "Call module.train() before, pass call_kwargs with the argument that turns training on"
-  discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
-  discovery.check_randomness(network)
+  with discovery.naming_failures(network):
+    model = model_of(network)
+    mend = "Call module.train() before, pass call_kwargs with the argument that turns training on"
+    discovery.check_is_on(network, discovery.discover(network, 2).inactive, mend)
+    discovery.check_randomness(network)
   return model

@@ -322,7 +322,8 @@ def from_torch(module: nn.Module, image_shape: tuple[int, int, int]) -> DropoutM
         " alone, so that cannot be made explicit. Use nn.Dropout."
       )
   network = TorchNetwork(module, check_image_shape(image_shape))
-  model = model_of(network)
+  with discovery.naming_failures(network):
+    model = model_of(network)
   off = [
     name
     for name, inner in module.named_modules()
