@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_victims
+from flax import linen as nn
 
 import jaxdia
 from jaxdia import attacks, engine, models
@@ -193,3 +194,24 @@ def test_counts_of_jax_and_numpy_are_counts():
       check_count("count", wrong, 1)
   with pytest.raises(InputError, match="image_shape is"):
     models.create("mlp", (6.5, 6, 1), 5)
+
+
+def test_what_a_model_is_made_of_and_called_with(model, seen):
+  for call, message in (
+    (
+      lambda: models.DropoutModel(None, {}),
+      "network is of type NoneType; expected a jaxdia",
+    ),
+    (lambda: models.from_module(nn.Dense(3), (6, 6, 1), varables={}), "Did you mean 'variables'"),
+    (lambda: model.apply(seen.params, None, jnp.zeros((2, 7, 6, 1))), r"expected \(B, 6, 6, 1\)"),
+  ):
+    with pytest.raises(InputError, match=message):
+      call()
+
+
+def test_a_rate_of_numpy_in_a_module_of_equinox_is_no_parameter():
+  eqx = pytest.importorskip("equinox")
+  layers = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Dropout(np.float32(0.25))]
+  module = eqx.nn.Sequential([*layers, eqx.nn.Linear(36, 5, key=KEY)])
+  found = models.from_equinox(module, (6, 6, 1))
+  assert [site.rate for site in found.sites] == [0.25] and len(found.network.entries()) == 2

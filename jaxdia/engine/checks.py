@@ -41,12 +41,6 @@ def check_tasks(tasks: Sequence[Task] | Task) -> list[Task]:
   if not counts or min(min(pair) for pair in counts) < 1:
     pairs = ", ".join(f"{n} observations and {restarts} restarts" for n, restarts in counts)
     raise InputError(f"got {pairs or 'no tasks'}; expected at least one of each.")
-  numbers = [i if task.number is None else task.number for i, task in enumerate(tasks)]
-  if len(set(numbers)) < len(numbers):
-    raise InputError(
-      f"the tasks have the numbers {numbers}; expected that each has one of its own, by which its"
-      " trials are known. Leave number out."
-    )
   first = tasks[0]
   like = _form(first.observations[0])
   for number, task in enumerate(tasks):

@@ -130,7 +130,13 @@ def run(
   record = [check_count("a recorded iteration", iteration, 0) for iteration in record]
   if checkpoint_path is not None:
     checkpoint_path = pathlib.Path(checkpoint_path)
-  by_number = {i if task.number is None else task.number: task for i, task in enumerate(tasks)}
+  numbers = [i if task.number is None else task.number for i, task in enumerate(tasks)]
+  if len(set(numbers)) < len(numbers):
+    raise InputError(
+      f"the tasks have the numbers {numbers}; expected that each has one of its own, by which its"
+      " trials are known. Leave number out."
+    )
+  by_number = dict(zip(numbers, tasks, strict=True))
   jobs = [
     Job(observation, restart, number)
     for number, task in by_number.items()

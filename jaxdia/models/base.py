@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.precision import full_precision, usual_promotion
 from jaxdia.core.trees import Path, is_traced, leaves_by_path, static, value_tree
-from jaxdia.core.types import Images, Key, Logits, Masks, Number, Params, check_key
+from jaxdia.core.types import Images, Key, Logits, Masks, Number, Params, as_numbers, check_key
 from jaxdia.models import discovery
 from jaxdia.models.convolutions import CONVOLVE, Convolve, is_faster_as_product
 from jaxdia.models.hooks import Hooks, ignore_sites
@@ -87,6 +87,11 @@ class DropoutModel:
   convolve: Convolve = static(default="auto")
 
   def __post_init__(self):
+    if not isinstance(self.network, Network):
+      raise InputError(
+        f"the network is of type {type(self.network).__name__}; expected a jaxdia.models.Network."
+        " Of a module from_module makes a model, of plain functions from_functions."
+      )
     if self.convolve not in CONVOLVE:
       raise unknown("way to convolve:", self.convolve, CONVOLVE)
     sites = discovery.discover(self.network, 2).sites
@@ -274,6 +279,12 @@ class DropoutModel:
       # The rate is the model's, which may be another than the network itself has.
       return drop(call.inputs, mask.astype(call.inputs.dtype), self.rates[call.name])
 
+    images, shape = as_numbers(images), tuple(self.image_shape)
+    if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+      raise InputError(
+        f"images have shape {tuple(images.shape)}; expected (B, {', '.join(map(str, shape))}), as"
+        f" {name} takes them."
+      )
     params = nn.unbox(params)
     discovery.check_params(self.network, params)
     leaves = leaves_by_path(params)

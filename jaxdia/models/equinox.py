@@ -41,7 +41,12 @@ class EquinoxNetwork(InstanceNetwork):
   def __init__(self, module: eqx.Module, image_shape: tuple[int, int, int]):  # noqa: D107
     leaves, self._treedef = jax.tree_util.tree_flatten_with_path(module)
     self._leaves = {".".join(path_of(keys)): leaf for keys, leaf in leaves}
-    arrays = {n: np.asarray(x) for n, x in self._leaves.items() if eqx.is_inexact_array(x)}
+    # A number of NumPy, such as a rate, is no array that training changes.
+    arrays = {
+      name: np.asarray(x)
+      for name, x in self._leaves.items()
+      if eqx.is_inexact_array(x) and not isinstance(x, np.generic)
+    }
     others = {name: x for name, x in self._leaves.items() if name not in arrays}
     constants = {name: x for name, x in others.items() if eqx.is_array(x)}
     functions = [(name, x) for name, x in others.items() if name not in constants]

@@ -1,10 +1,11 @@
 """A module of any library that there is an adapter for."""
 
 import importlib
+import inspect
 import sys
 from typing import Any
 
-from jaxdia.core.errors import InputError
+from jaxdia.core.errors import InputError, unknown
 from jaxdia.models.base import DropoutModel
 
 # Where a library's class of modules is, and where the adapter is.
@@ -51,6 +52,9 @@ def from_module(module: Any, image_shape: tuple[int, int, int], **options: Any) 
       " or PyTorch. A network of another library can be given as plain functions to from_functions."
     )
   file, adapter = _LIBRARIES[name]
-  return getattr(importlib.import_module(f"jaxdia.models.{file}"), adapter)(
-    module, image_shape, **options
-  )
+  function = getattr(importlib.import_module(f"jaxdia.models.{file}"), adapter)
+  known = list(inspect.signature(function).parameters)[2:]
+  for option in options:
+    if option not in known:
+      raise unknown(f"option of {adapter}:", option, known)
+  return function(module, image_shape, **options)
