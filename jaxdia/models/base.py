@@ -280,7 +280,7 @@ class DropoutModel:
       return drop(call.inputs, mask.astype(call.inputs.dtype), self.rates[call.name])
 
     images, shape = as_numbers(images), tuple(self.image_shape)
-    if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+    if run is None and (images.ndim != 4 or tuple(images.shape[1:]) != shape):
       raise InputError(
         f"images have shape {tuple(images.shape)}; expected (B, {', '.join(map(str, shape))}), as"
         f" {name} takes them."
