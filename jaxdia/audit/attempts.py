@@ -341,15 +341,13 @@ def choose_attack(
   labels = "given"
   if observation.labels is None:
     labels = "recovered" if can_read_labels(model, observation) else "free"
-  name = "dia" if model.rates else "ig"
-  masks_known = False
+  name, known = "dia" if model.rates else "ig", False
   if labels != "free" and recovery is not None and _gave_something(recovery):
-    name = "hybrid"
-    masks_known = all(np.all(known) for known in recovery.parts.known_masks.values())
+    name, known = "hybrid", all(map(np.all, recovery.parts.known_masks.values()))
   settings = {"labels": labels, "average_weight": _AVERAGE_WEIGHT if observation.averages else None}
-  if model.convolutions and model.rates and not masks_known:
+  if model.convolutions and model.rates and not known:
     name += "_tv"
-    settings["schedule"] = "plateau"  # as it is not known how many iterations there is time for
+    settings["schedule"] = "plateau"  # as nobody knows how many iterations there is time for
   return name, attacks.create(name, model, **settings)
 
 
@@ -369,8 +367,7 @@ def can_read_labels(model: DropoutModel, observation: Observation) -> bool:
 
 def _gave_something(recovery: Recovery) -> bool:
   parts = recovery.parts
-  images = bool(np.any(np.asarray(parts.verdict) > 0))
-  return images or any(bool(np.any(known)) for known in parts.known_features.values())
+  return bool(np.any(parts.verdict)) or any(map(np.any, parts.known_features.values()))
 
 
 def better(one: Found, other: Found) -> Found:

@@ -26,7 +26,7 @@ from jaxdia.closed_form.sparse import MOST_ROUNDING
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.trees import Path
-from jaxdia.core.types import Key
+from jaxdia.core.types import Key, check_key
 from jaxdia.gradients import find_rounding, layer_gradient
 from jaxdia.models import DropoutModel
 
@@ -67,8 +67,10 @@ def recover(
     steps, see `place_in_steps`.
 
   Raises:
-    InputError: the gradient has the opposite sign; see `check_sign`.
+    InputError: the gradient has the opposite sign, or is of another model; see `check_sign`. Or the
+      key is none.
   """
+  check_key(key)
   check_sign(model, observation)
   with jax.enable_x64(True):
     if observation.local is None:
