@@ -25,8 +25,8 @@ from jaxtyping import install_import_hook
 
 # What the public functions of these rooms are given and return is checked against its annotation.
 _CHECKED = (
-  *("attacks", "audit", "client", "closed_form", "engine", "evaluation", "gradients", "models"),
-  "updates",
+  *("attacks", "audit", "client", "closed_form", "core", "data", "engine", "evaluation"),
+  *("experiment", "gradients", "models", "report", "updates"),
 )
 install_import_hook([f"jaxdia.{room}" for room in _CHECKED], "array_types.check_arrays")
 

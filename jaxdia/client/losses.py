@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdia.core.errors import InputError, check_number, first_line, unknown
-from jaxdia.core.types import Labels, Logits, as_numbers
+from jaxdia.core.types import Labels, Logits, Scalar, as_numbers
 
 Kind = Literal["cross_entropy", "binary_cross_entropy", "mean_squared_error"]
 Reduction = Literal["mean", "sum"]
@@ -18,7 +18,7 @@ KINDS = typing.get_args(Kind)
 REDUCTIONS = typing.get_args(Reduction)
 
 # function(logits f[B, K], targets f[B, K]) -> f[]
-Function = Callable[[Logits, jax.Array], jax.Array]
+Function = Callable[[Logits, Logits], Scalar]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Loss:
       return self.kind
     return getattr(self.kind, "__name__", type(self.kind).__name__)
 
-  def __call__(self, logits: Logits, labels: Labels) -> jax.Array:
+  def __call__(self, logits: Logits, labels: Labels) -> Scalar:
     """Computes the loss of a batch.
 
     Args:
@@ -103,7 +103,7 @@ class Loss:
         " values; expected one number, computed by JAX."
       ) from error
 
-  def targets(self, logits: Logits, labels: Labels) -> jax.Array:
+  def targets(self, logits: Logits, labels: Labels) -> Logits:
     """Returns what the loss pulls the outputs to, f[B, num_classes].
 
     Args:

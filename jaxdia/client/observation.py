@@ -10,13 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
+from jaxtyping import Float
 
 from jaxdia.client.defences import Defence, as_defence, identity
 from jaxdia.client.local import LocalUpdate, as_local
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
 from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
-from jaxdia.core.types import Gradient, Images, Labels, Masks, Params, Statistics, as_numbers
+from jaxdia.core.types import (
+  Array,
+  Gradient,
+  Images,
+  Labels,
+  Masks,
+  Params,
+  Statistics,
+  as_numbers,
+)
 from jaxdia.models import Averages, DropoutModel, check_params
 
 _FLOATS = (jnp.float32, jnp.float64)
@@ -53,8 +63,8 @@ class Observation:
   params: Params
   gradient: Gradient
   labels: Labels | None
-  mean: jax.Array
-  std: jax.Array
+  mean: Float[Array, " channels"]
+  std: Float[Array, " channels"]
   batch_size: int = static()
   loss: Loss = static(default=CROSS_ENTROPY)
   averages: dict[str, Averages] | None = None

@@ -11,7 +11,7 @@ from jaxdia.client.defences import Defence, Step, identity
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.client.step import client_gradient
 from jaxdia.core.errors import InputError, check_count
-from jaxdia.core.types import Key, Params
+from jaxdia.core.types import Key, Params, Scalar
 from jaxdia.models import DropoutModel, sample_masks
 
 
@@ -89,7 +89,7 @@ def _train(key, model, params, images, labels, steps, learning_rate, defence, sh
 
 
 @jax.jit
-def accuracy(model: DropoutModel, params: Params, images: Any, labels: Any) -> jax.Array:
+def accuracy(model: DropoutModel, params: Params, images: Any, labels: Any) -> Scalar:
   """Returns the share of images that a network classifies rightly in evaluation mode, f[].
 
   Args:

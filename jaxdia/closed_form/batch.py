@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jaxdia.client import Loss
 from jaxdia.closed_form import chain as chains
@@ -52,7 +53,7 @@ class Copies(NamedTuple):
     number: how often it is there.
   """
 
-  inputs: np.ndarray
+  inputs: Float[np.ndarray, " inputs"]
   residual: float
   number: int
 
@@ -80,7 +81,7 @@ class Batch(NamedTuple):
   rounds: int
   level: float
   pruned: bool
-  told: np.ndarray
+  told: Float[np.ndarray, " inputs"]
   copies: Copies | None = None
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Integer
 
 from jaxdia.client import Loss
 from jaxdia.closed_form.found import tolerance_of
@@ -30,7 +31,7 @@ from jaxdia.closed_form.spaces import (
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, normal, split_zeros
 from jaxdia.closed_form.structure import Chain, activate
 from jaxdia.core.precision import usual_promotion
-from jaxdia.core.types import Params
+from jaxdia.core.types import Array, Number, Params
 from jaxdia.models import DenseLayer, DropoutModel
 
 # So many units of rounding may a derivative by the logits be off, since 1 is taken from a softmax.
@@ -65,27 +66,27 @@ class Sample(NamedTuple):
     level: f[], share of it that rounding or noise changed, in the layer where that is most.
   """
 
-  inputs: tuple[jax.Array, ...]
-  deltas: tuple[jax.Array, ...]
-  kept: tuple[jax.Array, ...]
-  active: tuple[jax.Array, ...]
-  label: jax.Array
-  scale: jax.Array
-  residual: jax.Array
-  error: jax.Array
-  fit: jax.Array
-  level: jax.Array
+  inputs: tuple[Float[Array, "*samples _"], ...]
+  deltas: tuple[Float[Array, "*samples _"], ...]
+  kept: tuple[Float[Array, "*samples _"], ...]
+  active: tuple[Bool[Array, "*samples _"], ...]
+  label: Integer[Array, "*samples"]
+  scale: Float[Array, "*samples"]
+  residual: Float[Array, "*samples"]
+  error: Float[Array, "*samples"]
+  fit: Float[Array, "*samples"]
+  level: Float[Array, "*samples"]
 
 
 def refine(
   delta_space: Space,
   input_space: Space,
-  zero: jax.Array,
-  off: jax.Array,
-  rate: jax.Array,
-  silent: float,
-  rounding: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  zero: Bool[Array, " n"],
+  off: Bool[Array, " n"],
+  rate: Number,
+  silent: Number,
+  rounding: Number,
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
   """Finds out what a sample dropped, from both of the gradients that show it.
 
   Where an entry was dropped, the delta before it and the input after it are zero. Either may
@@ -176,10 +177,10 @@ def complete(
   links: Links,
   params: Params,
   spaces: tuple[Space, ...],
-  known: tuple[jax.Array, jax.Array, jax.Array],
+  known: tuple[Float[Array, "k n"], Float[Array, "k n"], Float[Array, "k n"]],
   batch_size: int,
   loss: Loss,
-  levels: jax.Array,
+  levels: Float[Array, " spaces"],
   std: float,
 ) -> Sample:
   """Recovers samples from what they kept after the first layer.
@@ -325,8 +326,11 @@ def _kept_after(spaces, delta, active, rate, rounding):
 
 
 def last_delta(
-  logits: jax.Array, delta: jax.Array, loss: Loss, rounding: float
-) -> tuple[jax.Array, jax.Array]:
+  logits: Float[Array, " classes"],
+  delta: Float[Array, " classes"],
+  loss: Loss,
+  rounding: Number,
+) -> tuple[Integer[Array, ""], Float[Array, " classes"]]:
   """Returns the label, and the derivative of the loss by the logits.
 
   Args:

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 import scipy.sparse
+from jaxtyping import Float, Integer
 
 from jaxdia.closed_form.kernel_equations import After, Equations, Problem, find_problem
 from jaxdia.closed_form.structure import activate
-from jaxdia.core.types import Gradient, Params
+from jaxdia.core.types import Array, Gradient, Params
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel
 
@@ -59,10 +60,10 @@ class Before(NamedTuple):
     equations: i[], kernel entries and kept values.
   """
 
-  inputs: np.ndarray
+  inputs: Float[np.ndarray, "batch inputs"]
   residual: float
   error: float
-  spread: np.ndarray | None
+  spread: Float[np.ndarray, "batch inputs"] | None
   equations: int
 
 
@@ -73,7 +74,7 @@ def solve(
   params: Params,
   gradient: Gradient,
   known: After,
-  pixels: np.ndarray | None,
+  pixels: Integer[np.ndarray, " inputs"] | None,
 ) -> Before:
   """Finds the inputs of a convolution, by Gauss-Newton steps.
 
@@ -129,8 +130,8 @@ def cotangent_before(
   after: DenseLayer | Convolution,
   params: Params,
   known: After,
-  inputs: jax.Array,
-) -> jax.Array:
+  inputs: Float[Array, "batch inputs"],
+) -> Float[Array, "batch inputs"]:
   """Returns the derivative of the loss by the inputs of a convolution, f64[B, inputs].
 
   Args:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Integer
 
 from jaxdia.closed_form.structure import (
   Input,
@@ -47,9 +48,9 @@ class FirstLayer(NamedTuple):
   kernel: Path
   bias: Path
   turned: bool
-  pixels: np.ndarray
-  factors: np.ndarray
-  shifts: np.ndarray
+  pixels: Integer[np.ndarray, " inputs"]
+  factors: Float[np.ndarray, " inputs"]
+  shifts: Float[np.ndarray, " inputs"]
   source: Input
 
   @property
@@ -82,8 +83,8 @@ class Inputs(NamedTuple):
     checked: whether most inputs are told by several outputs, which could disagree.
   """
 
-  values: np.ndarray
-  errors: np.ndarray
+  values: Float[np.ndarray, " inputs"]
+  errors: Float[np.ndarray, " inputs"]
   residual: float
   checked: bool
 
@@ -172,7 +173,9 @@ def _try(model, params, place, gradients) -> FirstLayer | None:
   return layer._replace(pixels=pixels, factors=factors, shifts=none, source=source)
 
 
-def read_inputs(kernel: np.ndarray, bias: np.ndarray) -> Inputs:
+def read_inputs(
+  kernel: Float[np.ndarray, "inputs outputs"], bias: Float[np.ndarray, " outputs"]
+) -> Inputs:
   """Returns the inputs of a dense layer with one row, by weighted least squares over its outputs.
 
   Entries are left out where there are others of the same input: those that are zero (the gradient

@@ -5,12 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Integer
 
 from jaxdia.client import Observation
 from jaxdia.closed_form.labels import recover_labels
 from jaxdia.closed_form.parts import NO_LABEL, Parts, Recovery, Verdict
 from jaxdia.closed_form.sparse import LEAST_GAP, MOST_ROUNDING, bounds, split_zeros
 from jaxdia.core.errors import InputError
+from jaxdia.core.types import Array
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, batch_axes, expected_masks
 
 # A sample that leaves no more than this of the gradient unexplained, relative, is exact.
@@ -24,11 +26,11 @@ OF_ROUNDING, _MOST_LEFT = 10, 0.1
 MOST_ALLOWED = _MOST_LEFT / OF_ROUNDING
 
 
-def tolerance_of(rounding: float | jax.Array) -> jax.Array:
-  """Returns the share of a gradient that a sample which fits it may leave unexplained, f[].
+def tolerance_of(rounding: float | Float[Array, "*samples"]) -> Float[Array, "*samples"]:
+  """Returns the share of a gradient that a sample which fits it may leave unexplained, f[...].
 
   Args:
-    rounding: share of the gradient that rounding changed.
+    rounding: share of the gradient that rounding changed, of one sample or of several.
   """
   return jnp.clip(OF_ROUNDING * rounding, EXACT, _MOST_LEFT)
 
@@ -109,7 +111,13 @@ class Found:
     known[number] = True
     self.parts = self.parts._replace(labels=labels)
 
-  def set_mask(self, site: str | None, number: int, entries: np.ndarray, kept: np.ndarray) -> None:
+  def set_mask(
+    self,
+    site: str | None,
+    number: int,
+    entries: Integer[np.ndarray, " n"],
+    kept: Float[np.ndarray, " n"],
+  ) -> None:
     """Notes the entries of an image's part of a mask.
 
     Args:
@@ -130,7 +138,9 @@ class Found:
     self.parts.features[layer.path] = np.zeros((size, layer.inputs))
     self.parts.known_features[layer.path] = np.zeros(size, bool)
 
-  def set_features(self, path: tuple[str, ...], number: int, features: np.ndarray) -> None:
+  def set_features(
+    self, path: tuple[str, ...], number: int, features: Float[np.ndarray, " inputs"]
+  ) -> None:
     """Notes the inputs of a layer.
 
     Args:
@@ -142,7 +152,11 @@ class Found:
     self.parts.known_features[path][number] = True
 
   def set_image(
-    self, number: int, image: np.ndarray, residual: float, determined: bool = True
+    self,
+    number: int,
+    image: Float[np.ndarray, "height width channels"],
+    residual: float,
+    determined: bool = True,
   ) -> None:
     """Notes an image, and how far it can be believed.
 
@@ -159,7 +173,9 @@ class Found:
       self.error[number] = residual * np.sqrt(np.mean(np.square(image)))
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
 
-  def kept_features(self, features: np.ndarray, rate: float) -> np.ndarray | None:
+  def kept_features(
+    self, features: Float[np.ndarray, " n"], rate: float
+  ) -> Float[np.ndarray, " n"] | None:
     """Returns which inputs of a layer were kept, if those that were dropped stand out.
 
     Args:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
+from jaxtyping import Float, Integer
 
 from jaxdia.core.types import Params
 from jaxdia.models import Convolution
@@ -27,25 +28,29 @@ class Geometry(NamedTuple):
     joined: f64[outputs, channels], 1 in the same group, otherwise 0.
   """
 
-  order: np.ndarray
-  positions: np.ndarray
-  seen: np.ndarray
+  order: Integer[np.ndarray, "pixels channels"]
+  positions: Integer[np.ndarray, "positions outputs"]
+  seen: Integer[np.ndarray, "positions places"]
   scatter: scipy.sparse.csr_matrix
-  kernel: np.ndarray
-  bias: np.ndarray
-  joined: np.ndarray
+  kernel: Float[np.ndarray, "weights outputs"]
+  bias: Float[np.ndarray, " outputs"]
+  joined: Float[np.ndarray, "outputs channels"]
 
-  def patches(self, inputs: np.ndarray) -> np.ndarray:
+  def patches(
+    self, inputs: Float[np.ndarray, "*batch pixels channels"]
+  ) -> Float[np.ndarray, "*batch positions weights"]:
     """Returns f64[..., positions, places * channels] of inputs f64[..., pixels, channels]."""
     border = np.zeros((*inputs.shape[:-2], 1, inputs.shape[-1]))
     found = np.concatenate([inputs, border], axis=-2)[..., self.seen, :]
     return found.reshape(*found.shape[:-2], -1)
 
-  def gather(self, patches: np.ndarray) -> np.ndarray:
+  def gather(
+    self, patches: Float[np.ndarray, "positions weights"]
+  ) -> Float[np.ndarray, "pixels channels"]:
     """Returns f64[pixels, channels], the transpose of `patches` without leading axes."""
     return (self.scatter @ patches.reshape(-1, self.order.shape[1]))[:-1]
 
-  def correlate(self, delta: np.ndarray) -> scipy.sparse.csr_array:
+  def correlate(self, delta: Float[np.ndarray, "positions outputs"]) -> scipy.sparse.csr_array:
     """Returns the matrix of the kernel's gradient of one channel, [outputs * places, pixels].
 
     Args:

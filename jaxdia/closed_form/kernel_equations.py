@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 import scipy.sparse
+from jaxtyping import Float
 
 from jaxdia.closed_form.geometry import Geometry, find_geometry
 from jaxdia.closed_form.structure import activate
-from jaxdia.core.types import Gradient, Params
+from jaxdia.core.types import Array, Gradient, Params
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel
 
@@ -40,9 +41,9 @@ class After(NamedTuple):
     cotangent: f64[B, outputs], derivative of the loss by the values.
   """
 
-  values: jax.Array
-  kept: jax.Array
-  cotangent: jax.Array
+  values: Float[Array, "batch outputs"]
+  kept: Float[Array, "batch outputs"]
+  cotangent: Float[Array, "batch outputs"]
 
 
 class Equations:
@@ -55,10 +56,10 @@ class Equations:
   def __init__(
     self,
     geometry: Geometry,
-    inputs: np.ndarray,
-    delta: np.ndarray,
-    curvature: np.ndarray,
-    weights: np.ndarray,
+    inputs: Float[np.ndarray, "pixels channels"],
+    delta: Float[np.ndarray, "positions outputs"],
+    curvature: Float[np.ndarray, "positions outputs"],
+    weights: Float[np.ndarray, "positions outputs"],
     scales: tuple[float, float],
   ):
     """Prepares the products.
@@ -76,7 +77,9 @@ class Equations:
     self._delta, self._curvature, self._weights = delta, curvature, weights
     self._scales = scales
 
-  def forward(self, inputs: np.ndarray) -> np.ndarray:
+  def forward(
+    self, inputs: Float[np.ndarray, "*batch pixels channels"]
+  ) -> Float[np.ndarray, "*batch equations"]:
     """Returns the change of residuals, f64[..., equations].
 
     Args:
@@ -92,7 +95,9 @@ class Equations:
     parts = (kernel, delta.sum(-2) * self._scales[1], self._weights * outputs)
     return np.concatenate([x.reshape(*batch, -1) for x in parts], axis=-1)
 
-  def transpose(self, residuals: np.ndarray) -> np.ndarray:
+  def transpose(
+    self, residuals: Float[np.ndarray, " equations"]
+  ) -> Float[np.ndarray, "pixels channels"]:
     """Returns f64[pixels, channels], the transpose of `forward`.
 
     Args:
@@ -108,7 +113,7 @@ class Equations:
       (self._curvature * delta + outputs) @ geometry.kernel.T + self._delta @ kernel
     )
 
-  def written_out(self) -> np.ndarray:
+  def written_out(self) -> Float[np.ndarray, "inputs equations"]:
     """Returns the matrix of the equations, f64[inputs, equations], inputs by pixel and channel."""
     shape = self.geometry.order.shape
     size = math.prod(shape)
@@ -189,34 +194,43 @@ class Problem(NamedTuple):
   """
 
   geometry: Geometry
-  kernel: np.ndarray
-  bias: np.ndarray
+  kernel: Float[np.ndarray, "outputs places channels"]
+  bias: Float[np.ndarray, " outputs"]
   scales: tuple[float, float]
-  values: np.ndarray
-  kept: np.ndarray
-  cotangent: np.ndarray
+  values: Float[np.ndarray, "positions outputs"]
+  kept: Float[np.ndarray, "positions outputs"]
+  cotangent: Float[np.ndarray, "positions outputs"]
   size: float
   function: Callable[[np.ndarray], list[np.ndarray]]
   start: tuple[np.ndarray, np.ndarray]
 
-  def along(self, inputs: np.ndarray) -> list[np.ndarray]:
+  def along(
+    self, inputs: Float[np.ndarray, "pixels channels"]
+  ) -> list[Float[np.ndarray, "positions outputs"]]:
     """Returns values, slopes and curvatures behind inputs f64[pixels, channels]."""
     return self.function(self.geometry.patches(inputs) @ self.geometry.kernel + self.geometry.bias)
 
-  def residuals(self, inputs: np.ndarray) -> np.ndarray:
+  def residuals(
+    self, inputs: Float[np.ndarray, "pixels channels"]
+  ) -> Float[np.ndarray, " equations"]:
     """Returns f64[equations], relative."""
     values, slopes, _ = self.along(inputs)
     delta = self.cotangent * self.kept * slopes
     return self.stacked(inputs, delta, self.kept * (values - self.values) / self.size)
 
-  def stacked(self, inputs: np.ndarray, delta: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+  def stacked(
+    self,
+    inputs: Float[np.ndarray, "pixels channels"],
+    delta: Float[np.ndarray, "positions outputs"],
+    outputs: Float[np.ndarray, "positions outputs"],
+  ) -> Float[np.ndarray, " equations"]:
     """Returns the residuals of the kernel and of the bias before those of the outputs."""
     kernel = (delta.T @ self.geometry.patches(inputs)).reshape(self.kernel.shape)
     kernel = (kernel * self.scales[0] - self.kernel) * self.geometry.joined[:, None]
     bias = delta.sum(0) * self.scales[1] - self.bias
     return np.concatenate([kernel.ravel(), bias, outputs.ravel()])
 
-  def equations(self, inputs: np.ndarray) -> Equations:
+  def equations(self, inputs: Float[np.ndarray, "pixels channels"]) -> Equations:
     """Returns how the residuals change near inputs."""
     _, slopes, curvatures = self.along(inputs)
     delta, curvature = (self.cotangent * self.kept * x for x in (slopes, curvatures))

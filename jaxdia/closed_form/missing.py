@@ -9,6 +9,7 @@ completion, by alternating least squares).
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 # Of the entries up to so much larger than the smallest there are more sizes than this; in a
 # gradient of equal steps there is one.
@@ -36,14 +37,14 @@ class Completed(NamedTuple):
     pruned: whether entries were filled in.
   """
 
-  matrix: np.ndarray
-  rows: np.ndarray
-  columns: np.ndarray
+  matrix: Float[np.ndarray, "m n"]
+  rows: Float[np.ndarray, " m"]
+  columns: Float[np.ndarray, " n"]
   share: float
   pruned: bool = True
 
 
-def is_pruned(matrix: np.ndarray) -> bool:
+def is_pruned(matrix: Float[np.ndarray, "m n"]) -> bool:
   """Returns whether small entries of a gradient were left out, as what is left shows.
 
   Args:
@@ -59,7 +60,7 @@ def is_pruned(matrix: np.ndarray) -> bool:
   return sizes.size * smallest > _EXPECTED * np.sqrt(np.mean(sizes**2))
 
 
-def complete(matrix: np.ndarray, rank: int) -> Completed:
+def complete(matrix: Float[np.ndarray, "m n"], rank: int) -> Completed:
   """Fills in what was left out of a matrix.
 
   Args:

@@ -8,6 +8,7 @@ the rank B of an m by n matrix have the sum of squares σ² (m - B)(n - B).
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxdia.closed_form.singular import values_of
 
@@ -28,7 +29,7 @@ class Spectrum(NamedTuple):
     shape: rows and columns that are not all zero.
   """
 
-  values: np.ndarray
+  values: Float[np.ndarray, " values"]
   shape: tuple[int, int]
 
 
@@ -44,7 +45,7 @@ class Level(NamedTuple):
   std: float
 
 
-def spectrum(matrix: np.ndarray, batch_size: int) -> Spectrum:
+def spectrum(matrix: Float[np.ndarray, "inputs outputs"], batch_size: int) -> Spectrum:
   """Returns the singular values of a gradient.
 
   Args:

@@ -66,8 +66,8 @@ class Recovery(NamedTuple):
   residual: Float[Array, " batch"]
   reason: str
   scale: float = math.nan
-  error: np.ndarray | float = math.nan
-  determined: np.ndarray | bool = False
+  error: Float[np.ndarray, " batch"] | float = math.nan
+  determined: Bool[np.ndarray, " batch"] | bool = False
 
   def summary(self) -> str:
     """Returns how many images are exact or approximate, and why not more, in one line."""

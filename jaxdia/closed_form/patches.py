@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Integer
 
 from jaxdia.closed_form.structure import close, find_pixels, model_to_try, probing_params
 from jaxdia.core.trees import leaves_by_path, with_leaves
@@ -34,7 +35,7 @@ class Patching(NamedTuple):
   kernel: tuple[str, ...]
   embedding: tuple[str, ...]
   first: int
-  pixels: np.ndarray
+  pixels: Integer[np.ndarray, "tokens entries"]
   site: str | None
 
 
@@ -143,8 +144,8 @@ class Patches(NamedTuple):
     residual: f[], of the solve, relative to the gradient of the kernel.
   """
 
-  image: np.ndarray
-  kept: np.ndarray | None
+  image: Float[np.ndarray, " pixels"]
+  kept: Float[np.ndarray, " entries"] | None
   residual: float
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from jaxdia.core.types import Array
 
 # So many elements are computed at once.
 _AT_ONCE = 64
 
 
-def after(values: jax.Array, first: jax.Array) -> jax.Array:
+def after(values: Float[Array, "*shape"], first: Float[Array, "..."]) -> Float[Array, "*shape"]:
   """Returns values, which nothing that uses them gets before something else is there.
 
   Args:

@@ -5,6 +5,7 @@ as of gradients with much noise, LAPACK is asked.
 """
 
 import numpy as np
+from jaxtyping import Float
 
 # Of subspace iteration: dimensions besides those that are looked for, iterations at most, and how
 # much of the first singular value may be left outside.
@@ -13,7 +14,9 @@ _ITERATIONS = 12
 _EXACT = 4e-15
 
 
-def leading(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def leading(
+  matrix: Float[np.ndarray, "m n"], rank: int
+) -> tuple[Float[np.ndarray, "m k"], Float[np.ndarray, " k"], Float[np.ndarray, "k n"]]:
   """Returns the first singular vectors and values, so many or more.
 
   Args:
@@ -27,7 +30,7 @@ def leading(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.n
   return np.linalg.svd(matrix, full_matrices=False) if found is None else found
 
 
-def values_of(matrix: np.ndarray, rank: int) -> np.ndarray:
+def values_of(matrix: Float[np.ndarray, "m n"], rank: int) -> Float[np.ndarray, " values"]:
   """Returns all singular values, in descending order.
 
   Args:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jaxdia.closed_form.serial import after
 from jaxdia.closed_form.singular import leading
-from jaxdia.core.types import Params
+from jaxdia.core.types import Array, Params, Scalar
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import DenseLayer
 
@@ -27,7 +28,7 @@ class Layer(NamedTuple):
     biased: b[], whether the last row is a bias.
   """
 
-  weights: jax.Array
+  weights: Float[Array, "inputs outputs"]
   biased: bool
 
 
@@ -46,13 +47,13 @@ class Space(NamedTuple):
       gradient: the less an image has a part in it, the more. 0 for dimensions that are not used.
   """
 
-  left: jax.Array
-  values: jax.Array
-  right: jax.Array
-  padding: jax.Array
-  rows: jax.Array
-  columns: jax.Array
-  noise: jax.Array
+  left: Float[Array, "inputs rank"]
+  values: Float[Array, " rank"]
+  right: Float[Array, "rank outputs"]
+  padding: Float[Array, " rank"]
+  rows: Float[Array, " inputs"]
+  columns: Float[Array, " outputs"]
+  noise: Float[Array, " rank"]
 
 
 def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
@@ -71,7 +72,11 @@ def layers_of(chain: Sequence[DenseLayer], params: Params) -> tuple[Layer, ...]:
 
 
 def span(
-  matrix: np.ndarray, rank: int, size: int, told: tuple[np.ndarray, np.ndarray], std: float
+  matrix: Float[np.ndarray, "inputs outputs"],
+  rank: int,
+  size: int,
+  told: tuple[Float[np.ndarray, " inputs"], Float[np.ndarray, " outputs"]],
+  std: float,
 ) -> Space:
   """Returns the space of a gradient.
 
@@ -97,7 +102,7 @@ def _resize(array, size, axis):
   return np.pad(array, padding)
 
 
-def share(inputs: jax.Array, delta: jax.Array, space: Space) -> jax.Array:
+def share(inputs: Float[Array, " inputs"], delta: Float[Array, " outputs"], space: Space) -> Scalar:
   """Returns 1 if a gradient without the outer product of two vectors has a rank less.
 
   Args:
@@ -111,7 +116,9 @@ def share(inputs: jax.Array, delta: jax.Array, space: Space) -> jax.Array:
   return jnp.sum((inputs @ space.left) * (delta @ space.right.T) / space.values)
 
 
-def noise_in(coordinates: jax.Array, noise: jax.Array, vector: jax.Array) -> jax.Array:
+def noise_in(
+  coordinates: Float[Array, " rank"], noise: Float[Array, " rank"], vector: Float[Array, " n"]
+) -> Scalar:
   """Returns the standard deviation of the entries of a vector, relative to their size, f[].
 
   Args:
@@ -123,7 +130,7 @@ def noise_in(coordinates: jax.Array, noise: jax.Array, vector: jax.Array) -> jax
   return jnp.sqrt(jnp.sum((coordinates * noise) ** 2)) / jnp.maximum(size, 1e-300)
 
 
-def rms(values: jax.Array, kept: jax.Array) -> jax.Array:
+def rms(values: Float[Array, " n"], kept: Float[Array, " n"]) -> Scalar:
   """Returns the root mean square of the values that were kept, f[].
 
   Args:
@@ -134,8 +141,11 @@ def rms(values: jax.Array, kept: jax.Array) -> jax.Array:
 
 
 def least_squares(
-  rows: jax.Array, values: jax.Array, weights: jax.Array, padding: jax.Array
-) -> jax.Array:
+  rows: Float[Array, "k n"],
+  values: Float[Array, " n"],
+  weights: Float[Array, " n"],
+  padding: Float[Array, " k"],
+) -> Float[Array, " k"]:
   """Returns the least-squares solution x of `x @ rows = values`.
 
   Args:
@@ -154,7 +164,9 @@ def least_squares(
   return jax.scipy.linalg.solve(matrix, weighted @ values, assume_a="pos")
 
 
-def fit_size(logits: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fit_size(
+  logits: Float[Array, " classes"], delta: Float[Array, " classes"]
+) -> tuple[Scalar, Scalar]:
   """Finds the size of logits by the direction of the derivative of the cross-entropy.
 
   Without a bias, and with functions such as a ReLU, what a layer gets tells the size of the
@@ -182,11 +194,11 @@ def fit_size(logits: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]
 def first_inputs(
   first: Space,
   layer: Layer,
-  activation: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-  kept: jax.Array,
-  h: jax.Array,
+  activation: Callable[[Float[Array, " n"]], tuple[Float[Array, " n"], Float[Array, " n"]]],
+  kept: Float[Array, " n"],
+  h: Float[Array, " n"],
   straight: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, " rank"], Scalar, Scalar]:
   """Finds the inputs of the first layer from the direction of those of the second.
 
   `activation(c @ left.T @ W) = s h` on the kept entries, for some scale s: by

@@ -150,7 +150,7 @@ def _solve_masks(projection, candidates, weights):
 
 
 def find_normalisation(
-  after: Callable[[jax.Array], jax.Array], width: int, name: str
+  after: Callable[[Float[Array, "n width"]], Float[Array, "n width"]], width: int, name: str
 ) -> tuple[bool, Float[np.ndarray, " width"], Float[np.ndarray, " width"]]:
   """Finds the normalisation between rows and a layer, by random rows.
 

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Integer
 
 from jaxdia.closed_form.noise import CLEAN
 from jaxdia.closed_form.serial import batched_map
+from jaxdia.core.types import Array, Number, Scalar
 
 _STEPS = 110
 _SHRINK = 0.9
@@ -36,17 +38,17 @@ class Zeros(NamedTuple):
     gap: f[], least of the other entries by the largest of these, in size.
   """
 
-  zero: jax.Array
-  gap: jax.Array
+  zero: Bool[Array, "*planes n"]
+  gap: Float[Array, "*planes"]
 
 
 def search(
-  points: jax.Array,
-  counts: jax.Array,
-  padding: jax.Array,
-  starts: jax.Array,
+  points: Float[Array, "n rank"],
+  counts: Float[Array, " n"],
+  padding: Float[Array, " rank"],
+  starts: Float[Array, "k rank"],
   scale: float = 1.0,
-) -> jax.Array:
+) -> Float[Array, "k rank"]:
   """Looks for hyperplanes through the origin on which many points lie.
 
   Iteratively reweighted least squares on Σ log((q·r)² + ε²), where ε shrinks from the
@@ -83,7 +85,11 @@ def _search(points, counts, padding, starts, scale):
   return batched_map(one, starts)
 
 
-def normal(points: jax.Array, chosen: jax.Array, padding: jax.Array) -> jax.Array:
+def normal(
+  points: Float[Array, "n rank"],
+  chosen: Float[Array, " n"] | Bool[Array, " n"],
+  padding: Float[Array, " rank"],
+) -> Float[Array, " rank"]:
   """Returns the unit normal of the hyperplane nearest to the chosen points.
 
   Args:
@@ -116,11 +122,11 @@ def _least_eigenvector(matrix, padding, start, steps):
 
 
 def split_zeros(
-  values: jax.Array,
-  counts: jax.Array,
-  least: jax.Array,
-  most: jax.Array,
-  rounding: float | jax.Array = 0.0,
+  values: Float[Array, " n"],
+  counts: Float[Array, " n"] | Bool[Array, " n"],
+  least: int | Number,
+  most: int | Number,
+  rounding: Number = 0.0,
 ) -> Zeros:
   """Splits entries into zeros and others at the widest gap in the order of their sizes.
 
@@ -162,14 +168,14 @@ def split_zeros(
 
 @jax.jit
 def examine(
-  points: jax.Array,
-  counts: jax.Array,
-  padding: jax.Array,
-  normals: jax.Array,
-  rate: jax.Array,
-  silent: jax.Array,
-  rounding: jax.Array,
-  noise: jax.Array,
+  points: Float[Array, "n rank"],
+  counts: Float[Array, " n"],
+  padding: Float[Array, " rank"],
+  normals: Float[Array, "k rank"],
+  rate: Number,
+  silent: Number,
+  rounding: Number,
+  noise: Float[Array, " rank"],
 ) -> Zeros:
   """Sharpens hyperplanes, and says which points lie on them.
 
@@ -207,8 +213,8 @@ def examine(
 
 
 def bounds(
-  count: jax.Array, floor: jax.Array, rate: jax.Array, silent: float | jax.Array = 0.0
-) -> tuple[jax.Array, jax.Array]:
+  count: int | Number, floor: Number, rate: Number, silent: Number = 0.0
+) -> tuple[Scalar, Scalar]:
   """Returns how many of `count` entries may be zero by dropout of a rate, at least and at most.
 
   Args:
@@ -222,7 +228,7 @@ def bounds(
   return jnp.maximum(count * rate - spread, floor), count * most + spread
 
 
-def distinct(zeros: Zeros) -> np.ndarray:
+def distinct(zeros: Zeros) -> Integer[np.ndarray, " m"]:
   """Returns indices of planes that may be of a sample, each once, the clearest first.
 
   Args:

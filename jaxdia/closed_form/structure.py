@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Integer
 
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
-from jaxdia.core.types import Masks, Params
+from jaxdia.core.types import Array, Images, Masks, Params
 from jaxdia.models import Convolution, DenseLayer, DropoutModel, Network, discovery, model_of
 
 # Two numbers that should be equal differ by less, relative to the largest of their array.
@@ -37,7 +38,7 @@ class Input:
   """
 
   site: str | None = None
-  entries: np.ndarray | None = None
+  entries: Integer[np.ndarray, " inputs"] | None = None
 
 
 class Link(NamedTuple):
@@ -66,7 +67,7 @@ class Chain(NamedTuple):
 
   layers: tuple[DenseLayer | Convolution, ...]
   inputs: tuple[Input, ...]
-  pixels: np.ndarray | None
+  pixels: Integer[np.ndarray, "1 inputs"] | None
   links: tuple[Link, ...]
   biased: bool
 
@@ -217,8 +218,8 @@ def layer_inputs(
   params: Params,
   layer: DenseLayer | Convolution,
   masks: Masks,
-  images: jax.Array,
-) -> jax.Array:
+  images: Float[Array, "1 height width channels"],
+) -> Float[Array, "rows inputs"]:
   """Returns the inputs of a layer, f64[rows, inputs].
 
   Args:
@@ -237,9 +238,9 @@ def activate(
   params: Params,
   layer: DenseLayer | Convolution,
   after: DenseLayer | Convolution,
-  outputs: jax.Array,
-  images: jax.Array | None = None,
-) -> jax.Array:
+  outputs: Float[Array, " outputs"],
+  images: Float[Array, "1 height width channels"] | None = None,
+) -> Float[Array, " inputs"]:
   """Returns the inputs of a layer of a chain as a function of the outputs before it.
 
   Args:
@@ -275,7 +276,7 @@ def replace_layer(params: Params, path: Path, change: Callable[[Any], Any]) -> P
   return with_leaves(params, {p: change(x) if p[:-1] == path else x for p, x in leaves})
 
 
-def close(a: jax.Array, b: jax.Array) -> bool:
+def close(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> bool:
   """Returns whether arrays are equal up to rounding in float64."""
   return bool(jnp.max(jnp.abs(a - b)) <= _TOLERANCE * (jnp.max(jnp.abs(b)) + 1e-30))
 
@@ -322,7 +323,9 @@ def _find_input(model, params, layer) -> Input:
   return find_input(model, functools.partial(inputs_of, params))
 
 
-def find_input(model: DropoutModel, inputs_of: Callable[[Masks, jax.Array], Any]) -> Input:
+def find_input(
+  model: DropoutModel, inputs_of: Callable[[Masks, Images], Float[Array, " n"]]
+) -> Input:
   """Finds the dropout site that multiplies inputs.
 
   Args:
@@ -357,7 +360,7 @@ def find_input(model: DropoutModel, inputs_of: Callable[[Masks, jax.Array], Any]
 
 def find_pixels(
   model: DropoutModel, params: Params, layer: DenseLayer | Convolution
-) -> np.ndarray | None:
+) -> Integer[np.ndarray, "rows inputs"] | None:
   """Finds which pixel each input of a layer is, if they are all the pixels, each once.
 
   Args:

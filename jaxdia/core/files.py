@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxdia.core.errors import first_line
+from jaxdia.core.types import NamedArrays
 
 # A compressed file that grows to so many bytes, and by so much, is taken to be made to fill memory.
 _EXPANDED = 2**30
@@ -112,12 +113,12 @@ def read_regular(path: pathlib.Path) -> bytes:
   return path.read_bytes()
 
 
-def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+def write_npz(path: pathlib.Path, arrays: NamedArrays) -> None:
   """Writes arrays as an npz file."""
   write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_npz(path: pathlib.Path) -> NamedArrays:
   """Reads all arrays of an npz file; pickled objects are refused.
 
   Args:

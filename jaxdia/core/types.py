@@ -22,6 +22,7 @@ Key = jax.Array  # a typed key, from `jax.random.key`
 Scalar = Float[Array, ""]
 Number = float | Scalar  # of Python, or of a program
 Images = Float[Array, "batch height width channels"]  # normalised
+HostImages = Float[np.ndarray, "batch height width channels"]  # on the host
 Labels = Integer[Array, " batch"] | Float[Array, "batch classes"]  # classes, or probabilities
 Logits = Float[Array, "batch classes"]
 Params = Any  # a pytree of arrays

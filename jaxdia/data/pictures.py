@@ -10,6 +10,7 @@ import types
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import read_regular
@@ -51,7 +52,9 @@ class _Told(NamedTuple):
   negative: bool
 
 
-def read_picture(path: pathlib.Path) -> np.ndarray:
+def read_picture(
+  path: pathlib.Path,
+) -> Shaped[np.ndarray, "height width"] | Shaped[np.ndarray, "height width 3"]:
   """Returns the pixels of a file, upright: grey [H, W] or colours [H, W, 3].
 
   Args:

@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.types import Statistics, as_statistics
@@ -17,7 +18,9 @@ _DIM_FLOAT = 1 / 16
 _FEW_LEVELS = 2**5
 
 
-def normalize(pixels: np.ndarray, statistics: Statistics) -> np.ndarray:
+def normalize(
+  pixels: Float[np.ndarray, "*batch channels"], statistics: Statistics
+) -> Float[np.ndarray, "*batch channels"]:
   """Returns `(pixels - mean) / std`.
 
   Args:
@@ -31,7 +34,9 @@ def normalize(pixels: np.ndarray, statistics: Statistics) -> np.ndarray:
   return (pixels - mean) / std
 
 
-def denormalize(images: np.ndarray, statistics: Statistics) -> np.ndarray:
+def denormalize(
+  images: Float[np.ndarray, "*batch channels"], statistics: Statistics
+) -> Float[np.ndarray, "*batch channels"]:
   """Returns `images * std + mean`, clipped to [0, 1]: the inverse of `normalize`.
 
   Args:
@@ -45,7 +50,9 @@ def denormalize(images: np.ndarray, statistics: Statistics) -> np.ndarray:
   return np.clip(images * std + mean, 0, 1)
 
 
-def to_pixels(image: np.ndarray, where: str) -> np.ndarray:
+def to_pixels(
+  image: Shaped[np.ndarray, "..."], where: str
+) -> Float[np.ndarray, "height width channels"]:
   """Returns an image as f32[H, W, C] in [0, 1].
 
   Args:
@@ -77,7 +84,7 @@ def to_pixels(image: np.ndarray, where: str) -> np.ndarray:
   return image.astype(np.float32)
 
 
-def check_range(images: list[np.ndarray], source: str) -> None:
+def check_range(images: list[Shaped[np.ndarray, "..."]], source: str) -> None:
   """Refuses images that all use only the lowest values of their type, or warns of 8-bit ones.
 
   How bright the fullest of 12 bits should be cannot be known from 16-bit values. A single dark
@@ -118,7 +125,9 @@ def check_range(images: list[np.ndarray], source: str) -> None:
       )
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
+def resize(
+  image: Float[np.ndarray, "height width channels"], size: int
+) -> Float[np.ndarray, "{size} {size} channels"]:
   """Scales the shorter side to `size` and crops the middle.
 
   Args:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError, first_line, unknown
 from jaxdia.core.files import UnreadableFile, read_npz
@@ -33,7 +34,7 @@ class Raw(NamedTuple):
     class_names: one a label, or None if the source has none.
   """
 
-  images: list[np.ndarray]
+  images: list[Shaped[np.ndarray, "..."]]
   labels: list[int]
   num_classes: int
   statistics: str

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 
 from jaxdia.core.errors import InputError, check_count, first_line, unknown
 from jaxdia.core.files import read_regular
@@ -23,12 +24,12 @@ class Sequences(NamedTuple):
     available: sequences that the source has.
   """
 
-  tokens: np.ndarray
+  tokens: Integer[np.ndarray, "sequences tokens"]
   tokenizer: Any
   vocabulary: int
   available: int
 
-  def text(self, tokens: np.ndarray) -> str:
+  def text(self, tokens: Integer[np.ndarray, " tokens"]) -> str:
     """Returns the text of a sequence; "_" where a token is less than 0.
 
     Args:

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 
 from jaxdia.core.errors import InputError, check_count, unknown
-from jaxdia.core.types import Statistics, as_statistics
+from jaxdia.core.types import HostImages, Statistics, as_statistics
 from jaxdia.data.datasets import statistics_of
 from jaxdia.data.pixels import check_range, resize, to_pixels
 from jaxdia.data.sources import SOURCES, Raw
@@ -27,8 +28,8 @@ class Victims(NamedTuple):
       keeps no names.
   """
 
-  images: np.ndarray
-  labels: np.ndarray
+  images: HostImages
+  labels: Integer[np.ndarray, " batch"]
   num_classes: int
   statistics: Statistics
   class_names: tuple[str, ...] | None = None

@@ -14,7 +14,7 @@ from jaxdia.data import denormalize, normalize
 from jaxdia.evaluation import metrics
 from jaxdia.evaluation.masks import mask_diagnostics
 from jaxdia.evaluation.matching import assign
-from jaxdia.evaluation.metric import Pairs
+from jaxdia.evaluation.metric import Pairs, Scores
 from jaxdia.models import DropoutModel
 
 # Images that floors are computed of at once, which bounds the memory of it.
@@ -131,7 +131,7 @@ def _check_kinds(secret: Any, candidate: Any) -> None:
     )
 
 
-def as_float(array: Any) -> np.ndarray:
+def as_float(array: Any) -> Float[np.ndarray, "..."]:
   """Returns a host array of a type in which numpy and scipy compute; bfloat16 is none."""
   array = np.asarray(array)
   return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
@@ -156,7 +156,7 @@ def pair(
   return Pairs(first, second, normalized, None if pool is None else np.asarray(pool))
 
 
-def image_scores(pairs: Pairs) -> dict[str, np.ndarray | None]:
+def image_scores(pairs: Pairs) -> dict[str, Scores | None]:
   """Returns by name what all metrics of images say: f[B], None where one does not apply."""
   return {
     name: metric.function(pairs) for name, metric in metrics.REGISTRY.items() if metric.function

@@ -7,14 +7,18 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxdia.core.precision import full_precision
+from jaxdia.core.types import Array, HostImages
 
 # The table at the end of a run and of a study, that of the report, and that of a published study.
 TABLES = ("run", "study", "report", "published")
 # Images that a compiled metric takes at once; by themselves they take as long.
 _BLOCK = 8
+
+# A number an image, or whether something holds of it.
+Scores = Float[np.ndarray, " batch"] | Bool[np.ndarray, " batch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +32,18 @@ class Pairs:
     pool: f32[P, H, W, C], pixels of images among which the originals are, if there are such.
   """
 
-  originals: np.ndarray
-  reconstructions: np.ndarray
-  normalized: tuple[np.ndarray, np.ndarray]
-  pool: np.ndarray | None = None
+  originals: HostImages
+  reconstructions: HostImages
+  normalized: tuple[HostImages, HostImages]
+  pool: Float[np.ndarray, "pool height width channels"] | None = None
 
   @property
-  def pixels(self) -> tuple[np.ndarray, np.ndarray]:
+  def pixels(self) -> tuple[HostImages, HostImages]:
     """Originals and reconstructions."""
     return self.originals, self.reconstructions
 
   @functools.cached_property
-  def scaled(self) -> tuple[np.ndarray, np.ndarray]:
+  def scaled(self) -> tuple[HostImages, HostImages]:
     """Both, each image stretched to reach from 0 to 1."""
     return rescale(self.originals), rescale(self.reconstructions)
 
@@ -86,7 +90,7 @@ class Metric:
   format: str = "{:.3g}"
   unit: str = ""
   larger_is_better: bool | None = None
-  function: Callable[[Pairs], np.ndarray | None] | None = None
+  function: Callable[[Pairs], Scores | None] | None = None
   thresholds: tuple[float, ...] = ()
   of: Literal["image", "trial", "site", "attack"] = "image"
   columns: tuple[Column, ...] | None = None
@@ -98,9 +102,7 @@ class Metric:
       object.__setattr__(self, "columns", (mean,))
 
 
-def rescale(
-  images: Float[np.ndarray, "batch height width channels"],
-) -> Float[np.ndarray, "batch height width channels"]:
+def rescale(images: HostImages) -> HostImages:
   """Returns images each scaled to [0, 1], so that contrast and brightness do not count.
 
   Args:
@@ -112,8 +114,8 @@ def rescale(
 
 
 def compiled(
-  function: Callable[..., jax.Array],
-) -> Callable[..., np.ndarray]:
+  function: Callable[..., Float[Array, " batch"]],
+) -> Callable[..., Float[np.ndarray, " batch"]]:
   """Compiles a metric so that any number of images takes at most two programs.
 
   Args:

@@ -27,7 +27,7 @@ def assign_tokens(
 def score_tokens(
   found: Integer[np.ndarray, "batch tokens"],
   originals: Integer[np.ndarray, "batch tokens"],
-  text: Callable[[np.ndarray], str],
+  text: Callable[[Integer[np.ndarray, " tokens"]], str],
 ) -> list[dict[str, float]]:
   """Scores sequences that stand beside their originals.
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import Float, Integer
 
 from jaxdia import data
 from jaxdia.client import LocalUpdate, Observation, Secret, as_local, observe, shuffled
@@ -16,7 +17,7 @@ from jaxdia.client.defences import Defence
 from jaxdia.client.training import accuracy, train
 from jaxdia.core.errors import InputError
 from jaxdia.core.machine import memory_of
-from jaxdia.core.types import Key, Masks, Params
+from jaxdia.core.types import HostImages, Key, Masks, Params
 from jaxdia.experiment.config import ClientsSettings, DataSettings
 from jaxdia.experiment.network import count_weights, create_model, source_digest
 from jaxdia.experiment.training import DELTA
@@ -122,7 +123,7 @@ class Clients:
       params = self._train(jax.random.fold_in(self._key, 3), params)
     return params
 
-  def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+  def batch(self, number: int) -> tuple[HostImages, Integer[np.ndarray, " batch"]]:
     """Returns images, f32[B, H, W, C], normalised, and labels of a client.
 
     Args:
@@ -196,7 +197,7 @@ class Clients:
     return float(accuracy(self.model, self.params, *self._load(source)))
 
   @functools.cached_property
-  def pool(self) -> np.ndarray:
+  def pool(self) -> Float[np.ndarray, "pool height width channels"]:
     """f32[P, H, W, C], pixels of the first images of the source, and of the clients.
 
     They alone if other images of the source cannot be used.

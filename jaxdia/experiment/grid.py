@@ -8,14 +8,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxdia.core.files import write_atomically
+from jaxdia.core.types import HostImages
 
 _MAX_COLUMNS = 16
 
 
 def write_grid(
   path: pathlib.Path,
-  originals: np.ndarray,
-  reconstructions: dict[str, np.ndarray],
+  originals: HostImages,
+  reconstructions: dict[str, HostImages],
   captions: dict[str, Sequence[str]],
 ) -> None:
   """Writes a PNG: a row of originals, then a row for each attack.

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from jaxdia.attacks import Candidate, Status
 from jaxdia.closed_form import Parts, Recovery
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz, write_npz
+from jaxdia.core.types import HostImages
 from jaxdia.engine import Trial
 
 
@@ -41,8 +43,8 @@ class Outcome(NamedTuple):
 
   candidate: Candidate
   records: tuple[Record, ...]
-  images: dict[int, np.ndarray]
-  recording: dict[int, np.ndarray]
+  images: dict[int, HostImages]
+  recording: dict[int, HostImages]
   recovery: Recovery | None = None
   recovery_seconds: float = 0.0
 
@@ -64,7 +66,7 @@ class Outcome(NamedTuple):
     return self.recovery.parts
 
   @property
-  def found(self) -> np.ndarray | None:
+  def found(self) -> Bool[np.ndarray, " batch"] | None:
     """Returns b[B], which images of the candidate are there; None if all are."""
     return None if self.alone is None else np.asarray(self.alone.verdict) > 0
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxdia import data, evaluation
 from jaxdia.client import Secret, defences
 from jaxdia.closed_form import Verdict
-from jaxdia.core.types import Labels, Statistics
+from jaxdia.core.types import HostImages, Labels, Statistics
 from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
@@ -155,7 +155,7 @@ def rows_before(
 
 def in_order(
   clients: Clients, outcome: outcomes.Outcome, number: int
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+) -> tuple[HostImages, dict[int, HostImages]]:
   """Returns what was found of a gradient, in the order of the originals.
 
   Args:

@@ -19,7 +19,7 @@ from jaxdia.core.trees import Path
 from jaxdia.core.types import Array, Images, Labels, Masks
 from jaxdia.models import DenseLayer
 
-Leaves = dict[Path, jax.Array]
+Leaves = dict[Path, Float[Array, "..."]]
 
 
 class Rows(NamedTuple):

@@ -88,8 +88,8 @@ class Prepared:
   params: Params
   target: Target
   labels: Labels | None
-  mean: jax.Array
-  std: jax.Array
+  mean: Float[Array, " channels"]
+  std: Float[Array, " channels"]
   batch_size: int = static()
   loss: Loss = static(default=CROSS_ENTROPY)
   averages: dict[str, Averages] | None = None

@@ -4,8 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import jax
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from jaxdia.core.types import Array, Images, Masks, Params
 from jaxdia.models.base import DropoutModel
@@ -29,8 +28,8 @@ class _Followed(Protocol):
   """A network that tells what a step makes of its constants."""
 
   def constants_after(
-    self, params: Params, images: Images, hooks: Hooks, before: Mapping[str, jax.Array]
-  ) -> dict[str, jax.Array]:
+    self, params: Params, images: Images, hooks: Hooks, before: Mapping[str, Shaped[Array, "..."]]
+  ) -> dict[str, Shaped[Array, "..."]]:
     """Returns them by their names, of those before the step."""
     ...
 
@@ -49,8 +48,8 @@ def averages_after(
   params: Params,
   masks: Masks | None,
   images: Images,
-  before: Mapping[str, jax.Array],
-) -> dict[str, jax.Array]:
+  before: Mapping[str, Shaped[Array, "..."]],
+) -> dict[str, Shaped[Array, "..."]]:
   """Returns what a step on some images makes of running averages.
 
   Args:

@@ -15,15 +15,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float
 
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.precision import full_precision, usual_promotion
 from jaxdia.core.trees import Path, is_traced, leaves_by_path, static, value_tree
-from jaxdia.core.types import Images, Key, Logits, Masks, Number, Params, as_numbers, check_key
+from jaxdia.core.types import (
+  Array,
+  Images,
+  Key,
+  Logits,
+  Masks,
+  Number,
+  Params,
+  as_numbers,
+  check_key,
+)
 from jaxdia.models import discovery
 from jaxdia.models.convolutions import CONVOLVE, Convolve, is_faster_as_product
 from jaxdia.models.hooks import Hooks, ignore_sites
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Shape, Site, Taps, drop
+
+# added(inputs, shape of the outputs) -> what is added to them
+Added = Callable[[Float[Array, "..."], Shape], Float[Array, "..."]]
 
 
 class Network(abc.ABC):
@@ -213,7 +227,7 @@ class DropoutModel:
     masks: Masks | None,
     images: Images,
     taps: Taps,
-    added: Mapping[Path, Callable[[jax.Array, Shape], jax.Array]] = MappingProxyType({}),
+    added: Mapping[Path, Added] = MappingProxyType({}),
   ) -> tuple[Logits, Taps]:
     """Computes logits, with something added to the outputs of layers.
 

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Constants, leaves_by_name, leaves_by_path, with_leaves
-from jaxdia.core.types import Images, Key, Params
+from jaxdia.core.types import Array, Images, Key, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.flax_interception import interceptor
@@ -100,8 +101,8 @@ class FlaxNetwork(Network):
     return self._step(params, images, hooks, self.collections.tree, rngs)[0]
 
   def constants_after(
-    self, params: Params, images: Images, hooks: Hooks, before: Mapping[str, jax.Array]
-  ) -> dict[str, jax.Array]:
+    self, params: Params, images: Images, hooks: Hooks, before: Mapping[str, Shaped[Array, "..."]]
+  ) -> dict[str, Shaped[Array, "..."]]:
     """Returns what a step makes of the other collections, such as running averages, by name."""
     others = self.collections.tree
     given = {

@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
+from jaxtyping import Float
 
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.trees import leaves_by_path
-from jaxdia.core.types import Images, Key, Logits, Params
+from jaxdia.core.types import Array, Images, Key, Logits, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.hooks import Hooks, SiteCall
 
 # drop(site, activations, mask_shape=None) -> activations
-Drop = Callable[..., jax.Array]
+Drop = Callable[..., Float[Array, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)

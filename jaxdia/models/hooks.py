@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
+from jaxtyping import Bool, Float
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path
+from jaxdia.core.types import Array
 from jaxdia.models.convolutions import PlainConvolution
 
 
@@ -37,14 +38,14 @@ class SiteCall(NamedTuple):
   name: str
   rate: float | None
   shape: tuple[int, ...]
-  inputs: jax.Array
-  draw: Callable[[], jax.Array] | None = None
+  inputs: Float[Array, "..."]
+  draw: Callable[[], Bool[Array, "..."]] | None = None
 
 
 # on_site(call) -> activations after dropout
-OnSite = Callable[[SiteCall], jax.Array]
+OnSite = Callable[[SiteCall], Float[Array, "..."]]
 # on_linear(layer, inputs, outputs, nested) -> outputs; nested: inside a transformation like remat
-OnLinear = Callable[[Linear, jax.Array, jax.Array, bool], jax.Array]
+OnLinear = Callable[[Linear, Float[Array, "..."], Float[Array, "..."], bool], Float[Array, "..."]]
 # on_inactive(path), where dropout of a rate above 0 is switched off
 OnInactive = Callable[[str], None]
 
@@ -94,6 +95,6 @@ def check_plain_dropout(where: str, layer: Any, plain: type, name: str) -> None:
     )
 
 
-def ignore_sites(call: SiteCall) -> jax.Array:
+def ignore_sites(call: SiteCall) -> Float[Array, "..."]:
   """Is an `OnSite` that makes dropout the identity."""
   return call.inputs

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jaxdia.core.types import Params
 
 
 def params_of_reference(
-  state: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
+  state: Mapping[str, Float[np.ndarray, "..."]], image_shape: tuple[int, int, int]
 ) -> Params:
   """Returns the params of `mlp` or `vit` with the weights of the authors' model.
 

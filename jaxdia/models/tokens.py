@@ -98,7 +98,9 @@ class TokenNetwork(FlaxNetwork):
     mean, std, _ = self.columns(params)
     return images[:, :, 0] * std + mean
 
-  def columns(self, params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def columns(
+    self, params: Params
+  ) -> tuple[Float[Array, " width"], Float[Array, " width"], Float[Array, "vocabulary width"]]:
     """Returns means and standard deviations of the columns of the table, and the table."""
     table = jax.lax.stop_gradient(leaves_by_path(params)[self.table])
     std = jnp.std(table, axis=0)

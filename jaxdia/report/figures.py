@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float, Integer
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -154,7 +155,7 @@ def site_bars(accuracy: dict[str, dict[str, float]]) -> str:
     return png_uri(_png(figure))
 
 
-def image_uri(image: np.ndarray) -> str | None:
+def image_uri(image: Float[np.ndarray, "height width channels"]) -> str | None:
   """Returns an image as data URI, or None where there is none.
 
   Args:
@@ -169,7 +170,11 @@ def image_uri(image: np.ndarray) -> str | None:
   return _uri(picture, "jpeg", quality=88)
 
 
-def formation(originals: np.ndarray, frames: np.ndarray, iterations: np.ndarray) -> tuple[str, str]:
+def formation(
+  originals: Float[np.ndarray, "images height width channels"],
+  frames: Integer[np.ndarray, "images frames height width channels"],
+  iterations: Integer[np.ndarray, " frames"],
+) -> tuple[str, str]:
   """Shows reconstructions as they form, each beside its original.
 
   Args:

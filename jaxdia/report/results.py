@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from jaxtyping import Integer, Shaped
 
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import UnreadableFile, read_npz
@@ -65,7 +66,7 @@ class Cell:
       for row in self.rows_of(attack)
     }
 
-  def read_images(self) -> dict[str, np.ndarray]:
+  def read_images(self) -> dict[str, Shaped[np.ndarray, "images ..."]]:
     """Reads `originals`, f[N, H, W, C], and the reconstructions by attack, NaN where none.
 
     Raises:
@@ -80,7 +81,7 @@ class Cell:
         raise _damaged(path, f"{name} has shape {arrays[name].shape}")
     return arrays
 
-  def read_recordings(self) -> dict[str, np.ndarray]:
+  def read_recordings(self) -> dict[str, Integer[np.ndarray, "..."]]:
     """Reads `iterations`, i[K], and by attack u8[M, K, H, W, C]; empty if nothing was recorded.
 
     Raises:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from jaxtyping import Float
 
 from jaxdia.experiment.schema import Row
 from jaxdia.report.results import Cell, Study
@@ -32,7 +33,7 @@ class Line(NamedTuple):
   attack: str
   rest: str
   x: list[float]
-  points: dict[str, np.ndarray]
+  points: dict[str, Float[np.ndarray, "x 3"]]
 
 
 class Sweep(NamedTuple):

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxdia.core.trees import Path
 from jaxdia.core.types import NamedArrays
@@ -51,7 +52,10 @@ def turned(
 
 
 def put_channels_last(
-  model: DropoutModel, kernels: list[Path], found: dict[Path, np.ndarray], notes: list[str]
+  model: DropoutModel,
+  kernels: list[Path],
+  found: dict[Path, Shaped[np.ndarray, "..."]],
+  notes: list[str],
 ) -> None:
   """Puts rows of dense kernels in the order in which Flax flattens an image or its features.
 

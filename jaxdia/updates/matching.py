@@ -7,10 +7,9 @@ turned too. What had to be assumed is said in notes.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
@@ -63,7 +62,7 @@ class _Place(NamedTuple):
 
 def fit(
   model: DropoutModel,
-  arrays: Mapping[str, np.ndarray] | Sequence[np.ndarray],
+  arrays: Mapping[str, Any] | Sequence[Any],
   what: str = "params",
   *,
   by_order: bool = False,

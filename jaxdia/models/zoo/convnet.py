@@ -1,9 +1,9 @@
 """A plain deep convolutional network, as gradient inversion is often tried on."""
 
-import jax
 from flax import linen as nn
 
 from jaxdia.core.errors import InputError, unknown
+from jaxdia.core.types import Images, Logits
 from jaxdia.models.zoo.layers import ACTIVATIONS, check_groups, convolution, dense, group_norm
 
 _POOLS = {"max": nn.max_pool, "average": nn.avg_pool}
@@ -46,7 +46,7 @@ class ConvNet(nn.Module):
       )
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(self, images: Images, train: bool = True) -> Logits:
     """Returns f[B, num_classes] logits of f[B, H, W, C] images; drops only if `train`."""
     x = images
     for i, factor in enumerate((1, 2, 2, 4, 4, 4, 4, 4)):

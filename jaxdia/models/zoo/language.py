@@ -2,8 +2,10 @@
 
 import jax
 from flax import linen as nn
+from jaxtyping import Float, Integer
 
 from jaxdia.core.errors import InputError
+from jaxdia.core.types import Array, Logits
 from jaxdia.models.zoo.layers import dense
 
 
@@ -85,7 +87,9 @@ class LanguageModel(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(
+    self, tokens: Integer[Array, "batch tokens"], train: bool = True
+  ) -> Logits | Float[Array, "batch tokens vocabulary"]:
     """Returns logits of tokens i[B, T]; drops only if `train`.
 
     Returns:

@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float
 
 from jaxdia.core.errors import InputError
+from jaxdia.core.types import Array
 
 ACTIVATIONS = {
   "gelu": functools.partial(nn.gelu, approximate=False),
@@ -28,7 +30,9 @@ def _bias_init(fan_in: int) -> nn.initializers.Initializer:
   return init
 
 
-def dense(x: jax.Array, features: int, name: str, use_bias: bool = True) -> jax.Array:
+def dense(
+  x: Float[Array, "*rows inputs"], features: int, name: str, use_bias: bool = True
+) -> Float[Array, "*rows {features}"]:
   """Calls a new dense layer of a compact module, drawn as PyTorch draws it.
 
   Args:
@@ -47,8 +51,13 @@ def dense(x: jax.Array, features: int, name: str, use_bias: bool = True) -> jax.
 
 
 def convolution(
-  x: jax.Array, features: int, size: int, stride: int, name: str, use_bias: bool = True
-) -> jax.Array:
+  x: Float[Array, "batch height width channels"],
+  features: int,
+  size: int,
+  stride: int,
+  name: str,
+  use_bias: bool = True,
+) -> Float[Array, "batch _ _ {features}"]:
   """Calls a new square convolution of a compact module, drawn as PyTorch draws it.
 
   Args:
@@ -75,7 +84,9 @@ def convolution(
   return layer(x)
 
 
-def group_norm(x: jax.Array, groups: int, name: str) -> jax.Array:
+def group_norm(
+  x: Float[Array, "batch height width channels"], groups: int, name: str
+) -> Float[Array, "batch height width channels"]:
   """Calls a new group normalisation of a compact module, as PyTorch computes it.
 
   Args:

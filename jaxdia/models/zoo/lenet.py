@@ -1,8 +1,8 @@
 """A convolutional network in the manner of LeNet."""
 
-import jax
 from flax import linen as nn
 
+from jaxdia.core.types import Images, Logits
 from jaxdia.models.zoo.layers import convolution, dense
 
 
@@ -26,7 +26,7 @@ class LeNet(nn.Module):
   hidden_size: int = 256
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(self, images: Images, train: bool = True) -> Logits:
     """Returns f[B, num_classes] logits of f[B, H, W, C] images; drops only if `train`."""
     x = images
     for i, stride in enumerate((2, 2, 1)):

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 
 from jaxdia.core.errors import unknown
+from jaxdia.core.types import Images, Logits
 from jaxdia.models.zoo.layers import ACTIVATIONS, dense
 
 
@@ -33,7 +33,7 @@ class MLP(nn.Module):
       raise unknown("activation of the model mlp", self.activation, ACTIVATIONS)
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(self, images: Images, train: bool = True) -> Logits:
     """Returns f[B, num_classes] logits of f[B, H, W, C] images; drops only if `train`."""
     x = images.reshape(images.shape[0], -1)
     for i, size in enumerate(self.hidden_sizes):

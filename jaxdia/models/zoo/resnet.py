@@ -1,9 +1,9 @@
 """Residual networks."""
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxdia.core.types import Images, Logits
 from jaxdia.models.zoo.layers import check_groups, convolution, dense, group_norm
 
 
@@ -31,7 +31,7 @@ class ResNet18(nn.Module):
     check_groups(self.width, self.groups)
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(self, images: Images, train: bool = True) -> Logits:
     """Returns f[B, num_classes] logits of f[B, H, W, C] images; drops only if `train`."""
 
     def norm(x, name):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdia.core.errors import InputError
+from jaxdia.core.types import Images, Logits
 from jaxdia.models.zoo.layers import dense
 
 
@@ -94,7 +95,7 @@ class ViT(nn.Module):
       )
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
+  def __call__(self, images: Images, train: bool = True) -> Logits:
     """Returns f[B, num_classes] logits of f[B, H, W, C] images; drops only if `train`."""
     batch, height, image_width, channels = images.shape
     size = self.patch_size
