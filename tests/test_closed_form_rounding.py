@@ -102,7 +102,7 @@ def test_zeros_are_split_from_others_where_there_is_no_gap():
   split = split_zeros(values, np.ones(200), 40, 160, 4e-3)
   assert np.sum(np.asarray(split.zero) != zero) <= 6 and split.gap > 8
   # What was not counted is no zero, and of one distribution no part stands out.
-  counts = np.arange(200) % 2
+  counts = np.arange(200) % 2.0
   split = split_zeros(values, counts, 20, 80, 4e-3)
   assert not np.any(np.asarray(split.zero)[counts == 0])
   assert np.sum((np.asarray(split.zero) != zero)[counts == 1]) <= 4
