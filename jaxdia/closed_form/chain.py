@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxdia.client import Loss
 from jaxdia.closed_form.found import tolerance_of
-from jaxdia.closed_form.noise import CLEAN
 from jaxdia.closed_form.parts import NO_LABEL
 from jaxdia.closed_form.serial import after, batched_map
 from jaxdia.closed_form.spaces import (
@@ -258,8 +257,6 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
       sure = told & (jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept))))
       kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
     masks.append(kept)
-    # Of an image whose gradient is mostly rounding, entries that are small besides are not known.
-    active[k] &= sure | (level <= CLEAN)
     slopes.append(kept * slope)
     one = jnp.ones(1 if layers[k + 1].biased else 0)
     inputs.append(jnp.concatenate([kept * values, one]))
