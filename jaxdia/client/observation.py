@@ -1,7 +1,6 @@
 """What the server sees of a client's training step, and what stays with the client."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.core import Tracer
 from jaxtyping import Float
 
 from jaxdia.client.defences import Defence, as_defence, identity
 from jaxdia.client.local import LocalUpdate, as_local
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
 from jaxdia.core.errors import InputError, check_count
-from jaxdia.core.trees import Path, leaves_by_path, static, value_tree, with_leaves
+from jaxdia.core.trees import Path, is_traced, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import (
   Array,
   Gradient,
@@ -26,6 +24,7 @@ from jaxdia.core.types import (
   Params,
   Statistics,
   as_numbers,
+  mend_of_labels,
 )
 from jaxdia.models import Averages, DropoutModel, check_params
 
@@ -184,7 +183,7 @@ def _fit_local(local: LocalUpdate | None, size: int, dtype: Any) -> LocalUpdate 
 
 
 def _is_concrete(array: Any) -> bool:
-  return not isinstance(array, (Tracer, jax.ShapeDtypeStruct))
+  return not (is_traced(array) or isinstance(array, jax.ShapeDtypeStruct))
 
 
 def _as_array(value: Any, dtype: Any = None) -> Any:
@@ -305,22 +304,3 @@ def _fit_labels(labels: Any, size: int) -> Any:  # labels, or what stands for th
       f" ({size},), one class for each of batch_size={size} images.{mend_of_labels(labels, size)}"
     )
   return _as_array(labels, jnp.dtype(jnp.int32))
-
-
-def mend_of_labels(labels: Any, size: int) -> str:
-  """Returns what makes labels of other forms classes, for the end of a message.
-
-  Args:
-    labels: an array.
-    size: number of images.
-  """
-  shape = tuple(labels.shape)
-  if shape == (size,) and jnp.issubdtype(labels.dtype, jnp.floating):
-    return " Use labels.astype(int) if they are whole numbers."
-  if shape == (size,) and labels.dtype == bool:
-    return " Use labels.astype(int)."
-  if len(shape) > 1 and math.prod(shape) == size:
-    return " Use labels.ravel()."
-  if len(shape) == 2 and shape[0] == size:
-    return " Use labels.argmax(1) if they are one-hot or probabilities."
-  return ""

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.core import Tracer
 
 from jaxdia.client.defences import Defence, Step, as_defence, identity
 from jaxdia.client.local import LocalUpdate, as_local, draw_masks, local_gradient
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
-from jaxdia.client.observation import Observation, Secret, mend_of_labels
+from jaxdia.client.observation import Observation, Secret
 from jaxdia.core.errors import InputError
+from jaxdia.core.trees import is_traced
 from jaxdia.core.types import (
   Gradient,
   Images,
@@ -25,6 +25,7 @@ from jaxdia.core.types import (
   as_numbers,
   as_statistics,
   check_key,
+  mend_of_labels,
 )
 from jaxdia.models import DropoutModel
 
@@ -180,7 +181,7 @@ def _check_batch(model: DropoutModel, images: Any, labels: Any, statistics: Stat
       f"statistics are for {len(statistics.mean)} channels; expected one number for each of the"
       f" {images.shape[-1]} of the images, or one for all."
     )
-  if isinstance(images, Tracer) or isinstance(labels, Tracer):
+  if is_traced((images, labels)):
     return
   images, labels = np.asarray(images), np.asarray(labels)
   if not np.isfinite(images).all():

@@ -217,13 +217,12 @@ def _candidates(key, spaces, zeros_of, left, effort):
       key, points, first.columns, first.padding, first.noise, zeros_of, left, effort
     )
     return None if zero is None else _see(first, second, zero, zeros_of)
-  filled = _filled(first.right.T, zeros_of[-1])
+  filled = _filled(np.linalg.norm(first.right, axis=0), zeros_of[-1])
   return _see(first, second, ~filled[None], zeros_of)
 
 
-def _filled(points, rounding):
-  """Returns which of the points are more than rounding."""
-  sizes = np.linalg.norm(points, axis=1)
+def _filled(sizes, rounding):
+  """Returns which points are more than rounding, by their sizes."""
   return sizes > max(_EMPTY_COLUMN, OF_ROUNDING * rounding) * np.max(sizes)
 
 
@@ -232,9 +231,9 @@ def _find_planes(key, points, told, padding, noise, zeros_of, most, effort):
   rate, silent, rounding = zeros_of
   if not (rate or silent):
     return None
-  filled = _filled(points, rounding)
-  counts, dimensions = filled.astype(float), points.shape[1]
   sizes = np.linalg.norm(points, axis=1)
+  filled = _filled(sizes, rounding)
+  counts, dimensions = filled.astype(float), points.shape[1]
   points = points / np.where(filled, sizes, 1)[:, None] * counts[:, None]
   noise = noise / np.sqrt(np.mean(sizes[filled] ** 2))
   starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))

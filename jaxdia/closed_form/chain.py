@@ -239,8 +239,7 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
     active.append(((values != 0) | (slope != 0)) & told)
     if k:
       rate = None if links.sites[k] is None else model.rates[links.sites[k]]
-      within_reach = slice(k, k + 2)
-      kept, delta = _kept_after(spaces[within_reach], delta, active[k], rate, level)
+      kept, delta = _kept_after(spaces[k : k + 2], delta, active[k], rate, level)
     # delta = (next delta @ weights.T) * slope, and the next delta lies in the space of its layer.
     inner = layers[k + 1].weights[: len(values)].T
     within = jnp.eye(len(inner)) if k + 1 == last else spaces[k + 1].right

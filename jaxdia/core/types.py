@@ -1,6 +1,7 @@
 """The names that the rest of the package uses for arrays and trees of arrays."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,25 @@ def check_key(key: Any, what: str = "key") -> Key:
     return key
   got = type(key).__name__ if shape is None else f"{dtype} of shape {tuple(shape)}"
   raise InputError(f"{what} is {got}; expected one random key. Use jax.random.key(0).")
+
+
+def mend_of_labels(labels: Any, size: int) -> str:
+  """Returns what makes labels of other forms classes, for the end of a message.
+
+  Args:
+    labels: an array.
+    size: number of images.
+  """
+  shape = tuple(labels.shape)
+  if shape == (size,) and jnp.issubdtype(labels.dtype, jnp.floating):
+    return " Use labels.astype(int) if they are whole numbers."
+  if shape == (size,) and labels.dtype == bool:
+    return " Use labels.astype(int)."
+  if shape != (size,) and math.prod(shape) == size:
+    return " Use labels.ravel()."
+  if len(shape) == 2 and shape[0] == size:
+    return " Use labels.argmax(1) if they are one-hot or probabilities."
+  return ""
 
 
 def as_numbers(value: Any) -> Any:

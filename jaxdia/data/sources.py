@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError, first_line, unknown
 from jaxdia.core.files import UnreadableFile, read_npz
+from jaxdia.core.types import mend_of_labels
 from jaxdia.data.datasets import DATASETS
 from jaxdia.data.pictures import ENDINGS, read_picture
 
@@ -210,16 +211,9 @@ def _check_labels(labels: np.ndarray, count: int, path: pathlib.Path) -> None:
   """Refuses labels that are not i[N] (or b[N]), with what makes them so."""
   if labels.shape == (count,) and labels.dtype.kind in "biu":
     return
-  if labels.shape == (count,) and labels.dtype.kind == "f":
-    mend = " Use labels.astype(int) if they are whole numbers."
-  elif labels.shape == (count,) and labels.dtype.kind in "US":
+  mend = mend_of_labels(labels, count)
+  if labels.shape == (count,) and labels.dtype.kind in "US":
     mend = " Use class_names, labels = numpy.unique(labels, return_inverse=True), and save both."
-  elif labels.size == count and labels.shape != (count,):
-    mend = " Use labels.ravel()."
-  elif labels.ndim == 2 and len(labels) == count:
-    mend = " Use labels.argmax(1) if they are one-hot or probabilities."
-  else:
-    mend = ""
   raise InputError(
     f"labels in {path} are {labels.dtype} of shape {labels.shape}; expected integers of shape"
     f" ({count},), one class an image.{mend}"

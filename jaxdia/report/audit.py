@@ -184,10 +184,10 @@ def _sites(sites: dict[str, float]) -> str:
 
 
 def _not_tried(audit: Audit) -> list[str]:
-  tried = {attempt.name for update in audit.updates for attempt in update.attempts}
+  tried = [attempt for update in audit.updates for attempt in update.attempts]
   seconds = audit.settings["seconds"]
   texts = []
-  if not tried & {"dia", "dia_tv", "hybrid", "hybrid_tv", "ig"}:
+  if all(attempt.iterations is None for attempt in tried):  # none was a search
     reason = "linear algebra had found all"
     if not seconds:
       reason = "config.seconds is 0"
