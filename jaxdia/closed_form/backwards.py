@@ -118,7 +118,7 @@ def _note_masks(found: Found, source, kept: np.ndarray, known: np.ndarray | bool
   if source.entries is None:
     return
   for number, (one, told) in enumerate(zip(kept, np.broadcast_to(known, kept.shape), strict=True)):
-    found.set_mask(source.site, number, np.where(told, source.entries, -1), one)
+    found.set_mask(source.site, number, source.entries, one, told)
 
 
 def _kept_inputs(before: Before, rate) -> list[np.ndarray]:

@@ -317,9 +317,12 @@ def _by_first_layer(samples):
   layers is off, and with it labels and masks.
   """
   failed = ~(samples.residual < _GOOD)
-  active = [samples.active[0], *(x & ~failed[:, None] for x in samples.active[1:])]
+  known = {
+    name: (first, *(x & ~failed[:, None] for x in later))
+    for name, (first, *later) in {"active": samples.active, "sure": samples.sure}.items()
+  }
   return samples._replace(
-    active=tuple(active),
+    **known,
     label=np.where(failed, NO_LABEL, samples.label),
     scale=np.where(failed, np.nan, samples.scale),
     residual=np.where(failed, samples.fit, samples.residual),

@@ -38,9 +38,10 @@ from jaxdia.models import DenseLayer, DropoutModel
 _UNITS = 4
 # A sample has a label unless it fits the gradient so many times better without.
 _BETTER_WITHOUT = 10.0
-# A delta tells nothing of what was dropped if it is smaller than this, relative to the others, or
-# than so many times the share that rounding changed.
-_LEAST_DELTA, _OF_ROUNDING = 3e-5, 4
+# A delta tells what was dropped if it is so many times its noise.
+_SURE = 10
+# The standard deviation of a normal distribution by the median of its sizes.
+_OF_MEDIAN = 1.4826
 # So often what a sample kept is judged by what it would have if it had kept all.
 _TURNS = 4
 # Behind a ReLU no more than this share of the outputs is zero.
@@ -56,6 +57,7 @@ class Sample(NamedTuple):
     kept: f64[inputs] of each layer but the first, masks of its inputs.
     active: b[inputs] of each layer but the first, where the mask makes a difference. Where it makes
       none, as behind a ReLU that is off, it is not known, and `kept` is 0.
+    sure: b[inputs] likewise, where the difference is beyond the noise, so that `kept` is known.
     label: i[]; NO_LABEL if the gradient does not tell it.
     scale: f[], by which factor the gradient exceeds that of the loss.
     residual: f[], how far all this is from what the gradient allows, relative.
@@ -70,6 +72,7 @@ class Sample(NamedTuple):
   deltas: tuple[Float[Array, "*samples _"], ...]
   kept: tuple[Float[Array, "*samples _"], ...]
   active: tuple[Bool[Array, "*samples _"], ...]
+  sure: tuple[Bool[Array, "*samples _"], ...]
   label: Integer[Array, "*samples"]
   scale: Float[Array, "*samples"]
   residual: Float[Array, "*samples"]
@@ -231,7 +234,7 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
   # Of a sample with a small part in the gradient more is rounding than of the whole.
   own = noise_in(delta @ spaces[0].right.T, spaces[0].noise, delta)
   level = jnp.maximum(jnp.max(levels), own)
-  masks, active, slopes = [], [], []
+  masks, active, surely, slopes = [], [], [], []
   for k in range(last):
     values, slope = activation(k, inputs[k] @ layers[k].weights)
     # Where neither of two gradients was sent, nothing tells.
@@ -251,11 +254,14 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
       # What was kept shows once more, now that the delta is known that would be if all were. What
       # was wrong in the first place is in this delta too, so it is asked again.
       expected = (next_delta @ inner) * slope
-      least = jnp.maximum(_LEAST_DELTA, _OF_ROUNDING * level)
-      told = spaces[k].columns > 0
-      sure = told & (jnp.abs(expected) > least * rms(expected, jnp.ones(len(kept))))
-      kept = jnp.where(sure, (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype), kept)
+      noise = _SURE * _noise_of(delta - expected, weights, jnp.sum(1 - padding))
+      small = jnp.abs(expected) < noise
+      seen = jnp.abs(delta) > jnp.abs(expected) / 2
+      # Of a small one the gradient of the next layer tells more, where there is one.
+      judged = (spaces[k].columns > 0) & ~(small & (k + 1 < len(spaces)))
+      kept = jnp.where(judged, seen.astype(kept.dtype), kept)
     masks.append(kept)
+    surely.append(active[k] & ~((spaces[k].columns > 0) & small))
     slopes.append(kept * slope)
     one = jnp.ones(1 if layers[k + 1].biased else 0)
     inputs.append(jnp.concatenate([kept * values, one]))
@@ -293,8 +299,21 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
   rows = links.layers[0].inputs
   spread = size * jnp.sqrt(tilt**2 + spread**2 / rows)
   spread = jnp.hypot(spread, error * rms(inputs[0][:rows], jnp.ones(rows)))
-  parts = (tuple(inputs), deltas, tuple(masks), tuple(active))
+  parts = (tuple(inputs), deltas, tuple(masks), tuple(active), tuple(surely))
   return Sample(*parts, label, scale, residual, spread, fit, level)
+
+
+def _noise_of(left, weights, solved):
+  """Returns the standard deviation of what is left of values after a fit, outliers apart.
+
+  Args:
+    left: f64[n].
+    weights: f64[n], 1 for those that were fitted, else 0.
+    solved: f[], number of unknowns of the fit.
+  """
+  median = jnp.nanmedian(jnp.where(weights > 0, jnp.abs(left), jnp.nan))
+  count = jnp.sum(weights)
+  return _OF_MEDIAN * median * jnp.sqrt(count / jnp.maximum(count - solved, 1))
 
 
 def _rows_after(spaces, k, count):

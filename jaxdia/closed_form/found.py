@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 
 from jaxdia.client import Observation
 from jaxdia.closed_form.labels import recover_labels
@@ -117,20 +117,23 @@ class Found:
     number: int,
     entries: Integer[np.ndarray, " n"],
     kept: Float[np.ndarray, " n"],
+    sure: Bool[np.ndarray, " n"] | bool = True,
   ) -> None:
     """Notes the entries of an image's part of a mask.
 
     Args:
       site: of the mask; nothing is noted for None, or for a mask that images share.
       number: of the image.
-      entries: i[n], their indices; -1 for one that is not known.
+      entries: i[n], their indices; -1 for one that nothing tells.
       kept: f[n], 1 or 0.
+      sure: b[n], entries that are known; the others are guesses.
     """
     if site is None or self.axes[site] != 0 or len(self.parts.masks[site]) != len(self.residual):
       return
-    entries, kept = entries[entries >= 0], kept[entries >= 0]
-    self.parts.masks[site][number].reshape(-1)[entries] = kept
-    self.parts.known_masks[site][number].reshape(-1)[entries] = True
+    told = entries >= 0
+    self.parts.masks[site][number].reshape(-1)[entries[told]] = kept[told]
+    sure = np.broadcast_to(sure, told.shape)
+    self.parts.known_masks[site][number].reshape(-1)[entries[told]] = sure[told]
 
   def declare_features(self, layer: DenseLayer | Convolution) -> None:
     """Makes room for the inputs of a layer."""

@@ -27,7 +27,7 @@ class Parts(NamedTuple):
   Attributes:
     images: f[B, H, W, C], normalised; zeros where the verdict is not applicable.
     verdict: i[B], a `Verdict` on each image.
-    masks: {site: f[shape]}, the expected ones where they are not known.
+    masks: {site: f[shape]}; where they are not known, the most likely or the expected ones.
     known_masks: {site: b[shape]}.
     labels: i[B]; where they are not known, the most likely ones; NO_LABEL if none can be read.
     known_labels: b[B], labels that belong to the image in their place.

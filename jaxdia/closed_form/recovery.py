@@ -190,7 +190,7 @@ def _use_chain(key, model, chain: Chain, observation, gradient, found, noise) ->
       source = chain.inputs[k + 1]
       if source.entries is not None:
         entries = np.where(samples.active[k][i], source.entries, -1)
-        found.set_mask(source.site, i, entries, kept[i])
+        found.set_mask(source.site, i, entries, kept[i], samples.sure[k][i])
       if chain.pixels is None:
         path = chain.layers[k + 1].path
         found.set_features(path, i, samples.inputs[k + 1][i][: chain.layers[k + 1].inputs])
