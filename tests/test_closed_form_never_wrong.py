@@ -56,8 +56,20 @@ SPOILS = {
   "batch size": lambda o, rng: o.gradient,
   "two steps": lambda o, rng: o.gradient,
   "copies": lambda o, rng: o.gradient,
+  "learnt": lambda o, rng: o.gradient,
   "blank": lambda o, rng: o.gradient,
 }
+
+
+@jax.jit
+def _learn(model, params, images, labels):
+  """Returns weights that an image of the batch is learnt by, so that its gradient is small."""
+
+  def step(_, params):
+    gradient = client_gradient(model, params, None, images, labels)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+
+  return jax.lax.fori_loop(0, 200, step, params)
 
 
 class _Found(NamedTuple):
@@ -78,6 +90,8 @@ def _play(kind, seed):
   if kind == "copies":
     images[-1] = images[0]
   labels = rng.integers(0, 10, size)
+  if kind == "learnt":
+    params = _learn(model, params, jnp.asarray(images[:1]), jnp.asarray(labels[:1], jnp.int32))
   seen, secret = observe(jax.random.key(seed + 1), model, params, images, labels)
   gradient = SPOILS[kind](seen, rng)
   known = images
