@@ -317,12 +317,13 @@ def _by_first_layer(samples):
   layers is off, and with it labels and masks.
   """
   failed = ~(samples.residual < _GOOD)
-  known = {
-    name: (first, *(x & ~failed[:, None] for x in later))
-    for name, (first, *later) in {"active": samples.active, "sure": samples.sure}.items()
-  }
+
+  def unless_failed(first, *later):
+    return (first, *(entries & ~failed[:, None] for entries in later))
+
   return samples._replace(
-    **known,
+    active=unless_failed(*samples.active),
+    sure=unless_failed(*samples.sure),
     label=np.where(failed, NO_LABEL, samples.label),
     scale=np.where(failed, np.nan, samples.scale),
     residual=np.where(failed, samples.fit, samples.residual),

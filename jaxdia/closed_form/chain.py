@@ -236,11 +236,12 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
   # Of a sample with a small part in the gradient more is rounding than of the whole.
   own = noise_in(delta @ spaces[0].right.T, spaces[0].noise, delta)
   level = jnp.maximum(jnp.max(levels), own)
-  masks, active, surely, slopes = [], [], [], []
+  masks, active, sure, slopes = [], [], [], []
   for k in range(last):
     values, slope = activation(k, inputs[k] @ layers[k].weights)
+    shown = spaces[k].columns > 0
     # Where neither of two gradients was sent, nothing tells.
-    told = (spaces[k].columns > 0) | (_rows_after(spaces, k, len(values)) > 0)
+    told = shown | (_rows_after(spaces, k, len(values)) > 0)
     active.append(((values != 0) | (slope != 0)) & told)
     if k:
       rate = None if links.sites[k] is None else model.rates[links.sites[k]]
@@ -249,6 +250,7 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
     inner = layers[k + 1].weights[: len(values)].T
     within = jnp.eye(len(inner)) if k + 1 == last else spaces[k + 1].right
     padding = jnp.zeros(len(inner)) if k + 1 == last else spaces[k + 1].padding
+    small = jnp.zeros_like(shown)
     for _ in range(_TURNS):
       rows = (within @ inner) * (kept * slope)[None]
       weights = kept * spaces[k].columns
@@ -256,14 +258,14 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
       # What was kept shows once more, now that the delta is known that would be if all were. What
       # was wrong in the first place is in this delta too, so it is asked again.
       expected = (next_delta @ inner) * slope
-      noise = _SURE * _noise_of(delta - expected, weights, jnp.sum(1 - padding))
-      small = jnp.abs(expected) < noise
-      seen = jnp.abs(delta) > jnp.abs(expected) / 2
+      noise = _noise_of(delta - expected, weights, jnp.sum(1 - padding))
+      small = shown & (jnp.abs(expected) < _SURE * noise)
+      seen = (jnp.abs(delta) > jnp.abs(expected) / 2).astype(kept.dtype)
       # Of a small one the gradient of the next layer tells more, where there is one.
-      judged = (spaces[k].columns > 0) & ~(small & (k + 1 < len(spaces)))
-      kept = jnp.where(judged, seen.astype(kept.dtype), kept)
+      judged = shown & ~small if k + 1 < len(spaces) else shown
+      kept = jnp.where(judged, seen, kept)
     masks.append(kept)
-    surely.append(active[k] & ~((spaces[k].columns > 0) & small))
+    sure.append(active[k] & ~small)
     slopes.append(kept * slope)
     one = jnp.ones(1 if layers[k + 1].biased else 0)
     inputs.append(jnp.concatenate([kept * values, one]))
@@ -301,7 +303,7 @@ def _complete(model, links, params, spaces, batch_size, loss, levels, std, *know
   rows = links.layers[0].inputs
   spread = size * jnp.sqrt(tilt**2 + spread**2 / rows)
   spread = jnp.hypot(spread, error * rms(inputs[0][:rows], jnp.ones(rows)))
-  parts = (tuple(inputs), deltas, tuple(masks), tuple(active), tuple(surely))
+  parts = (tuple(inputs), deltas, tuple(masks), tuple(active), tuple(sure))
   return Sample(*parts, label, scale, residual, spread, fit, level)
 
 
