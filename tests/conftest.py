@@ -37,6 +37,16 @@ from jaxdia.core.machine import forget_programs
 IMAGE_SHAPE = (6, 6, 1)
 
 
+def pytest_configure(config):
+  """Compiles quickly, not for speed, unless XLA_FLAGS is set or slow tests run: most of the tests'
+  time is that of compiling."""
+  if config.option.markexpr == "not slow":
+    flags = "--xla_backend_optimization_level=0"
+    if jax.__version_info__ < (0, 12):  # which do not know it any more
+      flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", flags)
+
+
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs():
   yield
