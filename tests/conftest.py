@@ -41,7 +41,7 @@ def pytest_configure(config):
   """Compiles quickly, not for speed, unless XLA_FLAGS is set or slow tests run: most of the tests'
   time is that of compiling."""
   if config.option.markexpr == "not slow":
-    flags = "--xla_backend_optimization_level=0"
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if jax.__version_info__ < (0, 12):  # which do not know it any more
       flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ.setdefault("XLA_FLAGS", flags)

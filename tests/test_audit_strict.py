@@ -70,7 +70,9 @@ def test_without_a_search_a_network_that_linear_algebra_cannot_read_has_an_answe
   assert "Not by what was tried" in page and "config.seconds is 0" in page
 
 
-@pytest.mark.parametrize("loss", [Loss(), Loss("mean_squared_error")])
+@pytest.mark.parametrize(
+  "loss", [Loss(), pytest.param(Loss("mean_squared_error"), marks=pytest.mark.slow)]
+)
 def test_labels_that_nothing_tells_are_searched(loss):
   model, observation = seen("cnn", 2, loss=loss)
   gradient = dict(observation.gradient)

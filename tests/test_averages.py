@@ -79,6 +79,7 @@ def test_nothing_is_left_at_the_truth_and_the_momentum_has_no_part_in_it():
   np.testing.assert_allclose(elsewhere[0], elsewhere[1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_search_that_uses_them_is_nearer():
   model = models.from_flax(Net(), (28, 28, 1))
   seen, secret, statistics = _observe(model)

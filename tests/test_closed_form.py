@@ -270,6 +270,7 @@ def test_closed_forms_are_compiled_once_for_all_rates_of_a_network():
       np.testing.assert_array_equal(recovery.parts.masks[site], mask)
 
 
+@pytest.mark.slow
 def test_a_search_that_matches_features_is_interrupted_and_resumed(tmp_path):
   model = make_lenet()
   observation, _ = observe_victims(model, 1)

@@ -28,7 +28,7 @@ def _strict():
     pytest.param(
       lambda: make_model(hidden_sizes=(128, 96), use_bias=True), 3, id="chain of a batch"
     ),
-    pytest.param(make_lenet, 1, id="convolutions"),
+    pytest.param(make_lenet, 1, id="convolutions", marks=pytest.mark.slow),
     pytest.param(
       lambda: make_model("vit", width=64, depth=1, num_heads=4, mlp_size=32), 1, id="patches"
     ),

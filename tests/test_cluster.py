@@ -74,6 +74,7 @@ def test_a_study_whose_worker_is_killed_ends_with_the_numbers_of_one_process(wor
     assert not list(cell.glob("checkpoint/*"))
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_with_what_was_finished(tmp_path):
   arguments = [
     "--config.attack.name=ig",

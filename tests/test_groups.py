@@ -220,6 +220,7 @@ def test_an_error_of_the_engine_takes_no_finished_cell_with_it(tmp_path, monkeyp
   assert {row["cell"] for row in _rows(tmp_path)} >= {cells[0].name, cells[1].name}
 
 
+@pytest.mark.slow
 def test_a_group_that_is_interrupted_again_and_again_ends_like_one_left_alone(
   tmp_path, monkeypatch
 ):

@@ -30,7 +30,7 @@ def _case(rate=0.1, width=128, **options):
   return model, observation, secret
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.2])
+@pytest.mark.parametrize("rate", [pytest.param(0.1, marks=pytest.mark.slow), 0.2])
 def test_patches_and_masks_of_two_images_are_found(rate):
   model, observation, secret = _case(rate)
   recovery = recover(jax.random.key(2), model, observation)

@@ -56,6 +56,7 @@ def _rows(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_a_study_killed_at_three_moments_ends_with_the_table_of_one_left_alone(tmp_path):
   config = _config(tmp_path / "config.py")
   alone, killed = tmp_path / "alone", tmp_path / "killed"

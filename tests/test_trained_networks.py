@@ -99,6 +99,7 @@ def test_images_that_cannot_be_trained_on_are_refused(training, message):
     _ = _clients(**training).params
 
 
+@pytest.mark.slow
 def test_a_study_sets_accuracy_against_what_leaks(tmp_path):
   """From end to end; more noise costs accuracy, and what any attack saw at any time counts."""
   noise = [
