@@ -112,7 +112,11 @@ def _match(name, convolve, method):
   ("name", "matching"),
   [
     # What takes longest to compile is an inner part of the others' too.
-    pytest.param(name, method, marks=[pytest.mark.slow] * (name == "resnet18"))
+    pytest.param(
+      name,
+      method,
+      marks=[pytest.mark.slow] * (name == "resnet18" or (name, method) == ("convnet", "factored")),
+    )
     for name in NETWORKS
     for method in ("formed", "factored")
   ],
