@@ -11,8 +11,11 @@ from flax import linen as nn
 
 from jaxdia import models
 from jaxdia.client import observe
+from jaxdia.closed_form.geometry import find_geometry
+from jaxdia.closed_form.kernel_equations import Equations
 from jaxdia.core.trees import leaves_by_path
 from jaxdia.gradients import compare, prepare
+from jaxdia.models import Convolution
 from jaxdia.models.convolutions import PlainConvolution
 
 # What is unlike 3x3 with zeros around: (kernel, channels in and out, the convolution).
@@ -158,3 +161,25 @@ def test_no_convolution_is_left_where_products_are_asked_for():
   assert "convolution(" in program("native") and "convolution(" not in program("product")
   assert {dataclasses.replace(model, convolve=c) for c in ("auto", "native")} != {model}
   assert leaves_by_path(params)["grouped", "kernel"].shape == (3, 3, 3, 6)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_normal_equations_are_those_of_all_equations(kind, layout):
+  size, (channels, outputs), options = KINDS[kind]
+  apply = PlainConvolution(**({"strides": (1, 1), "padding": "VALID"} | options), layout=layout)
+  rng = np.random.default_rng(0)
+  leaves = {
+    "kernel": rng.normal(size=(*size, channels // apply.groups, outputs)),
+    "bias": rng.normal(size=outputs),
+  }
+  shape = {"H": 11, "W": 10, "C": channels}
+  before = tuple(shape[axis] for axis in layout[1:])
+  after = jax.eval_shape(apply, leaves, jax.ShapeDtypeStruct((1, *before), "float32")).shape[1:]
+  geometry = find_geometry(Convolution(("conv",), before, after, apply), leaves, count=2)
+  inputs = rng.normal(size=geometry.order.shape)
+  parts = rng.normal(size=(3, *geometry.positions.shape))
+  equations = Equations(geometry, inputs, *parts, scales=(0.3, 0.7))
+  each = np.eye(inputs.size).reshape(-1, *inputs.shape)
+  matrix = equations.forward(each)
+  np.testing.assert_allclose(np.tril(equations.normal()), np.tril(matrix @ matrix.T), atol=1e-9)

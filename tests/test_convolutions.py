@@ -131,3 +131,27 @@ def test_convolutions_of_other_networks(kind):
   for site, known in recovery.parts.known_masks.items():
     right = recovery.parts.masks[site] == secret.masks[site]
     assert np.all(right | ~known), (site, recovery.summary())
+
+
+class Wide(nn.Module):
+  """A convolution and two dense layers, each with dropout."""
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    x = nn.sigmoid(nn.Conv(32, (5, 5), 2)(x))
+    x = nn.Dropout(0.25, name="first")(x, deterministic=not train)
+    x = nn.sigmoid(nn.Dense(128)(x.reshape(x.shape[0], -1)))
+    x = nn.Dropout(0.25, name="second")(x, deterministic=not train)
+    return nn.Dense(1000)(x)
+
+
+@pytest.mark.slow
+def test_an_image_of_twelve_thousand_inputs_is_exact():
+  model = models.from_flax(Wide(), (64, 64, 3))
+  observation, secret = observe_victims(model, 1, dataset="imagenet")
+  recovery = recover(jax.random.key(0), model, observation)
+  assert recovery.parts.verdict[0] == Verdict.EXACT, recovery.summary()
+  assert compute_scores(model, secret, recovery)[0]["mse_normalized"] < 1e-8
+  assert all(
+    np.array_equal(recovery.parts.masks[site], secret.masks[site]) for site in secret.masks
+  )

@@ -26,14 +26,19 @@ from jaxdia.core.types import Array, Gradient, Params
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import Convolution, DenseLayer, DropoutModel
 
-# Of so many inputs at most the normal equations are written out in the end.
-_MOST_WRITTEN = 4096
+# Of so many inputs at most the normal equations are written out in the end (2 GiB), and inverted.
+_MOST_WRITTEN = 16384
+_MOST_INVERTED = 4096
 # The weights of the prior, one after another, and how often each is used at most.
 _FEATURE_WEIGHTS = (1e-9,)
 _PIXEL_WEIGHTS = (1e-5, 1e-6, 1e-8)
 _STEPS = 8
 # A step that lowers the objective by less than this share is the last.
 _LEAST_GAIN = 0.1
+# The inverse is renewed while this lowers what is left to less than this share, and that is no less
+# than what rounding of gradients in float32 leaves.
+_LEAST_RENEWAL = 0.5
+_ROUNDING = 3e-7
 _LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.0)
 # How exactly steps are solved for while there are more of them, and in the end; in how many
 # iterations.
@@ -116,8 +121,7 @@ def solve(
   if equations < size:
     residual = float(np.linalg.norm(problem.residuals(inputs)))
     return Before(flat.reshape(shape), residual, np.inf, None, equations)
-  inverse = _inverse(problem, inputs)
-  inputs = _descend(problem, prior, 0.0, inputs, inverse.solve)
+  inputs, inverse = _newton(problem, prior, inputs)
   residual, spread, error = _precision(problem, inputs, inverse)
   flat[problem.geometry.order] = inputs
   spreads[problem.geometry.order] = spread / max(equations - size, 1) ** 0.5
@@ -238,9 +242,8 @@ def _inverse(problem: Problem, inputs: np.ndarray) -> _Inverse:
     return _Inverse(
       functools.partial(_least_squares, equations, prior, 0.0, last=True), equations, None
     )
-  matrix = equations.written_out()
-  square = matrix @ matrix.T
-  square.flat[:: len(square) + 1] += 1e-15 * np.trace(square)
+  square = equations.normal()
+  square[np.diag_indices(len(square))] += 1e-15 * np.trace(square)
   factor = scipy.linalg.cholesky(square, lower=True, overwrite_a=True, check_finite=False)
 
   def solve(vector):
@@ -248,6 +251,21 @@ def _inverse(problem: Problem, inputs: np.ndarray) -> _Inverse:
     return found.reshape(vector.shape)
 
   return _Inverse(solve, equations, factor)
+
+
+def _newton(problem: Problem, prior, inputs) -> tuple[np.ndarray, _Inverse]:
+  """Returns the inputs after steps without a prior, and an inverse near them."""
+  inverse = _inverse(problem, inputs)
+  before = np.inf
+  for _ in range(_STEPS):
+    inputs = _descend(problem, prior, 0.0, inputs, inverse.solve)
+    residual = np.linalg.norm(problem.residuals(inputs))
+    # Far from the inputs the inverse of where the steps began is not the right one.
+    if not residual < _LEAST_RENEWAL * before or residual < _ROUNDING:
+      break
+    before = residual
+    inverse = _inverse(problem, inputs)
+  return inputs, inverse
 
 
 def _precision(problem: Problem, inputs: np.ndarray, inverse: _Inverse):
@@ -260,7 +278,7 @@ def _precision(problem: Problem, inputs: np.ndarray, inverse: _Inverse):
   random = np.random.default_rng(0)
   residuals = problem.residuals(inputs)
   residual = float(np.linalg.norm(residuals))
-  if inverse.factor is not None:
+  if inverse.factor is not None and inputs.size <= _MOST_INVERTED:
     (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), (inverse.factor,))
     triangle = invert(inverse.factor, lower=1)[0]
     variances = np.sum(np.tril(triangle) ** 2, axis=0).reshape(inputs.shape)

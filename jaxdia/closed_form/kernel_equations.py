@@ -6,7 +6,6 @@ written out: they and their transpose are products with patches. All in float64,
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,8 +25,8 @@ from jaxdia.models import Convolution, DenseLayer, DropoutModel
 # Of the diagonal of the normal equations of outputs, its entries are taken to be no less than this
 # share of the mean: outputs that were dropped leave inputs of which only the kernel tells.
 _LEAST_DIAGONAL = 1e-2
-# So many numbers at once while the equations are written out.
-_BLOCK = 1 << 22
+# So many equations of the kernel at once, at least, are multiplied with themselves.
+_ROWS = 512
 # Where a function is looked for the outputs that gave its values.
 _GRID = np.linspace(-10, 10, 401)
 
@@ -113,17 +112,53 @@ class Equations:
       (self._curvature * delta + outputs) @ geometry.kernel.T + self._delta @ kernel
     )
 
-  def written_out(self) -> Float[np.ndarray, "inputs equations"]:
-    """Returns the matrix of the equations, f64[inputs, equations], inputs by pixel and channel."""
-    shape = self.geometry.order.shape
-    size = math.prod(shape)
-    rows = max(1, _BLOCK // self._patches.size)
-    found = []
-    for start in range(0, size, rows):
-      block = np.zeros((min(rows, size - start), size))
-      np.fill_diagonal(block[:, start:], 1)
-      found.append(self.forward(block.reshape(-1, *shape)))
-    return np.concatenate(found)
+  def normal(self) -> Float[np.ndarray, "inputs inputs"]:
+    """Returns the matrix of the normal equations, f64[inputs, inputs], inputs by pixel and channel.
+
+    Only its lower triangle counts; in Fortran's order. That of the outputs is a sum over
+    positions of a square as large as a patch; only the rows of the kernel are written out, as many
+    at once as are worth a product of matrices.
+    """
+    geometry, channels = self.geometry, self.geometry.order.shape[1]
+    size = geometry.order.size
+    columns = _inputs_of(geometry.seen, channels)
+    found = np.zeros((size, size))
+    for seen, weights in zip(columns, self._weights, strict=True):
+      inside = np.flatnonzero(seen < size)
+      # Where borders reflect, a position sees an input more than once.
+      where, at = np.unique(seen[inside], return_inverse=True)
+      kernel = np.zeros((len(where), len(weights)))
+      np.add.at(kernel, at, geometry.kernel[inside] * weights)
+      found[np.ix_(where, where)] += kernel @ kernel.T
+    found = found.T  # symmetric so far
+    (multiply,) = scipy.linalg.get_blas_funcs(("syrk",), (found,))
+    waiting = []
+    for output in range(len(geometry.joined)):
+      waiting.append(self._rows(output, columns, size))
+      if sum(x.shape[1] for x in waiting) >= _ROWS or output == len(geometry.joined) - 1:
+        rows = np.concatenate(waiting, axis=1)
+        found = multiply(1.0, rows, 1.0, found, lower=True, overwrite_c=True)
+        waiting = []
+    return found
+
+  def _rows(self, output: int, columns: np.ndarray, size: int) -> np.ndarray:
+    """Returns the equations of an output's kernel and bias, f64[inputs, equations]."""
+    geometry, channels = self.geometry, self.geometry.order.shape[1]
+    positions, places = geometry.seen.shape
+    joined = np.flatnonzero(geometry.joined[output])
+    curvature = self._curvature[:, output, None]
+    patches = self._patches.reshape(positions, places, channels)[..., joined]
+    patches = patches.reshape(positions, -1) * curvature * self._scales[0]
+    entries = np.broadcast_to(geometry.kernel[:, output], columns.shape)
+    starts = np.arange(positions + 1) * columns.shape[1]
+    sees = scipy.sparse.csr_array(
+      (entries.ravel(), columns.ravel(), starts), shape=(positions, size + channels)
+    )
+    rows = sees.T @ np.concatenate([patches, curvature * self._scales[1]], axis=1)
+    own = np.arange(places * len(joined)).reshape(places, len(joined))
+    at = columns.reshape(positions, places, channels)[..., joined]
+    np.add.at(rows, (at, own), self._delta[:, output, None, None] * self._scales[0])
+    return rows[:size]
 
   def preconditioner(
     self, weight: float, prior: scipy.sparse.csr_matrix
@@ -167,6 +202,12 @@ class Equations:
       return found
 
     return apply
+
+
+def _inputs_of(pixels: np.ndarray, channels: int) -> np.ndarray:
+  """Returns the inputs at pixels, i[..., places * channels]."""
+  inputs = pixels[..., None] * channels + np.arange(channels)
+  return inputs.reshape(*pixels.shape[:-1], -1)
 
 
 def _inverse(square: np.ndarray) -> scipy.sparse.csr_array:
