@@ -348,6 +348,7 @@ def _kept_after(spaces, delta, active, rate, rounding):
   return kept, direction * jnp.sum(direction * delta) / jnp.sum(direction**2)
 
 
+@functools.partial(jax.jit, static_argnames="loss")
 def last_delta(
   logits: Float[Array, " classes"],
   delta: Float[Array, " classes"],

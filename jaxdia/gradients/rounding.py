@@ -34,11 +34,11 @@ def find_rounding(gradient: Gradient) -> Rounding:
   found = [Rounding(None, 0.0)]
   for kind in _HALVES:
     with np.errstate(over="ignore"):
-      rounded = [leaf.astype(kind) for leaf in leaves]
-    pairs = zip(leaves, rounded, strict=True)
-    if all(np.array_equal(leaf, other.astype(np.float32)) for leaf, other in pairs):
+      # Of most gradients the first leaf tells that they do not fit.
+      fits = all(np.array_equal(x, x.astype(kind).astype(np.float32)) for x in leaves)
+    if fits:
       # Of the smallest values of float16 more is rounded away than of others.
-      units = [np.spacing(np.abs(leaf[leaf != 0])).astype(np.float64) for leaf in rounded]
+      units = [np.spacing(np.abs(x[x != 0].astype(kind))).astype(np.float64) for x in leaves]
       size = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in leaves))
       error = np.sqrt(sum(np.sum(np.square(unit)) for unit in units) / 12)
       level = max(float(jnp.finfo(kind).eps) / 2, float(error / size) if size else 0.0)
