@@ -36,17 +36,24 @@ KINDS = {
 }
 
 
+def _make_layer(kind, layout, rng):
+  """Returns a convolution, its leaves, and the shape of an image before it."""
+  size, (channels, outputs), options = KINDS[kind]
+  layer = PlainConvolution(**({"strides": (1, 1), "padding": "VALID"} | options), layout=layout)
+  kernel = rng.normal(size=(*size, channels // layer.groups, outputs))
+  shape = {"H": 11, "W": 10, "C": channels}
+  before = tuple(shape[axis] for axis in layout[1:])
+  return layer, {"kernel": kernel, "bias": rng.normal(size=outputs)}, before
+
+
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_has_the_values_and_derivatives_of_a_convolution(kind, layout):
-  size, (channels, outputs), options = KINDS[kind]
-  layer = PlainConvolution(**({"strides": (1, 1), "padding": "VALID"} | options), layout=layout)
   rng = np.random.default_rng(0)
+  layer, leaves, shape = _make_layer(kind, layout, rng)
   with jax.enable_x64(True):
-    shape = {"N": 2, "H": 11, "W": 10, "C": channels}
-    inputs = jnp.asarray(rng.normal(size=[shape[axis] for axis in layout]))
-    kernel = rng.normal(size=(*size, channels // layer.groups, outputs))
-    leaves = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(rng.normal(size=outputs))}
+    inputs = jnp.asarray(rng.normal(size=(2, *shape)))
+    leaves = jax.tree.map(jnp.asarray, leaves)
     towards = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), (leaves, inputs))
 
     def of(convolve):
@@ -166,20 +173,13 @@ def test_no_convolution_is_left_where_products_are_asked_for():
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_normal_equations_are_those_of_all_equations(kind, layout):
-  size, (channels, outputs), options = KINDS[kind]
-  apply = PlainConvolution(**({"strides": (1, 1), "padding": "VALID"} | options), layout=layout)
   rng = np.random.default_rng(0)
-  leaves = {
-    "kernel": rng.normal(size=(*size, channels // apply.groups, outputs)),
-    "bias": rng.normal(size=outputs),
-  }
-  shape = {"H": 11, "W": 10, "C": channels}
-  before = tuple(shape[axis] for axis in layout[1:])
+  apply, leaves, before = _make_layer(kind, layout, rng)
   after = jax.eval_shape(apply, leaves, jax.ShapeDtypeStruct((1, *before), "float32")).shape[1:]
   geometry = find_geometry(Convolution(("conv",), before, after, apply), leaves, count=2)
   inputs = rng.normal(size=geometry.order.shape)
   parts = rng.normal(size=(3, *geometry.positions.shape))
   equations = Equations(geometry, inputs, *parts, scales=(0.3, 0.7))
   each = np.eye(inputs.size).reshape(-1, *inputs.shape)
-  matrix = equations.forward(each)
+  matrix = np.stack([equations.forward(one) for one in each])
   np.testing.assert_allclose(np.tril(equations.normal()), np.tril(matrix @ matrix.T), atol=1e-9)

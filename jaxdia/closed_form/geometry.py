@@ -37,17 +37,16 @@ class Geometry(NamedTuple):
   joined: Float[np.ndarray, "outputs channels"]
 
   def patches(
-    self, inputs: Float[np.ndarray, "*batch pixels channels"]
-  ) -> Float[np.ndarray, "*batch positions weights"]:
-    """Returns f64[..., positions, places * channels] of inputs f64[..., pixels, channels]."""
-    border = np.zeros((*inputs.shape[:-2], 1, inputs.shape[-1]))
-    found = np.concatenate([inputs, border], axis=-2)[..., self.seen, :]
-    return found.reshape(*found.shape[:-2], -1)
+    self, inputs: Float[np.ndarray, "pixels channels"]
+  ) -> Float[np.ndarray, "positions weights"]:
+    """Returns f64[positions, places * channels] of inputs f64[pixels, channels]."""
+    border = np.zeros((1, inputs.shape[1]))
+    return np.concatenate([inputs, border])[self.seen].reshape(len(self.seen), -1)
 
   def gather(
     self, patches: Float[np.ndarray, "positions weights"]
   ) -> Float[np.ndarray, "pixels channels"]:
-    """Returns f64[pixels, channels], the transpose of `patches` without leading axes."""
+    """Returns f64[pixels, channels], the transpose of `patches`."""
     return (self.scatter @ patches.reshape(-1, self.order.shape[1]))[:-1]
 
   def correlate(self, delta: Float[np.ndarray, "positions outputs"]) -> scipy.sparse.csr_array:

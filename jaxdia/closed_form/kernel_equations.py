@@ -77,22 +77,22 @@ class Equations:
     self._scales = scales
 
   def forward(
-    self, inputs: Float[np.ndarray, "*batch pixels channels"]
-  ) -> Float[np.ndarray, "*batch equations"]:
-    """Returns the change of residuals, f64[..., equations].
+    self, inputs: Float[np.ndarray, "pixels channels"]
+  ) -> Float[np.ndarray, " equations"]:
+    """Returns the change of residuals, f64[equations].
 
     Args:
-      inputs: f64[..., pixels, channels], their change.
+      inputs: f64[pixels, channels], their change.
     """
-    geometry, batch = self.geometry, inputs.shape[:-2]
+    geometry = self.geometry
     patches = geometry.patches(inputs)
     outputs = patches @ geometry.kernel
     delta = self._curvature * outputs
-    kernel = self._delta.T @ patches + np.swapaxes(delta, -1, -2) @ self._patches
-    kernel = kernel.reshape(*kernel.shape[:-1], -1, inputs.shape[-1])
+    kernel = self._delta.T @ patches + delta.T @ self._patches
+    kernel = kernel.reshape(len(kernel), -1, inputs.shape[-1])
     kernel *= self._scales[0] * geometry.joined[:, None]
-    parts = (kernel, delta.sum(-2) * self._scales[1], self._weights * outputs)
-    return np.concatenate([x.reshape(*batch, -1) for x in parts], axis=-1)
+    parts = (kernel, delta.sum(0) * self._scales[1], self._weights * outputs)
+    return np.concatenate([x.ravel() for x in parts])
 
   def transpose(
     self, residuals: Float[np.ndarray, " equations"]
@@ -121,7 +121,8 @@ class Equations:
     """
     geometry, channels = self.geometry, self.geometry.order.shape[1]
     size = geometry.order.size
-    columns = _inputs_of(geometry.seen, channels)
+    columns = geometry.seen[..., None] * channels + np.arange(channels)
+    columns = columns.reshape(len(columns), -1)
     found = np.zeros((size, size))
     for seen, weights in zip(columns, self._weights, strict=True):
       inside = np.flatnonzero(seen < size)
@@ -202,12 +203,6 @@ class Equations:
       return found
 
     return apply
-
-
-def _inputs_of(pixels: np.ndarray, channels: int) -> np.ndarray:
-  """Returns the inputs at pixels, i[..., places * channels]."""
-  inputs = pixels[..., None] * channels + np.arange(channels)
-  return inputs.reshape(*pixels.shape[:-1], -1)
 
 
 def _inverse(square: np.ndarray) -> scipy.sparse.csr_array:
