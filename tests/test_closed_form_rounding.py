@@ -47,7 +47,10 @@ def test_a_level_that_is_told_is_a_level_that_is_seen(level):
   assert (plain.parts.verdict == Verdict.EXACT).all() and np.all(plain.determined)
   told = recover(jax.random.key(0), model, observation, level)
   assert (told.parts.verdict == Verdict.APPROXIMATE).all() and np.all(told.determined)
-  np.testing.assert_allclose(told.parts.images, plain.parts.images, atol=1e-4)
+  # In any order: what tells it differs between versions of JAX.
+  apart = np.asarray(told.parts.images)[:, None] - np.asarray(plain.parts.images)
+  apart = np.abs(apart).max(axis=(2, 3, 4))
+  assert apart.min(axis=0).max() < 1e-4 and apart.min(axis=1).max() < 1e-4
 
 
 def test_a_frozen_classifier_hides_nothing_and_half_a_layer_is_said():

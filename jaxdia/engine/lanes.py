@@ -202,7 +202,11 @@ def _create_program(structure, leaves, num_lanes, num_slots, devices, recorded) 
     return jax.tree.map(lambda x: jnp.zeros((*count, *x.shape), x.dtype), like)
 
   def on_devices(function, in_axes, donate=()):
-    return jax.pmap(function, in_axes=in_axes, donate_argnums=donate, devices=devices)
+    # With one name, what one function returns lies where another wants it: JAX 0.8 would
+    # compile once more.
+    return jax.pmap(
+      function, axis_name="device", in_axes=in_axes, donate_argnums=donate, devices=devices
+    )
 
   def empty(_):
     lanes = zeros(lane_like, num_lanes)
@@ -281,6 +285,8 @@ def _create_program(structure, leaves, num_lanes, num_slots, devices, recorded) 
     """Returns arrays of all devices, in which one has something else."""
 
     def replace(array, value):
+      if not array.size:  # JAX 0.8 does not cut such arrays
+        return array
       shards = _shards(array)
       shards[device] = value
       return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
