@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxdia.client import Observation
 from jaxdia.closed_form.found import Found
-from jaxdia.closed_form.patch_rows import PatchRow, find_patch_rows
+from jaxdia.closed_form.patch_rows import PatchRow, find_patch_rows, smooth_prior
 from jaxdia.closed_form.patches import Patching
 from jaxdia.closed_form.span import find_normalisation, find_span, inputs_behind
 from jaxdia.closed_form.tokens.sentences import assign
@@ -106,8 +106,8 @@ def _solve(
     span = span.extended(np.stack([scale, shift], axis=1))
   sums = np.asarray(sent[patching.embedding], np.float64).reshape(tokens, width)
   given = sums if np.mean(sums == 0) > 0.5 * model.rates[patching.site] ** size else None
-  rows = _rows(span, offsets * scale, kernel * scale, given, size, patching)
-  found = sum(map(len, rows)) / (size * tokens)
+  rows = _rows(model, span, offsets * scale, kernel * scale, given, size, patching)
+  found = sum(map(len, rows)) / (size * len(patching.pixels))
   if found < _LEAST_FOUND:
     return (
       f"{found:.0%} of the patches of {size} images were found: {spare} equations for a mask of"
@@ -116,19 +116,21 @@ def _solve(
   return _put_together(model, patching, rows, size, found, width)
 
 
-def _rows(span, offsets, kernel, sums, size, patching) -> list[list[PatchRow]]:
-  """Returns the rows of all tokens, those without a patch too."""
+def _rows(model, span, offsets, kernel, sums, size, patching) -> list[list[PatchRow]]:
+  """Returns the rows of all tokens that have a patch, and none of the others."""
   last = patching.first + len(patching.pixels)
   of_patches = slice(patching.first, last)
+  places = np.stack(np.unravel_index(patching.pixels[0], model.image_shape), axis=-1)
   rows: list[list[PatchRow]] = [[] for _ in offsets]
   rows[of_patches] = find_patch_rows(
-    span, offsets[of_patches], kernel, None if sums is None else sums[of_patches], size
+    span,
+    offsets[of_patches],
+    kernel,
+    None if sums is None else sums[of_patches],
+    size,
+    model.rates[patching.site],
+    smooth_prior(places.astype(float)),
   )
-  for token in (t for t in range(len(offsets)) if not patching.first <= t < last):
-    one = slice(token, token + 1)
-    rows[one] = find_patch_rows(
-      span, offsets[one], kernel[:0], None if sums is None else sums[one], size
-    )
   return rows
 
 
