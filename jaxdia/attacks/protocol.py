@@ -12,9 +12,9 @@ import jax
 from jaxtyping import Integer
 
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.client import Observation
+from jaxdia.client import Observation, check_observation
 from jaxdia.closed_form import Parts, Recovery
-from jaxdia.core.errors import InputError
+from jaxdia.core.errors import InputError, kind_of
 from jaxdia.core.types import Array, Images, Key, Labels, Logits, Masks, Scalar
 from jaxdia.gradients import Prepared
 from jaxdia.models import DropoutModel
@@ -211,13 +211,9 @@ def check_attack(attack: Any, observation: Any) -> None:
   """
   if not isinstance(attack, Attack):
     raise InputError(
-      f"the attack is {_kind(attack)}; expected one that jaxdia.attacks.create(name, model) made."
+      f"the attack is {kind_of(attack)}; expected one that jaxdia.attacks.create(name, model) made."
     )
-  if not isinstance(observation, Observation):
-    raise InputError(
-      f"the observation is {_kind(observation)}; expected a jaxdia.client.Observation, the first of"
-      " the two that observe returns."
-    )
+  check_observation(observation)
 
 
 def parts_of(recovery: Any) -> Parts | None:
@@ -232,14 +228,10 @@ def parts_of(recovery: Any) -> Parts | None:
   parts = getattr(recovery, "parts", recovery)
   if parts is not None and not isinstance(parts, Parts):
     raise InputError(
-      f"the recovery is {_kind(parts)}; expected what attack.recover(key, observation) returns, or"
-      " its parts."
+      f"the recovery is {kind_of(parts)}; expected what attack.recover(key, observation) returns,"
+      " or its parts."
     )
   return parts
-
-
-def _kind(value: Any) -> str:
-  return repr(value) if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def same_program(one: Attack, other: Attack) -> bool:

@@ -27,7 +27,7 @@ from jaxdia.core.types import (
   check_key,
   mend_of_labels,
 )
-from jaxdia.models import DropoutModel
+from jaxdia.models import DropoutModel, check_model
 
 # Images whose normalised values are the pixels themselves.
 _PIXELS = Statistics(mean=(0.0,), std=(1.0,))
@@ -126,11 +126,12 @@ def observe(
     What the server sees, and what it does not.
 
   Raises:
-    InputError: images or labels that the model cannot have been trained on, or that cannot be
-      shared out among local steps; no such loss; or a defence that is none or does not suit the
-      network.
+    InputError: the model is none; images or labels that it cannot have been trained on, or that
+      cannot be shared out among local steps; no such loss; or a defence that is none or does not
+      suit the network.
   """
   check_key(key)
+  check_model(model)
   params = nn.unbox(params)
   loss, defence, statistics = as_loss(loss), as_defence(defence), as_statistics(statistics)
   images, labels = as_numbers(images), as_numbers(labels)

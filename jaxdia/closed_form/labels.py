@@ -51,13 +51,13 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
   Raises:
     InputError: it was turned, or see `jaxdia.client.check_fit`.
   """
+  check_fit(model, observation)
   if is_traced(observation):
     raise InputError(
       "the observation is traced, as inside of jax.jit or jax.vmap; expected one with values, as"
       " this reckons on the host. Call it outside, or use attack.init and attack.step, which may be"
       " traced."
     )
-  check_fit(model, observation)
   if is_turned(model, observation):
     raise InputError(
       f"the gradient by the bias of {'/'.join(model.classifier or ())} is negative for more than"
@@ -101,8 +101,10 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
     i[B], for a batch in ascending order: which image has which label, it does not tell.
 
   Raises:
-    InputError: the model has no known classifier, or the loss tells no labels.
+    InputError: the observation is none of the model, see `jaxdia.client.check_fit`; the model has
+      no known classifier, or the loss tells no labels.
   """
+  check_fit(model, observation)
   if model.classifier is None:
     raise InputError(
       "labels=recovered reads the gradient of a dense layer that gives the logits; this model"
