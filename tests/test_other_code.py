@@ -13,7 +13,7 @@ from flax import linen as nn
 import jaxdia
 from jaxdia import attacks, engine, evaluation, models
 from jaxdia.client import Observation, Secret, client_gradient, observe
-from jaxdia.closed_form import recover
+from jaxdia.closed_form import recover, recover_labels
 from jaxdia.core.errors import InputError
 from jaxdia.core.machine import count_memory_maps
 from jaxdia.core.types import Statistics
@@ -127,6 +127,47 @@ def test_sharded_params_and_a_mesh_do_no_harm(model):
   np.testing.assert_array_equal(found.candidate.images, expected.candidate.images)
   with jax.set_mesh(mesh), pytest.raises(InputError, match="outside of jax.set_mesh"):
     engine.run(task)
+
+
+def test_a_guard_against_transfers_does_not_meet_those_of_the_library(model):
+  """All is compiled and on the device; what the library hands over of its own is no one else's."""
+  params, key = model.init(jax.random.key(0)), jax.random.key(1)
+  images, labels = jnp.asarray(_images(1)), jnp.array([3])
+  search, closed = attacks.dia(model, max_iterations=2), attacks.closed_form(model)
+
+  def call():
+    observation, secret = observe(key, model, params, images, labels)
+    state = attacks.solve(key, search, observation)
+    recovery = recover(key, model, observation)
+    recover_labels(model, observation)
+    evaluation.evaluate(model, secret, state.best.candidate, Statistics(0.0, 1.0))
+    for task in (
+      engine.Task(key, search, [observation], 3),
+      engine.Task(key, closed, [observation], 2, parts=[recovery]),
+    ):
+      engine.plan([task])
+      for _ in engine.run(task, lanes=1, devices=ONE_DEVICE):
+        yield
+
+  list(call())
+  with jax.transfer_guard("disallow"):
+    assert [_forbids_transfers() for _ in call()] == [True] * 5  # between trials too
+    assert _forbids_transfers()
+  assert not _forbids_transfers()
+  abandoned = call()
+  next(abandoned)
+  abandoned.close()
+  with pytest.raises(InputError), jax.transfer_guard("disallow"):
+    engine.run([])
+  assert not _forbids_transfers()
+
+
+def _forbids_transfers():
+  try:
+    jnp.arange(3) + np.arange(3)
+  except jax.errors.JaxRuntimeError:
+    return True
+  return False
 
 
 def test_rooms_are_found_by_their_names():

@@ -12,6 +12,7 @@ from jaxdia.client.local import LocalUpdate, as_local, draw_masks, local_gradien
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.core.errors import InputError
+from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import is_traced
 from jaxdia.core.types import (
   Gradient,
@@ -93,6 +94,7 @@ def client_gradient(
   return local_gradient(gradient, params, masks, images, labels, local)
 
 
+@with_transfers
 def observe(
   key: Key,
   model: DropoutModel,

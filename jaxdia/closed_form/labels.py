@@ -7,6 +7,7 @@ import numpy as np
 from jaxdia.client import Observation, check_fit
 from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision
+from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import is_traced
 from jaxdia.core.types import Labels
 from jaxdia.gradients import layer_gradient
@@ -66,6 +67,7 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
     )
 
 
+@with_transfers
 def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
   """Reads the labels of a batch from the gradient of the classifier.
 
