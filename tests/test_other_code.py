@@ -1,5 +1,8 @@
 """The library inside other JAX code: loops, transformations, meshes, gradients of one's own."""
 
+import gc
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -7,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_victims
+from conftest import compilations, make_victims
 from flax import linen as nn
 
 import jaxdia
@@ -52,10 +55,24 @@ def test_a_hundred_calls_in_one_process_keep_nothing():
   for seed in range(2):
     call(seed)
   maps, arrays = count_memory_maps(), len(jax.live_arrays())
-  for seed in range(100):
-    call(seed)
+  resident = _resident_mib()
+  with compilations() as compiled:
+    for seed in range(100):
+      call(seed)
+  assert not compiled
   assert count_memory_maps() <= maps + 20
   assert len(jax.live_arrays()) <= arrays + 20
+  assert _resident_mib() <= resident + 20
+
+
+def _resident_mib():
+  """Returns how much memory the process has, without garbage; 0 where the system does not tell."""
+  gc.collect()
+  status = pathlib.Path("/proc/self/status")
+  if not status.exists():
+    return 0.0
+  (kib,) = re.findall(r"^VmRSS:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+  return int(kib) / 2**10
 
 
 def test_masks_that_flax_drew_itself_are_read():
