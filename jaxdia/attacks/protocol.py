@@ -15,6 +15,7 @@ from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import Observation, check_observation
 from jaxdia.closed_form import Parts, Recovery
 from jaxdia.core.errors import InputError, kind_of
+from jaxdia.core.trees import shapes_of
 from jaxdia.core.types import Array, Images, Key, Labels, Logits, Masks, Scalar
 from jaxdia.gradients import Prepared
 from jaxdia.models import DropoutModel
@@ -234,6 +235,37 @@ def parts_of(recovery: Any) -> Parts | None:
   return parts
 
 
+class Program(NamedTuple):
+  """What a compiled program is made for; equal for trials that one program runs.
+
+  Attributes:
+    attack: its structure as a tree.
+    observation: the structure of what it is shown, and the shapes of its arrays. Gradients are not
+      among them, as those of one network may be of several forms, which only values tell.
+  """
+
+  attack: Any
+  observation: tuple[Any, ...]
+
+
+def program_of(attack: Attack, observation: Observation) -> Program:
+  """Returns what tells programs apart, hashable; numbers alone make no difference.
+
+  Args:
+    attack: that is to be run.
+    observation: one that it is shown, or its shapes.
+  """
+  names = ("params", "mean", "std", "labels", "averages", "local")
+  arrays = shapes_of([getattr(observation, name) for name in names])
+  leaves, structure = jax.tree.flatten(arrays)
+  defence = jax.tree.structure(observation.defence)  # its numbers may be Python's
+  shown = (observation.batch_size, observation.loss, defence, structure, tuple(leaves))
+  return Program(jax.tree.structure(attack), shown)
+
+
 def same_program(one: Attack, other: Attack) -> bool:
-  """Returns whether attacks differ in numbers alone, so that one compiled program runs both."""
+  """Returns whether attacks differ in numbers alone, so that one compiled program runs both.
+
+  They must be shown observations of one form too; see `program_of`.
+  """
   return jax.tree.structure(one) == jax.tree.structure(other)

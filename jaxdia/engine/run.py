@@ -92,8 +92,8 @@ def run(
   """Runs attacks on many observations, many trials at once.
 
   One compiled program runs all tasks, and their trials fill the lanes together. So the attacks
-  may differ in numbers and dropout rates alone (see `jaxdia.attacks.same_program`), the
-  observations in all but shapes. Lanes of a device share the params: trials on others run on
+  may differ in numbers and dropout rates alone, the observations in all but shapes (see
+  `jaxdia.attacks.program_of`). Lanes of a device share the params: trials on others run on
   other devices, or when it is free. Calls of one form are compiled once in a process.
 
   Trials are the same, bit for bit, for the same number of lanes, devices and clients and the same
