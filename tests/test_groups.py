@@ -8,7 +8,9 @@ import pytest
 from conftest import compilations
 
 from jaxdia import engine, experiment, study
+from jaxdia.core.errors import InputError
 from jaxdia.core.machine import forget_programs
+from jaxdia.experiment import Experiment
 from jaxdia.experiment.clients import KEPT
 from jaxdia.experiment.config import config_for
 from jaxdia.study import Group, group
@@ -77,6 +79,72 @@ def test_cells_that_differ_in_numbers_rates_seeds_and_images_are_one_group():
 )
 def test_cells_of_other_programs_are_apart(field, values):
   assert _groups(_study(grid=[(field, values)])) == [Group("dia", (0,)), Group("dia", (1,))]
+
+
+def test_groups_are_what_the_engine_runs_together(tmp_path):
+  """Neighbours in a study are of one group if the engine takes their tasks at once, and only then.
+
+  Where only a program is another one; the engine's own settings are not the tasks'.
+  """
+  base = _base(name="ig,dia", max_iterations=5)
+  base.data.batch_size = base.data.count = 2
+  grid = [
+    ("model.dropout_rate", (0.0, 0.2, 0.6)),
+    ("attack.labels", ("given", "free")),
+    ("data.source", ("samples:mnist", "samples:fashion_mnist", "samples:cifar10")),
+    ("data.source,data.statistics", (("samples:cifar10", "mnist"),)),
+    ("data.batch_size", (1,)),
+    ("defence.name", ("clipping", "top_k")),
+    ("defence.name,defence.std", (("gaussian_noise", 0.1), ("gaussian_noise", 0.2))),
+    ("local.steps,local.learning_rate", ((2, 0.1), (2, 0.2))),
+    ("local.epochs", (2,)),
+    ("local.shuffle", (True,)),
+    ("local.shuffle,local.epochs", ((True, 2),)),
+    ("local.momentum", (0.5,)),
+  ]
+  cells = [
+    cell
+    for fields, values in grid
+    for value in values
+    for cell in study.plan(_study(base=_with(base, fields, value)))
+  ]
+  groups = {
+    (one.attack, number): place for place, one in enumerate(group(cells)) for number in one.cells
+  }
+  together = 0
+  for name in ("ig", "dia"):
+    tasks = [_task(cell, name, tmp_path) for cell in cells]
+    for first in range(len(cells)):
+      engine.checks.check_tasks(tasks[first])
+      for second in range(first):
+        pair = [tasks[first], tasks[second]]
+        if groups[name, first] == groups[name, second]:
+          together += engine.checks.check_tasks(pair) != []
+        else:
+          with pytest.raises(InputError, match="of its own"):
+            engine.checks.check_tasks(pair)
+  assert together > 20
+
+
+def _with(base, fields, value):
+  config = base.copy_and_resolve_references()
+  pairs = zip(fields.split(","), value if "," in fields else (value,), strict=True)
+  for field, one in pairs:
+    part, name = field.split(".")
+    config[part][name] = one
+  return config
+
+
+def _task(cell, name, folder):
+  task = Experiment(cell.settings, folder / "none").runs[name].plan()
+  return task._replace(observations=[task.observations[0]], finished=[(0, 0)])
+
+
+def test_a_cell_whose_clients_cannot_be_is_alone_and_does_no_harm_to_others():
+  base = _base()
+  base.local.epochs = 2  # Soteria is of a single step
+  config = _study(base=base, grid=[("defence.name", ("none", "soteria", "clipping"))])
+  assert _groups(config) == [Group("dia", (n,)) for n in range(3)]
 
 
 def test_each_attack_is_a_group_and_closed_forms_are_alone():

@@ -194,3 +194,20 @@ def test_a_function_that_fails_is_named(model, function, message):
   images, params = np.full((1, 6, 6, 1), 0.5, np.float32), model.init(jax.random.key(0))
   with pytest.raises(InputError, match=message):
     observe(jax.random.key(0), model, params, images, [1], loss=function)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-6])
+def test_a_search_converges_however_small_the_gradient(scale):
+  """As that of trained weights may be; what is added to its norm must not keep it from 0."""
+
+  def scaled(logits, targets):
+    return scale * CROSS_ENTROPY(logits, targets)
+
+  model = models.create("mlp", (6, 6, 1), CLASSES, 0.25, hidden_sizes=(24, 24), use_bias=True)
+  _, (observation,), (secret,) = make_victims(model, 1, loss=scaled)
+  norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(observation.gradient)))
+  assert 0.1 * scale < norm < 10 * scale
+  attack = attacks.wiig(model, tv_weight=0.0, learning_rate=0.02, max_iterations=1000)
+  state = attacks.solve(jax.random.key(0), attack, observation, masks=secret.masks)
+  assert int(state.status) == attacks.Status.CONVERGED, (state.best.objective, state.iteration)
+  np.testing.assert_allclose(state.best.candidate.images, secret.images, atol=0.05)

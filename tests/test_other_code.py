@@ -1,5 +1,8 @@
 """The library inside other JAX code: loops, transformations, meshes, gradients of one's own."""
 
+import gc
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -7,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_victims
+from conftest import compilations, make_victims
 from flax import linen as nn
 
 import jaxdia
 from jaxdia import attacks, engine, evaluation, models
 from jaxdia.client import Observation, Secret, client_gradient, observe
-from jaxdia.closed_form import recover
+from jaxdia.closed_form import recover, recover_labels
 from jaxdia.core.errors import InputError
 from jaxdia.core.machine import count_memory_maps
 from jaxdia.core.types import Statistics
@@ -52,10 +55,24 @@ def test_a_hundred_calls_in_one_process_keep_nothing():
   for seed in range(2):
     call(seed)
   maps, arrays = count_memory_maps(), len(jax.live_arrays())
-  for seed in range(100):
-    call(seed)
+  resident = _resident_mib()
+  with compilations() as compiled:
+    for seed in range(100):
+      call(seed)
+  assert not compiled
   assert count_memory_maps() <= maps + 20
   assert len(jax.live_arrays()) <= arrays + 20
+  assert _resident_mib() <= resident + 20
+
+
+def _resident_mib():
+  """Returns how much memory the process has, without garbage; 0 where the system does not tell."""
+  gc.collect()
+  status = pathlib.Path("/proc/self/status")
+  if not status.exists():
+    return 0.0
+  (kib,) = re.findall(r"^VmRSS:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+  return int(kib) / 2**10
 
 
 def test_masks_that_flax_drew_itself_are_read():
@@ -127,6 +144,47 @@ def test_sharded_params_and_a_mesh_do_no_harm(model):
   np.testing.assert_array_equal(found.candidate.images, expected.candidate.images)
   with jax.set_mesh(mesh), pytest.raises(InputError, match="outside of jax.set_mesh"):
     engine.run(task)
+
+
+def test_a_guard_against_transfers_does_not_meet_those_of_the_library(model):
+  """All is compiled and on the device; what the library hands over of its own is no one else's."""
+  params, key = model.init(jax.random.key(0)), jax.random.key(1)
+  images, labels = jnp.asarray(_images(1)), jnp.array([3])
+  search, closed = attacks.dia(model, max_iterations=2), attacks.closed_form(model)
+
+  def call():
+    observation, secret = observe(key, model, params, images, labels)
+    state = attacks.solve(key, search, observation)
+    recovery = recover(key, model, observation)
+    recover_labels(model, observation)
+    evaluation.evaluate(model, secret, state.best.candidate, Statistics(0.0, 1.0))
+    for task in (
+      engine.Task(key, search, [observation], 3),
+      engine.Task(key, closed, [observation], 2, parts=[recovery]),
+    ):
+      engine.plan([task])
+      for _ in engine.run(task, lanes=1, devices=ONE_DEVICE):
+        yield
+
+  list(call())
+  with jax.transfer_guard("disallow"):
+    assert [_forbids_transfers() for _ in call()] == [True] * 5  # between trials too
+    assert _forbids_transfers()
+  assert not _forbids_transfers()
+  abandoned = call()
+  next(abandoned)
+  abandoned.close()
+  with pytest.raises(InputError), jax.transfer_guard("disallow"):
+    engine.run([])
+  assert not _forbids_transfers()
+
+
+def _forbids_transfers():
+  try:
+    jnp.arange(3) + np.arange(3)
+  except jax.errors.JaxRuntimeError:
+    return True
+  return False
 
 
 def test_rooms_are_found_by_their_names():

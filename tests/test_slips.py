@@ -13,8 +13,10 @@ from flax import linen as nn
 import jaxdia
 from jaxdia import attacks, engine, models
 from jaxdia.client import LocalUpdate, Observation, check_fit, observe
+from jaxdia.closed_form import recover, recover_labels
 from jaxdia.core.errors import InputError, check_count, check_number
 from jaxdia.core.types import check_key
+from jaxdia.gradients import prepare
 
 ONE_DEVICE = jax.local_devices()[:1]
 KEY = jax.random.key(0)
@@ -126,6 +128,42 @@ def test_what_is_handed_to_solve_and_to_a_step(model, seen):
   recovery = hybrid.recover(KEY, seen)
   for given in (recovery, recovery.parts):
     assert attacks.solve(KEY, hybrid, seen, recovery=given).iteration > 0
+
+
+def test_what_is_handed_to_the_closed_forms(model, seen):
+  for wrong, kind in (
+    (prepare(model, seen), "of type Prepared"),
+    ((seen, None), "of type tuple"),
+    ("observation", "'observation'"),
+    (3, "of type int"),
+    (None, "of type NoneType"),
+  ):
+    expected = rf"observation is {kind}; expected a jaxdia.client.Observation, .* observe returns"
+    for call in (
+      lambda w=wrong: recover(KEY, model, w),
+      lambda w=wrong: recover_labels(model, w),
+      lambda w=wrong: check_fit(model, w),
+    ):
+      with pytest.raises(InputError, match=expected):
+        call()
+  # Of another network the labels cannot be read either.
+  other = models.create("mlp", (6, 6, 1), 4, hidden_sizes=(24, 24))
+  with pytest.raises(InputError, match="leaf 'classifier/kernel' of the params has shape"):
+    recover_labels(other, seen)
+
+
+def test_what_is_handed_over_as_a_model(model, seen):
+  images = np.zeros((1, 6, 6, 1), np.float32)
+  for wrong, kind in (("mlp", "'mlp'"), (None, "of type NoneType"), (seen, "of type Observation")):
+    for call in (
+      lambda w=wrong: recover(KEY, w, seen),
+      lambda w=wrong: recover_labels(w, seen),
+      lambda w=wrong: check_fit(w, seen),
+      lambda w=wrong: observe(KEY, w, seen.params, images, [0]),
+      lambda w=wrong: attacks.create("dia", w),
+    ):
+      with pytest.raises(InputError, match=rf"model is {kind}; expected .* models.create\("):
+        call()
 
 
 def test_params_of_another_network(model, seen):

@@ -17,6 +17,7 @@ from experiment_cases import ROOT, launch, rows_of, silent, small, timeless
 import jaxdia
 from jaxdia import data, engine, evaluation, experiment, study
 from jaxdia.core.errors import InputError
+from jaxdia.experiment.attack_run import AttackRun
 from jaxdia.experiment.lock import Lock
 
 
@@ -355,3 +356,26 @@ def test_a_finished_result_with_another_array_is_damaged(change, tmp_path):
   names = sorted(set(arrays) - {"names"})
   np.savez(path, **arrays | {"names": names})  # as it was written before types stood there
   assert len(experiment.run(small(max_iterations=5), tmp_path, say=silent)) == 1
+
+
+def test_the_times_of_a_chunk_do_not_wait_for_the_disk(tmp_path, monkeypatch):
+  """Sixty chunks, each of which notes its times, wait for it as often as one."""
+  synced, noted, fsync = [], [], os.fsync
+  note_times = AttackRun.note_times
+
+  def spy(run, times):
+    noted.append(times)
+    note_times(run, times)
+
+  monkeypatch.setattr(os, "fsync", lambda file: (synced.append(file), fsync(file)))
+  monkeypatch.setattr(AttackRun, "note_times", spy)
+  counts = []
+  for chunk in (60, 1):
+    config = small(max_iterations=60)
+    config.engine.chunk, config.engine.checkpoint_seconds = chunk, 3600
+    experiment.run(config, tmp_path / str(chunk), say=silent)
+    counts.append((len(noted), len(synced)))
+    noted.clear()
+    synced.clear()
+  (few, once), (many, again) = counts
+  assert many >= few + 50 and once == again > 0

@@ -7,6 +7,7 @@ from conftest import make_victims
 
 from jaxdia import attacks, engine, models
 from jaxdia.client import defences, observe
+from jaxdia.closed_form import Parts
 from jaxdia.core.types import Statistics
 from jaxdia.gradients import prepare
 
@@ -34,25 +35,50 @@ def test_the_strict_modes_are_on():
     jax.numpy.ones((2, 3)) + jax.numpy.ones(3)
 
 
-@pytest.mark.parametrize("attack", ["dia", "ig"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_is_trained_and_attacked(name, attack):
-  """By its shapes alone: the modes speak where a program is traced."""
-  model = models.create(name, SHAPE, 5, 0.25, **NETWORKS[name])
-  noise = defences.create("gaussian_noise", std=1e-3)
-  attack = attacks.create(attack, model, labels="free", max_iterations=2)
+def _check(attack, defence):
+  """Traces a trial from the client on: the modes speak where a program is traced."""
+  model = attack.model
 
   def trial(key, images, labels):
     params = model.init(key)
-    options = {"statistics": STATISTICS, "defence": noise}
-    observation, _ = observe(key, model, params, images, labels, **options)
-    state = attack.init(key, observation, attacks.Told())
+    options = {"statistics": STATISTICS, "defence": defence}
+    observation, secret = observe(key, model, params, images, labels, **options)
+    state = attack.init(key, observation, attacks.Told(secret.masks, _parts(images, secret)))
     return attack.step(prepare(model, observation, "formed"), state)
 
   images = jax.ShapeDtypeStruct((2, *SHAPE), np.float32)
   labels = jax.ShapeDtypeStruct((2,), np.int32)
   state, _ = jax.eval_shape(trial, jax.random.key(0), images, labels)
   assert state.candidate.images.shape == images.shape
+
+
+def _parts(images, secret):
+  """What a closed form may have told, of its types."""
+  masks = secret.masks or {}
+  known = {site: mask > 0 for site, mask in masks.items()}
+  verdict = np.zeros(2, np.int32)
+  return Parts(images, verdict, masks, known, secret.labels, verdict > 0, {}, {})
+
+
+@pytest.mark.parametrize("attack", ["dia", "ig"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_trained_and_attacked(name, attack):
+  model = models.create(name, SHAPE, 5, 0.25, **NETWORKS[name])
+  noise = defences.create("gaussian_noise", std=1e-3)
+  _check(attacks.create(attack, model, labels="free", max_iterations=2), noise)
+
+
+@pytest.mark.parametrize("name", defences.DEFENCES)
+def test_every_defence_is_applied_and_attacked(name):
+  model = models.create("mlp", SHAPE, 5, 0.25, **NETWORKS["mlp"])
+  for distance in ("cosine", "squared_l2"):
+    _check(attacks.dia(model, distance=distance, max_iterations=2), defences.create(name))
+
+
+@pytest.mark.parametrize("name", attacks.CATALOGUE)
+def test_every_attack_starts_and_takes_a_step(name):
+  model = models.create("mlp", SHAPE, 5, 0.25, **NETWORKS["mlp"])
+  _check(attacks.create(name, model, max_iterations=2), defences.identity)
 
 
 @pytest.mark.parametrize("name", ["dia", "ig", "hybrid"])

@@ -298,3 +298,24 @@ def test_what_a_task_lacks_is_said_before_anything_runs(model):
   refuse(r"engine.Task\(..., masks=\[...\]\)", attacks.wiig(model))
   refuse(r"engine.Task\(..., parts=\[parts, ...\]\)", attacks.hybrid(model))
   refuse("has 1 masks for 2 observations", attacks.wiig(model), masks=[{}])
+
+
+def test_lanes_that_have_ended_are_recorded_no_more(model, monkeypatch):
+  """The third trial runs beside the second, which ended at a recorded iteration and stays there."""
+  records, cond = [], jax.lax.cond
+
+  def spy(is_due, record, keep, *operands):
+    def told(*operands):
+      jax.debug.callback(lambda: records.append(1))
+      return record(*operands)
+
+    # Recorded images alone have so many axes: lane, iteration, and those of a batch.
+    is_recording = any(getattr(x, "ndim", 0) == 6 for x in operands)
+    return cond(is_due, told if is_recording else record, keep, *operands)
+
+  monkeypatch.setattr(jax.lax, "cond", spy)
+  attack = attacks.ig(model, max_iterations=11)
+  task = _task(attack, make_victims(model, 3))
+  trials = list(engine.run(task, devices=DEVICES[:1], lanes=2, chunk=4, record=(3, 11)))
+  assert [trial.iterations for trial in trials] == [11] * 3
+  assert len(records) == 4  # at 3 and at 11, for the first two at once and for the third

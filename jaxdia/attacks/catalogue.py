@@ -8,7 +8,7 @@ from jaxdia.attacks.protocol import Attack
 from jaxdia.attacks.search import Search
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.core.errors import InputError, unknown
-from jaxdia.models import DropoutModel
+from jaxdia.models import DropoutModel, check_model
 
 
 class Preset(NamedTuple):
@@ -89,10 +89,12 @@ def create(name: str, model: DropoutModel, **overrides: Any) -> Attack:
     The attack: pure functions `init` and `step`. Equal arguments give equal attacks.
 
   Raises:
-    InputError: unknown name or field, or a value that the field or the attack cannot take.
+    InputError: unknown name or field, a value that the field or the attack cannot take, or the
+      model is none.
   """
   if name not in CATALOGUE:
     raise unknown("attack", name, CATALOGUE)
+  check_model(model)
   preset = CATALOGUE[name]
   return preset.build(model, preset.settings.override(**overrides))
 

@@ -12,9 +12,10 @@ import jax
 from jaxtyping import Integer
 
 from jaxdia.attacks.settings import AttackSettings
-from jaxdia.client import Observation
+from jaxdia.client import Observation, check_observation
 from jaxdia.closed_form import Parts, Recovery
-from jaxdia.core.errors import InputError
+from jaxdia.core.errors import InputError, kind_of
+from jaxdia.core.trees import shapes_of
 from jaxdia.core.types import Array, Images, Key, Labels, Logits, Masks, Scalar
 from jaxdia.gradients import Prepared
 from jaxdia.models import DropoutModel
@@ -211,13 +212,9 @@ def check_attack(attack: Any, observation: Any) -> None:
   """
   if not isinstance(attack, Attack):
     raise InputError(
-      f"the attack is {_kind(attack)}; expected one that jaxdia.attacks.create(name, model) made."
+      f"the attack is {kind_of(attack)}; expected one that jaxdia.attacks.create(name, model) made."
     )
-  if not isinstance(observation, Observation):
-    raise InputError(
-      f"the observation is {_kind(observation)}; expected a jaxdia.client.Observation, the first of"
-      " the two that observe returns."
-    )
+  check_observation(observation)
 
 
 def parts_of(recovery: Any) -> Parts | None:
@@ -232,16 +229,43 @@ def parts_of(recovery: Any) -> Parts | None:
   parts = getattr(recovery, "parts", recovery)
   if parts is not None and not isinstance(parts, Parts):
     raise InputError(
-      f"the recovery is {_kind(parts)}; expected what attack.recover(key, observation) returns, or"
-      " its parts."
+      f"the recovery is {kind_of(parts)}; expected what attack.recover(key, observation) returns,"
+      " or its parts."
     )
   return parts
 
 
-def _kind(value: Any) -> str:
-  return repr(value) if isinstance(value, str) else f"of type {type(value).__name__}"
+class Program(NamedTuple):
+  """What a compiled program is made for; equal for trials that one program runs.
+
+  Attributes:
+    attack: its structure as a tree.
+    observation: the structure of what it is shown, and the shapes of its arrays. Gradients are not
+      among them, as those of one network may be of several forms, which only values tell.
+  """
+
+  attack: Any
+  observation: tuple[Any, ...]
+
+
+def program_of(attack: Attack, observation: Observation) -> Program:
+  """Returns what tells programs apart, hashable; numbers alone make no difference.
+
+  Args:
+    attack: that is to be run.
+    observation: one that it is shown, or its shapes.
+  """
+  names = ("params", "mean", "std", "labels", "averages", "local")
+  arrays = shapes_of([getattr(observation, name) for name in names])
+  leaves, structure = jax.tree.flatten(arrays)
+  defence = jax.tree.structure(observation.defence)  # its numbers may be Python's
+  shown = (observation.batch_size, observation.loss, defence, structure, tuple(leaves))
+  return Program(jax.tree.structure(attack), shown)
 
 
 def same_program(one: Attack, other: Attack) -> bool:
-  """Returns whether attacks differ in numbers alone, so that one compiled program runs both."""
+  """Returns whether attacks differ in numbers alone, so that one compiled program runs both.
+
+  They must be shown observations of one form too; see `program_of`.
+  """
   return jax.tree.structure(one) == jax.tree.structure(other)

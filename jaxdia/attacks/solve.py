@@ -13,6 +13,7 @@ from jaxdia.attacks.search import project
 from jaxdia.client import Observation
 from jaxdia.closed_form import Recovery, check_sign
 from jaxdia.core.errors import InputError
+from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import is_traced
 from jaxdia.core.types import Key, Masks, check_key
 from jaxdia.gradients import Prepared
@@ -26,6 +27,7 @@ _CHUNK_SECONDS = 1.0
 _LEAST_CHUNK = 10
 
 
+@with_transfers
 def solve(
   key: Key,
   attack: Attack,

@@ -11,7 +11,7 @@ from jaxdia.client.local import (
   steps_of,
 )
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
-from jaxdia.client.observation import Observation, Secret, check_fit
+from jaxdia.client.observation import Observation, Secret, check_fit, check_observation
 from jaxdia.client.step import client_gradient, client_loss, observe
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
   "Secret",
   "as_local",
   "check_fit",
+  "check_observation",
   "client_gradient",
   "client_loss",
   "defences",

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from jaxdia.client.defences import Defence, as_defence, identity
 from jaxdia.client.local import LocalUpdate, as_local
 from jaxdia.client.losses import CROSS_ENTROPY, Loss, as_loss
-from jaxdia.core.errors import InputError, check_count
+from jaxdia.core.errors import InputError, check_count, kind_of
 from jaxdia.core.trees import Path, is_traced, leaves_by_path, static, value_tree, with_leaves
 from jaxdia.core.types import (
   Array,
@@ -26,7 +26,7 @@ from jaxdia.core.types import (
   as_numbers,
   mend_of_labels,
 )
-from jaxdia.models import Averages, DropoutModel, check_params
+from jaxdia.models import Averages, DropoutModel, check_model, check_params
 
 _FLOATS = (jnp.float32, jnp.float64)
 
@@ -117,6 +117,22 @@ class Secret:
   masks: Masks | None
 
 
+def check_observation(observation: Any) -> None:
+  """Refuses what is no observation.
+
+  Args:
+    observation: that is to be attacked.
+
+  Raises:
+    InputError: it is something else.
+  """
+  if not isinstance(observation, Observation):
+    raise InputError(
+      f"the observation is {kind_of(observation)}; expected a jaxdia.client.Observation, the first"
+      " of the two that observe returns."
+    )
+
+
 def check_fit(model: DropoutModel, observation: Observation) -> None:
   """Refuses an observation that is not one of a model.
 
@@ -125,9 +141,11 @@ def check_fit(model: DropoutModel, observation: Observation) -> None:
     observation: of one client; of traced arrays only shapes are checked.
 
   Raises:
-    InputError: its params are of another network, it has statistics for other channels, or labels
-      that are no classes of the model.
+    InputError: one of the two is of another kind; its params are of another network, it has
+      statistics for other channels, or labels that are no classes of the model.
   """
+  check_model(model)
+  check_observation(observation)
   check_params(model.network, observation.params)
   channels = model.image_shape[-1]
   if len(observation.mean) not in (1, channels):

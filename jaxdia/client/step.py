@@ -12,6 +12,7 @@ from jaxdia.client.local import LocalUpdate, as_local, draw_masks, local_gradien
 from jaxdia.client.losses import CROSS_ENTROPY, Function, Kind, Loss, as_loss
 from jaxdia.client.observation import Observation, Secret
 from jaxdia.core.errors import InputError
+from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import is_traced
 from jaxdia.core.types import (
   Gradient,
@@ -27,7 +28,7 @@ from jaxdia.core.types import (
   check_key,
   mend_of_labels,
 )
-from jaxdia.models import DropoutModel
+from jaxdia.models import DropoutModel, check_model
 
 # Images whose normalised values are the pixels themselves.
 _PIXELS = Statistics(mean=(0.0,), std=(1.0,))
@@ -93,6 +94,7 @@ def client_gradient(
   return local_gradient(gradient, params, masks, images, labels, local)
 
 
+@with_transfers
 def observe(
   key: Key,
   model: DropoutModel,
@@ -126,11 +128,12 @@ def observe(
     What the server sees, and what it does not.
 
   Raises:
-    InputError: images or labels that the model cannot have been trained on, or that cannot be
-      shared out among local steps; no such loss; or a defence that is none or does not suit the
-      network.
+    InputError: the model is none; images or labels that it cannot have been trained on, or that
+      cannot be shared out among local steps; no such loss; or a defence that is none or does not
+      suit the network.
   """
   check_key(key)
+  check_model(model)
   params = nn.unbox(params)
   loss, defence, statistics = as_loss(loss), as_defence(defence), as_statistics(statistics)
   images, labels = as_numbers(images), as_numbers(labels)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxdia.client import Observation, check_fit
 from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision
+from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import is_traced
 from jaxdia.core.types import Labels
 from jaxdia.gradients import layer_gradient
@@ -51,13 +52,13 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
   Raises:
     InputError: it was turned, or see `jaxdia.client.check_fit`.
   """
+  check_fit(model, observation)
   if is_traced(observation):
     raise InputError(
       "the observation is traced, as inside of jax.jit or jax.vmap; expected one with values, as"
       " this reckons on the host. Call it outside, or use attack.init and attack.step, which may be"
       " traced."
     )
-  check_fit(model, observation)
   if is_turned(model, observation):
     raise InputError(
       f"the gradient by the bias of {'/'.join(model.classifier or ())} is negative for more than"
@@ -66,6 +67,7 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
     )
 
 
+@with_transfers
 def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
   """Reads the labels of a batch from the gradient of the classifier.
 
@@ -101,8 +103,10 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
     i[B], for a batch in ascending order: which image has which label, it does not tell.
 
   Raises:
-    InputError: the model has no known classifier, or the loss tells no labels.
+    InputError: the observation is none of the model, see `jaxdia.client.check_fit`; the model has
+      no known classifier, or the loss tells no labels.
   """
+  check_fit(model, observation)
   if model.classifier is None:
     raise InputError(
       "labels=recovered reads the gradient of a dense layer that gives the logits; this model"

@@ -25,6 +25,7 @@ from jaxdia.closed_form.single import (
 from jaxdia.closed_form.sparse import MOST_ROUNDING
 from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import InputError, first_line
+from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import Path
 from jaxdia.core.types import Key, check_key
 from jaxdia.gradients import find_rounding, layer_gradient
@@ -34,6 +35,7 @@ from jaxdia.models import DropoutModel
 _MOST_NOISE = 0.1
 
 
+@with_transfers
 def recover(
   key: Key,
   model: DropoutModel,

@@ -28,6 +28,11 @@ def unknown(what: str, value: object, known: Iterable[str]) -> InputError:
   return InputError(f"Unknown {what} {value!r}.{hint} Choose one of: {', '.join(known)}.")
 
 
+def kind_of(value: object) -> str:
+  """Returns what a value of a wrong kind is, for a message: a text as it is, else its type."""
+  return repr(value) if isinstance(value, str) else f"of type {type(value).__name__}"
+
+
 def first_line(error: BaseException) -> str:
   """Returns the first line of an error's message, or its type if it has none."""
   lines = str(error).strip().splitlines()

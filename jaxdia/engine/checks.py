@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 
-from jaxdia.attacks import check_attack, same_program
-from jaxdia.client import Observation
+from jaxdia.attacks import check_attack, program_of
 from jaxdia.closed_form import Parts, Recovery
 from jaxdia.core.errors import InputError, check_count
-from jaxdia.core.trees import is_traced, shapes_of
+from jaxdia.core.trees import is_traced
 from jaxdia.core.types import check_key
 from jaxdia.engine.jobs import Task
 from jaxdia.engine.loop import init_trial, told_of
@@ -42,9 +41,9 @@ def check_tasks(tasks: Sequence[Task] | Task) -> list[Task]:
     pairs = ", ".join(f"{n} observations and {restarts} restarts" for n, restarts in counts)
     raise InputError(f"got {pairs or 'no tasks'}; expected at least one of each.")
   first = tasks[0]
-  like = _form(first.observations[0])
+  like = program_of(first.attack, first.observations[0])
   for number, task in enumerate(tasks):
-    if not same_program(first.attack, task.attack):
+    if program_of(task.attack, first.observations[0]) != like:
       raise InputError(
         f"task {number} needs another program than the first: its network or what its attack"
         " leaves free differs. Run it in a call of its own."
@@ -62,7 +61,7 @@ def check_tasks(tasks: Sequence[Task] | Task) -> list[Task]:
         )
     if isinstance(task.observations, (list, tuple)):  # others are seen when they are attacked
       for i, observation in enumerate(task.observations):
-        if _form(observation) != like:
+        if program_of(task.attack, observation) != like:
           raise InputError(
             f"observation {i} of task {number} has another batch size, loss or defence, or"
             " params, statistics or labels of other shapes, than the first of all. Run it in a call"
@@ -109,12 +108,3 @@ def _check_task(number: int, task: Any) -> Task:
       " such as {(0, 0)}."
     )
   return task._replace(restarts=restarts)
-
-
-def _form(observation: Observation) -> tuple:
-  """Returns what observations must have in common, besides gradients of one form."""
-  names = ("params", "mean", "std", "labels", "averages", "local")
-  rest = [getattr(observation, name) for name in names]
-  leaves, structure = jax.tree.flatten(shapes_of(rest))
-  defence = jax.tree.structure(observation.defence)  # its numbers may differ
-  return observation.batch_size, observation.loss, defence, structure, tuple(leaves)

@@ -253,9 +253,11 @@ def _create_program(structure, leaves, num_lanes, num_slots, devices, recorded) 
 
     def turn(carry):
       i, state, recording = carry
+      was_running = state.status == int(Status.RUNNING)
       state = jax.vmap(step)(lanes.attack, lanes.slot, state)
       if recorded:
-        due = jnp.any(jnp.isin(state.iteration, iterations))
+        # A lane whose trial ended at a recorded iteration stays at it, with nothing new to record.
+        due = jnp.any(was_running & jnp.isin(state.iteration, iterations))
         recording = jax.lax.cond(due, jax.vmap(record), lambda kept, _: kept, recording, state)
       return i + 1, state, recording
 

@@ -3,7 +3,7 @@
 import collections
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jaxdia.attacks import Status
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.machine import forget_programs
+from jaxdia.core.transfers import each_with_transfers, with_transfers
 from jaxdia.engine.capacity import choose_lanes, halve_lanes
 from jaxdia.engine.checks import check_tasks
 from jaxdia.engine.jobs import Job, Progress, Task, Trial, trial_key
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
   lanes: int
 
 
+@with_transfers
 def plan(
   tasks: Sequence[Task],
   *,
@@ -73,6 +75,7 @@ def _share_out(
   return Plan(devices, min(lanes, -(-trials // len(devices))))
 
 
+@with_transfers
 def run(
   tasks: Sequence[Task] | Task,
   *,
@@ -89,8 +92,8 @@ def run(
   """Runs attacks on many observations, many trials at once.
 
   One compiled program runs all tasks, and their trials fill the lanes together. So the attacks
-  may differ in numbers and dropout rates alone (see `jaxdia.attacks.same_program`), the
-  observations in all but shapes. Lanes of a device share the params: trials on others run on
+  may differ in numbers and dropout rates alone, the observations in all but shapes (see
+  `jaxdia.attacks.program_of`). Lanes of a device share the params: trials on others run on
   other devices, or when it is free. Calls of one form are compiled once in a process.
 
   Trials are the same, bit for bit, for the same number of lanes, devices and clients and the same
@@ -145,15 +148,16 @@ def run(
   ]
   finished = {Job(*pair, number) for number, task in by_number.items() for pair in task.finished}
   if tasks[0].attack.max_iterations == 0:
-    return _run_without_steps(by_number, [job for job in jobs if job not in finished])
+    left = [job for job in jobs if job not in finished]
+    return each_with_transfers(_run_without_steps(by_number, left))
   shared = _share_out(tasks, lanes, devices)
   loop = Loop(by_number, shared.devices, chunk, matching, sorted(record))
   lanes = min(shared.lanes, loop.most_on_a_device(jobs))
   saving = (checkpoint_path, checkpoint_seconds)
-  return _run(loop, jobs, finished, lanes, saving, on_progress, say)
+  return each_with_transfers(_run(loop, jobs, finished, lanes, saving, on_progress, say))
 
 
-def _run_without_steps(tasks: dict[int, Task], jobs: Sequence[Job]) -> Iterator[Trial]:
+def _run_without_steps(tasks: dict[int, Task], jobs: Sequence[Job]) -> Generator[Trial, None, None]:
   """Yields the trials of attacks that have ended after `init`."""
   for job in jobs:
     task = tasks[job.task]
@@ -173,7 +177,7 @@ def _run(
   saving: tuple[pathlib.Path | None, float],
   on_progress: Callable[[Progress], None],
   say: Callable[[str], None],
-) -> Iterator[Trial]:
+) -> Generator[Trial, None, None]:
   checkpoint_path, checkpoint_seconds = saving
   queue = collections.deque(job for job in jobs if job not in finished)
   clients = loop.count_clients(jobs)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Integer
 from jaxdia.attacks import Candidate
 from jaxdia.client import LocalUpdate, Secret
 from jaxdia.core.errors import InputError
+from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import is_traced
 from jaxdia.core.types import Array, Images, Masks, Statistics
 from jaxdia.data import denormalize, normalize
@@ -37,6 +38,7 @@ class Evaluation(NamedTuple):
   order: Integer[Array, " batch"]
 
 
+@with_transfers
 def evaluate(
   model: DropoutModel,
   secret: Secret,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from jaxdia import data
-from jaxdia.client import LocalUpdate, Observation, Secret, as_local, observe, shuffled
+from jaxdia.client import LocalUpdate, Observation, Secret, observe
 from jaxdia.client.defences import Defence
 from jaxdia.client.training import accuracy, train
 from jaxdia.core.errors import InputError
@@ -101,10 +101,8 @@ class Clients:
     _check_size(self.model)
     key = self._key = jax.random.key(settings.seed)
     self._client_key = jax.random.fold_in(key, 1)
-    local, size = settings.local.update, settings.data.batch_size
-    if settings.local.shuffle:
-      local = shuffled(jax.random.fold_in(key, 2), local, size)
-    self.local: LocalUpdate | None = as_local(local)
+    size = settings.data.batch_size
+    self.local: LocalUpdate | None = settings.local.of(jax.random.fold_in(key, 2), size)
     count = settings.data.gradients
     pairs = Lazy(count, self._observe, KEPT)
     self.observations: Sequence[Observation] = Lazy(count, lambda i: pairs[i][0])

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdia.client import LocalUpdate
+from jaxdia.client import LocalUpdate, as_local, shuffled
 from jaxdia.client.local import Optimizer
+from jaxdia.core.types import Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,18 @@ class LocalSettings:
     fields = dataclasses.asdict(self)
     del fields["shuffle"]
     return LocalUpdate(**fields)
+
+  def of(self, key: Key, batch_size: int) -> LocalUpdate | None:
+    """Returns the local steps, in an order of each epoch's own if they are shuffled.
+
+    Args:
+      key: random key, of the orders.
+      batch_size: images of all clients.
+
+    Returns:
+      The steps; None if they are but the gradient of one batch.
+    """
+    return as_local(shuffled(key, self.update, batch_size) if self.shuffle else self.update)
 
 
 def describe(local: Mapping[str, Any]) -> str | None:

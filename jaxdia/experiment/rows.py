@@ -226,7 +226,8 @@ def _until(costs: dict[str, Any], before: float, reached: np.ndarray) -> dict[st
   for level, iterations in zip(evaluation.SSIM_LEVELS, reached, strict=True):
     known = bool(np.isfinite(iterations))
     counted = known and costs["gradient_evaluations"] is not None
-    share = iterations / max(costs["iterations"], 1)
+    # Of the time of an attack without steps, which is none, an infinite share has no value.
+    share = iterations / max(costs["iterations"], 1) if known else 1.0
     seconds = before + (costs["seconds"] - before) * share
     columns |= {
       f"iterations_to_ssim_{level}": int(iterations) if known else None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxdia.models.averages import Averages, averages_after, follows_averages
 from jaxdia.models.base import DropoutModel, Network, check_rate, model_of
 from jaxdia.models.convolutions import CONVOLVE, Convolve
-from jaxdia.models.create import create
+from jaxdia.models.create import check_model, create
 from jaxdia.models.discovery import check_params
 from jaxdia.models.entries import from_native
 from jaxdia.models.evaluation import evaluation_mode
@@ -42,6 +42,7 @@ __all__ = [
   "averages_after",
   "batch_axes",
   "batch_moments",
+  "check_model",
   "check_params",
   "check_rate",
   "create",

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxdia.core.errors import InputError, check_count, unknown
+from jaxdia.core.errors import InputError, check_count, kind_of, unknown
 from jaxdia.models.base import DropoutModel, check_image_shape, check_rate
 from jaxdia.models.flax import from_flax
 from jaxdia.models.zoo import MODELS
@@ -46,6 +46,23 @@ def create(
     module.check(image_shape)
   model = from_flax(module, image_shape)
   return dataclasses.replace(model, rates=dict.fromkeys(model.rates, rate))
+
+
+def check_model(model: Any) -> None:
+  """Refuses what is no model.
+
+  Args:
+    model: that is to be trained or attacked.
+
+  Raises:
+    InputError: it is something else.
+  """
+  if not isinstance(model, DropoutModel):
+    raise InputError(
+      f"the model is {kind_of(model)}; expected a jaxdia.models.DropoutModel, as"
+      " models.create(name, image_shape, num_classes) and models.from_module(module, image_shape)"
+      " make one."
+    )
 
 
 def check_options(name: str, module_class: type, options: dict[str, Any]) -> dict[str, Any]:

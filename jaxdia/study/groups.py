@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import jax
 
-from jaxdia.attacks import CATALOGUE, Attack
+from jaxdia.attacks import CATALOGUE, Attack, program_of
+from jaxdia.client import Observation
 from jaxdia.core.errors import InputError
 from jaxdia.core.machine import memory_of
 from jaxdia.experiment.clients import KEPT, load_images
@@ -17,8 +18,8 @@ from jaxdia.experiment.config import (
   ExperimentSettings,
   ModelSettings,
 )
-from jaxdia.experiment.network import count_weights, create_model
-from jaxdia.models import DropoutModel
+from jaxdia.experiment.network import create_model
+from jaxdia.models import DropoutModel, discovery
 from jaxdia.study.plan import Cell
 
 # Of the memory, the share that the weights and gradients of all clients of a group may take.
@@ -49,9 +50,8 @@ class Group(NamedTuple):
 def group(cells: Sequence[Cell]) -> list[Group]:
   """Returns the groups of a study, in the order in which they are run.
 
-  Cells are apart in which the attack needs another program: it, with its network, has another
-  structure as a tree, or images or batches have other shapes. So are cells whose weights would
-  not fit into the memory together.
+  Cells are apart in which the attack needs another program (see `jaxdia.attacks.program_of`), or
+  the engine other settings. So are cells whose weights would not fit into the memory together.
 
   Args:
     cells: of the study; those that cannot be run are in no group.
@@ -85,7 +85,8 @@ def attack_of(settings: ExperimentSettings, name: str) -> Attack | None:
     name: of the attack.
   """
   try:
-    return CATALOGUE[name].build(_network(settings)[0], settings.attacks[name])
+    model = dataclasses.replace(_network(settings)[0], convolve=settings.engine.convolve)
+    return CATALOGUE[name].build(model, settings.attacks[name])
   except InputError:
     return None
 
@@ -95,14 +96,33 @@ def _program(number: int, settings: ExperimentSettings, name: str) -> tuple[Hash
   attack = attack_of(settings, name)
   if attack is None or attack.max_iterations == 0:  # nothing runs in lanes
     return (name, number), 0
-  channels = _network(settings)[1]
-  local = jax.tree.structure(settings.local.update), settings.local.shuffle
-  defence = jax.tree.structure(settings.defence)  # the numbers of both may differ
-  facts = (settings.data.batch_size, channels, settings.precision, local, defence)
-  shared = (*facts, settings.engine)
+  try:
+    shown = _observation_like(settings, with_labels=attack.labels == "given")
+  except InputError:  # as the cell will say when it is run
+    return (name, number), 0
   # The weights, and the gradients that are kept.
-  size = (1 + KEPT) * count_weights(attack.model) * (8 if settings.precision == "float64" else 4)
-  return (name, jax.tree.structure(attack), *shared), size
+  size = (1 + KEPT) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shown.params))
+  return (name, program_of(attack, shown), settings.engine), size
+
+
+def _observation_like(settings: ExperimentSettings, *, with_labels: bool) -> Observation:
+  """Returns the shapes of what the server sees of the clients of an experiment."""
+  model, channels = _network(settings)
+  size, precision = settings.data.batch_size, settings.precision
+
+  def like(*shape, dtype=precision):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  def build(key, params, labels, mean, std):
+    local = settings.local.of(key, size)
+    more = {"local": local, "defence": settings.defence}
+    return Observation(params, params, labels, mean, std, size, **more)
+
+  params = jax.tree.map(lambda x: like(*x.shape), discovery.params_shape(model.network))
+  labels = like(size, dtype="int32") if with_labels else None
+  with jax.enable_x64(precision == "float64"):
+    numbers = like(channels)
+    return jax.eval_shape(build, jax.random.key(0), params, labels, numbers, numbers)
 
 
 def _network(settings: ExperimentSettings) -> tuple[DropoutModel, int]:

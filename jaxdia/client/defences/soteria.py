@@ -40,8 +40,9 @@ class Soteria(Defence):
     """Returns the gradient without these rows; see `Defence.__call__`."""
     del key
     importance = jax.jit(feature_importance)(need_step("soteria", step))
-    count = jnp.round(jnp.asarray(self.pruned, importance.dtype) * importance.size)
     place = jnp.argsort(jnp.argsort(-importance, stable=True), stable=True)
+    count = jnp.round(jnp.asarray(self.pruned, importance.dtype) * importance.size)
+    count = count.astype(place.dtype)
     return _map_kernel(lambda g: jnp.where((place >= count)[:, None], g, 0), gradient, step)
 
   def adapt(self, gradient: Gradient, target: Gradient, step: Step) -> Gradient:
