@@ -1,4 +1,4 @@
-"""Victims: real images as float32 NHWC in [0, 1], with the statistics that normalise them."""
+"""Images to attack: float32 NHWC in [0, 1], with the statistics that normalise them."""
 
 from jaxdia.core.types import Statistics
 from jaxdia.data.datasets import DATASETS, NEUTRAL, STATISTICS, Dataset, statistics_of

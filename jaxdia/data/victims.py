@@ -1,4 +1,4 @@
-"""Loads victims from a source and checks that they can be attacked."""
+"""Loads images from a source and checks that they can be attacked."""
 
 from typing import NamedTuple
 
@@ -85,7 +85,7 @@ def load(
       of one's own. None takes those of the source.
 
   Returns:
-    The victims.
+    The images, with what belongs to them.
 
   Raises:
     InputError: a source, count or offset that does not exist, or images or

@@ -42,7 +42,7 @@ class Times(msgspec.Struct, frozen=True):
     return Times(self.run_seconds + more.run_seconds, self.compile_seconds + more.compile_seconds)
 
 
-class Found(NamedTuple):
+class FinishedGradient(NamedTuple):
   """What came of one gradient, as another process is given it.
 
   Attributes:
@@ -204,11 +204,13 @@ class AttackRun:
     if self._keep_and_write(number, outcome):
       self._recovery_path(number).unlink(missing_ok=True)
 
-  def give(self) -> dict[int, Found]:
+  def give(self) -> dict[int, FinishedGradient]:
     """Returns what came of the gradients that are finished, for another process."""
-    return {n: Found(self.outcome_path(n).read_bytes(), rows) for n, rows in self._rows.items()}
+    return {
+      n: FinishedGradient(self.outcome_path(n).read_bytes(), rows) for n, rows in self._rows.items()
+    }
 
-  def accept(self, number: int, found: Found) -> None:
+  def accept(self, number: int, found: FinishedGradient) -> None:
     """Keeps a gradient that another process has finished.
 
     Args:

@@ -13,7 +13,7 @@ from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.network import common_rate
-from jaxdia.experiment.schema import ClosedForm, Row
+from jaxdia.experiment.schema import RecoverySummary, Row
 
 
 def score(
@@ -179,7 +179,7 @@ def in_order(
   return images, {n: pixels(x) for n, x in outcome.recording.items()}
 
 
-def describe_recovery(outcome: outcomes.Outcome, number: int) -> ClosedForm:
+def describe_recovery(outcome: outcomes.Outcome, number: int) -> RecoverySummary:
   """Returns what of one image's result came from the closed form.
 
   Args:
@@ -193,7 +193,7 @@ def describe_recovery(outcome: outcomes.Outcome, number: int) -> ClosedForm:
     site: float(np.mean(known[number] if len(known) == len(parts.verdict) else known))
     for site, known in parts.known_masks.items()
   }
-  return ClosedForm(
+  return RecoverySummary(
     verdict=Verdict(int(parts.verdict[number])).name.lower(),
     residual=residual if np.isfinite(residual) else None,
     reason=recovery.reason or None,

@@ -69,7 +69,7 @@ class NNXNetwork(InstanceNetwork):
       random = nnx.state(rngs, nnx.RngState)
     # What a call changes, such as running averages and counts of random numbers, must not be seen.
     module = nnx.merge(self._graph, state, *jax.tree.map(lambda x: x, (random, self._rest)))
-    interception = _Interception(hooks)
+    interception = _NNXInterception(hooks)
     for path, node in list(nnx.iter_graph(module)):
       interception.put_into(node, tuple(map(str, path)))
     kwargs = dict(self._kwargs)
@@ -82,7 +82,7 @@ def _by_name(state: nnx.State) -> dict[str, Any]:
   return leaves_by_name(nnx.to_pure_dict(state))
 
 
-class _Interception:
+class _NNXInterception:
   """What the modules of one call tell the hooks through."""
 
   def __init__(self, hooks: Hooks):
@@ -132,7 +132,7 @@ class _Interception:
 class _Dropout(nnx.Dropout):
   """Dropout that leaves the mask to a hook."""
 
-  _interception: _Interception
+  _interception: _NNXInterception
   _where: tuple[str, ...]
 
   def __call__(self, inputs, *, deterministic=None, rngs=None):
@@ -163,7 +163,7 @@ class _Dropout(nnx.Dropout):
 class _Attention:
   """`nnx.dot_product_attention` that leaves the mask to a hook."""
 
-  def __init__(self, interception: _Interception, where: str, rate: float):
+  def __init__(self, interception: _NNXInterception, where: str, rate: float):
     self.interception, self.where, self.rate = interception, where, rate
 
   def __call__(self, query, key, value, *, deterministic, **kwargs):
@@ -196,7 +196,7 @@ class _Attention:
 class _Linear(nnx.Linear):
   """A dense layer that tells a hook."""
 
-  _interception: _Interception
+  _interception: _NNXInterception
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Linear.__call__(self, inputs, *args, **kwargs)
@@ -206,7 +206,7 @@ class _Linear(nnx.Linear):
 class _Conv(nnx.Conv):
   """A convolution that tells a hook."""
 
-  _interception: _Interception
+  _interception: _NNXInterception
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Conv.__call__(self, inputs, *args, **kwargs)

@@ -16,7 +16,7 @@ from jaxdia.experiment.progress import duration
 from jaxdia.experiment.schema import AttackSummary
 from jaxdia.experiment.table import format_number
 from jaxdia.report import figures, words
-from jaxdia.report.results import Cell, Study, read_study
+from jaxdia.report.results import CellResults, StudyResults, read_study
 from jaxdia.report.sweeps import DRAWN, Sweep, find_sweeps
 from jaxdia.report.tradeoff import find_tradeoff
 from jaxdia.report.verdict import judge
@@ -98,7 +98,7 @@ def write_page(folder: pathlib.Path, template: str, context: dict[str, Any]) -> 
   return path
 
 
-def _context(study: Study) -> dict[str, Any]:
+def _context(study: StudyResults) -> dict[str, Any]:
   """Returns all that the template shows."""
   return {
     "title": study.title,
@@ -132,13 +132,13 @@ def _context(study: Study) -> dict[str, Any]:
   }
 
 
-def _number(cell: Cell, attack: str, metric: str, statistic: str) -> _Number:
+def _number(cell: CellResults, attack: str, metric: str, statistic: str) -> _Number:
   value = cell.summary[attack].number(metric, statistic)
   text = format_number(metric, statistic, value)
   return _Number(cell.name, attack, metric, statistic, json.dumps(value), text)
 
 
-def _overview(cell: Cell) -> list[tuple[str, list[_Number | None]]]:
+def _overview(cell: CellResults) -> list[tuple[str, list[_Number | None]]]:
   """Returns the rows of one cell: those of attacks, then those of guesses without gradient."""
   columns = [(metric.name, c.statistic) for metric, c in evaluation.columns("report")]
   rows: list[tuple[str, list[_Number | None]]] = [
@@ -159,7 +159,7 @@ def _overview(cell: Cell) -> list[tuple[str, list[_Number | None]]]:
   return rows
 
 
-def _details(cell: Cell) -> list[dict[str, Any]]:
+def _details(cell: CellResults) -> list[dict[str, Any]]:
   """Returns for each attack all metrics with all statistics, its masks, and what it took."""
   details = []
   for attack, summary in cell.summary.items():
@@ -194,7 +194,7 @@ def _site_metrics(summary: AttackSummary) -> list[str]:
   return [name for name in of_sites if getattr(summary, name)]
 
 
-def _pictures(cell: Cell) -> dict[str, Any]:
+def _pictures(cell: CellResults) -> dict[str, Any]:
   """Returns the first images of a cell and what each attack made of them."""
   arrays = cell.read_images()
   count = min(len(arrays["originals"]), _MAX_PICTURES)
@@ -214,7 +214,7 @@ def _pictures(cell: Cell) -> dict[str, Any]:
   }
 
 
-def _animation(study: Study) -> dict[str, Any] | None:
+def _animation(study: StudyResults) -> dict[str, Any] | None:
   """Returns the first images of the first cell that was recorded, as they formed."""
   for cell in study.done:
     recordings = cell.read_recordings()
@@ -241,7 +241,7 @@ def _animation(study: Study) -> dict[str, Any] | None:
   return None
 
 
-def _success(study: Study) -> list[tuple[str, str, str]]:
+def _success(study: StudyResults) -> list[tuple[str, str, str]]:
   """Returns success curves with title and description: by cell, or of all cells together."""
   groups = [(cell.name, [cell]) for cell in study.done]
   if len(groups) > _MAX_SUCCESS_CELLS:
@@ -261,7 +261,9 @@ def _success(study: Study) -> list[tuple[str, str, str]]:
   return shown
 
 
-def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[float], list[float]]:
+def _pooled_success(
+  cells: list[CellResults], attack: str, metric: str
+) -> tuple[list[float], list[float]]:
   """Returns thresholds that all cells have, and the share of all their images that reach each."""
   summaries = [cell.summary[attack] for cell in cells if attack in cell.summary]
   curves = [curve for one in summaries if (curve := one.success.get(metric))]
@@ -275,7 +277,7 @@ def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[f
   return list(rates.index), list(rates)
 
 
-def _tradeoff(study: Study) -> tuple[str, str] | None:
+def _tradeoff(study: StudyResults) -> tuple[str, str] | None:
   """Returns the figure of accuracy against leakage, and its text, if there are several points."""
   points = find_tradeoff(study)
   if not points:
@@ -289,7 +291,7 @@ def _tradeoff(study: Study) -> tuple[str, str] | None:
   return figures.png_uri(figures.tradeoff(points)), f"Not beaten in both: {best}"
 
 
-def _sweeps(study: Study) -> list[dict[str, Any]]:
+def _sweeps(study: StudyResults) -> list[dict[str, Any]]:
   return [
     {
       "setting": sweep.setting,
@@ -319,7 +321,7 @@ def _ends(sweep: Sweep, metric: str) -> str:
   return "; ".join(texts)
 
 
-def _sites(study: Study) -> list[tuple[Cell, str, str]]:
+def _sites(study: StudyResults) -> list[tuple[CellResults, str, str]]:
   """Returns bars of the mask accuracy by site for the first cells, with descriptions."""
   shown = []
   for cell in study.done[:_MAX_PICTURE_CELLS]:
@@ -338,7 +340,7 @@ def _sites(study: Study) -> list[tuple[Cell, str, str]]:
   return shown
 
 
-def _meanings(study: Study) -> list[tuple[str, str]]:
+def _meanings(study: StudyResults) -> list[tuple[str, str]]:
   """Returns one line for each metric of the tables."""
   summaries = [summary for cell in study.done for summary in cell.summary.values()]
   names = ["images", "success", "iip", "pool"]
@@ -349,13 +351,13 @@ def _meanings(study: Study) -> list[tuple[str, str]]:
   return [(metric.label, metric.meaning) for metric in metrics]
 
 
-def _command(study: Study) -> str | None:
+def _command(study: StudyResults) -> str | None:
   """Returns the command that made the results, as it is typed."""
   manifests = [study.manifest, *(cell.manifest for cell in study.done[:1])]
   return words.command(next((m["command"] for m in manifests if m.get("command")), None))
 
 
-def _versions(study: Study) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+def _versions(study: StudyResults) -> list[tuple[str, list[tuple[str, list[str]]]]]:
   """Returns all that the manifests say, but for the command."""
   manifests = {"study": study.manifest} if study.manifest else {}
   manifests |= {
