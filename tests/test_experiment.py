@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -113,6 +114,27 @@ def test_the_best_restart_by_objective_wins(tmp_path):
   assert set(objectives) == {0, 1, 2}
   assert row["objective"] == min(objectives.values())
   assert objectives[row["restart"]] == row["objective"]
+
+
+def test_times_are_those_of_running_compiling_and_scoring(tmp_path):
+  said = []
+  times = experiment.run(small(), tmp_path, say=said.append)["dia"]
+  assert min(times[f"{kind}_seconds"] for kind in ("run", "compile", "scoring")) > 0
+  kept = json.loads((tmp_path / "trials" / "dia" / "times.json").read_text())
+  assert kept == {name: times[name] for name in kept} and "scoring_seconds" in kept
+  assert re.search(r"^time: .* run \+ .* compile \+ .* scoring$", said[-1])
+  # Nothing is scored again.
+  assert (
+    experiment.run(small(), tmp_path, say=silent)["dia"]["scoring_seconds"]
+    == kept["scoring_seconds"]
+  )
+  # What is scored again is counted, and times of older results have none of it.
+  (tmp_path / "results.jsonl").unlink()
+  path = tmp_path / "trials" / "dia" / "times.json"
+  path.write_text(json.dumps({"run_seconds": 2.0, "compile_seconds": 3.0}))
+  again = experiment.run(small(), tmp_path, say=silent)["dia"]
+  assert again["run_seconds"] == 2.0 and again["compile_seconds"] >= 3.0
+  assert again["scoring_seconds"] > 0
 
 
 def test_batches_and_free_labels(tmp_path):

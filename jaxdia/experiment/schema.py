@@ -168,7 +168,8 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
     epsilon: ε of the training.
     oracle: statistics of what the best restart of each client by the truth would have got.
     run_seconds: that the searches took.
-    compile_seconds: before them.
+    compile_seconds: of compiling.
+    scoring_seconds: that the comparison with the originals took; None in older results.
     mask_accuracy_by_site: mean of the metric of that name, as the next three.
     mask_auc_by_site: mean.
     mask_undecided_by_site: mean.
@@ -190,6 +191,7 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
   oracle: dict[str, MetricSummary] = {}
   run_seconds: float | None = None
   compile_seconds: float | None = None
+  scoring_seconds: float | None = None
   mask_accuracy_by_site: dict[str, float] = {}
   mask_auc_by_site: dict[str, float] = {}
   mask_undecided_by_site: dict[str, float] = {}

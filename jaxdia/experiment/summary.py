@@ -18,7 +18,7 @@ def summarize(rows: Sequence[Row], attempted: int, **more: Any) -> AttackSummary
     rows: one an image.
     attempted: number of images that were to be attacked.
     **more: fields of the summary that rows do not tell: told, defence, pool, accuracy,
-      epsilon, run_seconds, compile_seconds.
+      epsilon, run_seconds, compile_seconds, scoring_seconds.
 
   Returns:
     The counts, and for each metric mean, std, median, min and max over the

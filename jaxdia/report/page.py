@@ -36,6 +36,7 @@ _STATISTICS = {
   "max": "max",
   "count": "images",
 }
+_TIMES = ("run_seconds", "compile_seconds", "scoring_seconds")
 
 
 class _Number(NamedTuple):
@@ -110,7 +111,7 @@ def _context(study: StudyResults) -> dict[str, Any]:
     "pictures": [_pictures(cell) for cell in study.done[:_MAX_PICTURE_CELLS]],
     "cells_without_pictures": len(study.done[_MAX_PICTURE_CELLS:]),
     "overview": {
-      "headings": [column.heading for _, column in evaluation.columns("report")],
+      "headings": [m.heading(column) for m, column in evaluation.columns("report")],
       "cells": [(cell, _overview(cell)) for cell in study.done],
     },
     "success": _success(study),
@@ -119,6 +120,7 @@ def _context(study: StudyResults) -> dict[str, Any]:
     "sites": _sites(study),
     "details": [(cell, _details(cell)) for cell in study.done],
     "statistics": list(_STATISTICS.values()),
+    "times": "; ".join(words.metric(name).title for name in _TIMES),
     "meanings": _meanings(study),
     "cells": study.cells,
     "command": _command(study),
@@ -169,13 +171,11 @@ def _details(cell: CellResults) -> list[dict[str, Any]]:
       {
         "attack": words.attack_label(attack),
         "metrics": [
-          (words.metric(name).label, [_number(cell, attack, name, s) for s in _STATISTICS])
+          (words.metric(name).title, [_number(cell, attack, name, s) for s in _STATISTICS])
           for name in _metric_names(summary)
         ],
-        "times": [
-          _number(cell, attack, kind, "value") for kind in ("run_seconds", "compile_seconds")
-        ],
-        "by_site": [words.metric(name).label for name in by_site],
+        "times": [_number(cell, attack, kind, "value") for kind in _TIMES],
+        "by_site": [words.metric(name).title for name in by_site],
         "sites": [(s, [_number(cell, attack, name, s) for name in by_site]) for s in sites],
       }
     )
@@ -251,13 +251,13 @@ def _success(study: StudyResults) -> list[tuple[str, str, str]]:
     rates = {attack: _pooled_success(cells, attack, metric.name) for attack in study.attacks}
     rates = {attack: rate for attack, rate in rates.items() if rate[0]}
     if rates:
-      text = f"Share of images over thresholds of {metric.label}. " + "; ".join(
+      text = f"Share of images over thresholds of {metric.title}. " + "; ".join(
         f"{words.attack_label(attack)}: {rate[0]:.0%} at {thresholds[0]:g} to {rate[-1]:.0%} at"
         f" {thresholds[-1]:g}"
         for attack, (thresholds, rate) in rates.items()
       )
       figure = figures.success_curves(metric.name, rates)
-      shown.append((f"{title}: {metric.label}", figure, text))
+      shown.append((f"{title}: {metric.title}", figure, text))
   return shown
 
 
@@ -298,7 +298,7 @@ def _sweeps(study: StudyResults) -> list[dict[str, Any]]:
       "pooled": sweep.pooled,
       "figures": [
         (
-          words.metric(metric).label,
+          words.metric(metric).title,
           figures.png_uri(figures.sweep_curves(sweep, metric)),
           _ends(sweep, metric),
         )
@@ -346,9 +346,9 @@ def _meanings(study: StudyResults) -> list[tuple[str, str]]:
   names = ["images", "success", "iip", "pool"]
   names[1:1] = [name for summary in summaries for name in _metric_names(summary)]
   names += [name for summary in summaries for name in _site_metrics(summary)]
-  names += ["run_seconds", "compile_seconds"]
+  names += _TIMES
   metrics = [words.metric(name) for name in dict.fromkeys(names)]
-  return [(metric.label, metric.meaning) for metric in metrics]
+  return [(metric.title, metric.meaning) for metric in metrics]
 
 
 def _command(study: StudyResults) -> str | None:

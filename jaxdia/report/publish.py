@@ -89,7 +89,7 @@ def _table(study: StudyResults, table: pd.DataFrame) -> str:
   values = {name: [str(cell.entry.overrides.get(name)) for cell in study.done] for name in settings}
   about = [name for name in settings if len(set(values[name])) > 1 and name != "attack.name"]
   kept = {name: name for name in about} | {"attack": "attack"}
-  kept |= {column.key: column.heading for _, column in evaluation.columns("published")}
+  kept |= {column.key: m.heading(column) for m, column in evaluation.columns("published")}
   kept = {name: heading for name, heading in kept.items() if name in table}
   shown = pd.DataFrame(table[list(kept)]).rename(columns=kept).copy()
   shown["attack"] = [attack_label(attack) for attack in shown["attack"]]
