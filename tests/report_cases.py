@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from jaxdia.attacks.told import told
+from jaxdia.attacks.settings import told
 from jaxdia.core.files import write_json
 
 HOSTILE = "<script>alert(1)</script> & \"x\" 'y' $\\frac$"

@@ -284,6 +284,8 @@ class AttackRun:
     self._unfinished[number] = outcome
     if len(outcome.records) < self.restarts:
       return False
+    if self.attack.has_verdicts and outcome.recovery is not None:
+      outcome = outcome._replace(alone=outcome.recovery.parts)
     clients, settings, size = self._clients, self._settings, self._settings.data.batch_size
     rows = rows_before(self._before, settings, self.name, outcome, number)
     if rows is None:

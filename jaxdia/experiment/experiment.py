@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from jaxdia import evaluation
-from jaxdia.attacks.told import told
+from jaxdia.attacks.settings import told
 from jaxdia.client import defences
 from jaxdia.core.files import write_json, write_npz
 from jaxdia.experiment.attack_run import SHOWN, AttackRun, Times

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxdia import data, evaluation
+from jaxdia.attacks import Status
 from jaxdia.client import Secret, defences
 from jaxdia.closed_form import Verdict
 from jaxdia.core.types import HostImages, Labels, Statistics
@@ -107,7 +108,7 @@ def costs_of(
     outcome: what it found.
   """
   record = outcome.best
-  searched = not outcome.alone and not outcome.failed
+  searched = record.status != Status.NO_SEARCH and not outcome.failed
   return {
     "objective": record.objective if searched else None,
     "gradient_distance": record.distance if searched and np.isfinite(record.distance) else None,
@@ -226,7 +227,7 @@ def _until(costs: dict[str, Any], before: float, reached: np.ndarray) -> dict[st
   for level, iterations in zip(evaluation.SSIM_LEVELS, reached, strict=True):
     known = bool(np.isfinite(iterations))
     counted = known and costs["gradient_evaluations"] is not None
-    share = iterations / max(costs["iterations"], 1)
+    share = iterations / max(costs["iterations"], 1) if known else 0.0
     seconds = before + (costs["seconds"] - before) * share
     columns |= {
       f"iterations_to_ssim_{level}": int(iterations) if known else None,
