@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 from flax.core import tracers
 from flax.nnx.nn.attention import dot_product_attention_weights
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import digest, leaves_by_name
-from jaxdia.core.types import Images, Params
+from jaxdia.core.types import Array, Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of
@@ -114,14 +115,20 @@ class _NNXInterception:
     where: str,
     rate: float,
     shape: Sequence[int],
-    inputs: jax.Array,
-    draw: Callable[[], jax.Array],
-  ) -> jax.Array:
+    inputs: Shaped[Array, "..."],
+    draw: Callable[[], Shaped[Array, "..."]],
+  ) -> Shaped[Array, "..."]:
     """Calls the hook of a site."""
     rate = check_rate(rate, f"the rate of the dropout {where!r}")
     return self.hooks.on_site(SiteCall(self.names(where), rate, tuple(shape), inputs, draw))
 
-  def linear(self, node: Any, convolution: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+  def linear(
+    self,
+    node: Any,
+    convolution: Any,
+    inputs: Shaped[Array, "..."],
+    outputs: Shaped[Array, "..."],
+  ) -> Shaped[Array, "..."]:
     """Calls the hook of a linear layer."""
     if self.hooks.on_linear is None or (convolution is not None and outputs.ndim != 4):
       return outputs
