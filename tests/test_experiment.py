@@ -104,6 +104,25 @@ def test_images_of_two_channels_are_attacked_without_lpips(tmp_path):
   assert summary["finished"] == 2 and "lpips" not in summary["metrics"]
 
 
+def test_rows_of_a_folder_name_the_classes(tmp_path):
+  """Of more than ten, 10 and 11 do not come before 2; and a source without names has no column."""
+  for name in range(12):
+    folder = tmp_path / "pictures" / str(name)
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(name).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+  config = small(max_iterations=1)
+  config.data.source, config.data.count, config.data.offset = f"folder:{tmp_path}/pictures", 10, 2
+  experiment.run(config, tmp_path / "run", say=silent)
+  found = [(row["image"], row["label"], row["label_name"]) for row in rows_of(tmp_path / "run")]
+  assert found == [(n, n, str(n)) for n in range(2, 12)]
+  path = tmp_path / "unnamed.npz"
+  np.savez(path, images=np.zeros((2, 8, 8, 1), np.uint8) + 99, labels=np.array([0, 1]))
+  config.data.source, config.data.count, config.data.offset = f"npz:{path}", 2, 0
+  experiment.run(config, tmp_path / "unnamed", say=silent)
+  assert all("label_name" not in row for row in rows_of(tmp_path / "unnamed"))
+
+
 def test_the_best_restart_by_objective_wins(tmp_path):
   config = small(restarts=3)
   config.data.count = 1
