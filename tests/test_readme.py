@@ -40,6 +40,14 @@ def test_readme_is_short():
   assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def test_how_to_add_a_thing_fits_in_ten_lines():
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  for section in re.split(r"^###? .*$", text.partition("## How to add …")[2], flags=re.MULTILINE):
+    steps = section.strip().partition("\n\n")[2].splitlines()
+    assert len(steps) <= 10, "\n".join(steps)
+  assert len((ROOT / "ARCHITECTURE.md").read_text().splitlines()) <= 100
+
+
 # What must hold after the Python of a page ran, for each page that has some.
 def _readme(found, printed):
   objective, mse = map(float, printed.split())

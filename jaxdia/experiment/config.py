@@ -26,7 +26,7 @@ from jaxdia.models import CONVOLVE, MODELS, Convolve, check_rate
 
 _MOST_RESTARTS = 1_000_000  # all trials of a gradient are listed
 
-# Products of fewer bits are not among them: see ARCHITECTURE.md.
+# Products of fewer bits are not among them: see docs/decisions.md.
 PRECISIONS = ("float32", "float64")
 
 
