@@ -1,6 +1,7 @@
 """Rules that hold for the whole package, checked by looking at it."""
 
 import ast
+import collections
 import inspect
 import pathlib
 import re
@@ -10,6 +11,7 @@ import pytest
 import jaxdia
 
 PACKAGE = pathlib.Path(jaxdia.__file__).parent
+ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -81,5 +83,17 @@ def test_all_names_that_are_exported_exist():
 
 
 def test_files_can_be_read_in_one_sitting():
-  lengths = {path.name: len(path.read_text().splitlines()) for path in FILES}
-  assert max(lengths.values()) <= 400, lengths
+  files = [*FILES, *(f for room in ("tests", "benchmarks") for f in (ROOT / room).rglob("*.py"))]
+  lengths = {str(path): len(path.read_text().splitlines()) for path in files}
+  assert len(lengths) == len(files) and any("benchmarks" in name for name in lengths)
+  assert not {name: length for name, length in lengths.items() if length > 400}
+
+
+def test_a_class_name_stands_for_one_thing():
+  places = collections.defaultdict(list)
+  for path in FILES:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.ClassDef):
+        places[node.name].append(str(path.relative_to(PACKAGE)))
+  assert len(places) > 100
+  assert not {name: files for name, files in places.items() if len(files) > 1}

@@ -1,11 +1,14 @@
 """What is annotated as an array is checked against it while the tests run."""
 
+import inspect
+
 import jax
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from jaxdia import attacks, client
+from jaxdia import attacks, client, data
+from jaxdia.client import tokens, training
 from jaxdia.updates import names, problems
 
 
@@ -39,3 +42,31 @@ def test_what_is_no_array_is_caught_among_arrays_by_name():
     names.with_known_type([1.0])
   with pytest.raises(TypeCheckError, match="'arrays'"):
     problems.nearest(("kernel",), (2, 3), {"kernel": [1.0]})
+
+
+@pytest.mark.parametrize(
+  "function, names",
+  [
+    (client.observe, ("images", "labels")),
+    (training.train, ("images", "labels")),
+    (training.accuracy, ("images", "labels", "return")),
+    (tokens.observe_tokens, ("tokens", "labels")),
+    (data.normalize_features, ("values", "return")),
+    (data.denormalize_features, ("images", "values", "return")),
+  ],
+)
+def test_the_public_arrays_of_clients_and_data_say_what_they_are(function, names):
+  written = inspect.unwrap(function).__annotations__  # those of arrays, if the hook was there
+  source = inspect.getsource(inspect.unwrap(function))
+  for name in names:
+    assert "Any" not in str(written.get(name, "Any")).replace("Sequence[typing.Any]", ""), name
+  assert ": Any" not in source.split('"""')[0]
+
+
+def test_a_batch_may_be_lists(model, params):
+  images, labels = np.zeros((2, *model.image_shape), np.float32), np.array([0, 1])
+  seen = [
+    client.observe(jax.random.key(0), model, params, *batch)[0].gradient
+    for batch in ((images, labels), (images.tolist(), labels.tolist()))
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *seen)

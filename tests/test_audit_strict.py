@@ -41,7 +41,7 @@ def test_another_order_of_the_files_does_not_meet_the_pictures_of_the_last(tmp_p
 
   def stub(key, model, observation, **options):
     audited.append(observation)
-    return audit.Outcome([Finding(name="stub", effect="stops", text="a stub")], [], None)
+    return audit.AuditResult([Finding(name="stub", effect="stops", text="a stub")], [], None)
 
   monkeypatch.setattr(importlib.import_module("jaxdia.audit.run"), "audit", stub)
   for order, count in ((files, 2), (files, 2), (files[::-1], 4), (files[::-1], 4)):

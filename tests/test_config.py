@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from experiment_cases import ROOT, launch, silent, small
 
 from jaxdia import command_line, experiment
 from jaxdia.core.errors import InputError
-from jaxdia.experiment.config import default_config, validate
+from jaxdia.experiment.config import DataSettings, default_config, validate
 
 
 @pytest.mark.parametrize("variable, devices", [(None, os.cpu_count()), ("1", 1), ("3", 3)])
@@ -80,6 +81,27 @@ def test_bad_settings_write_nothing(change, message, tmp_path):
   with pytest.raises(InputError, match=message):
     experiment.run(config, tmp_path / "run", say=silent)
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"source": "nope"}, "Unknown data source 'nope'. Choose one of: samples:..., "),
+    ({"source": "sample:mnist"}, "Did you mean 'samples:...'"),
+    ({"source": None}, "Unknown data source None"),
+    ({"offset": -1}, "config.data.offset is -1; expected an integer of at least 0"),
+    ({"offset": None}, "config.data.offset is None"),
+    ({"offset": 1.5}, "config.data.offset is 1.5"),
+    ({"image_size": -3}, "config.data.image_size is -3; expected an integer from 1 to 10000"),
+    ({"image_size": 10**7}, "config.data.image_size is 10000000"),
+    ({"num_classes": 0}, "config.data.num_classes is 0; expected an integer from 2 to 1000000"),
+    ({"num_classes": "ten"}, "config.data.num_classes is 'ten'"),
+  ],
+)
+def test_which_images_are_attacked_is_checked_before_they_are_read(change, message):
+  with pytest.raises(InputError, match=re.escape(message)):
+    DataSettings(**change)
+  DataSettings(source="npz:/no/such.npz", offset=3, image_size=8, num_classes=2)
 
 
 def test_unknown_fields_of_a_config_object_are_refused():

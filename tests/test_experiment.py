@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -103,6 +104,25 @@ def test_images_of_two_channels_are_attacked_without_lpips(tmp_path):
   assert summary["finished"] == 2 and "lpips" not in summary["metrics"]
 
 
+def test_rows_of_a_folder_name_the_classes(tmp_path):
+  """Of more than ten, 10 and 11 do not come before 2; and a source without names has no column."""
+  for name in range(12):
+    folder = tmp_path / "pictures" / str(name)
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(name).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+  config = small(max_iterations=1)
+  config.data.source, config.data.count, config.data.offset = f"folder:{tmp_path}/pictures", 10, 2
+  experiment.run(config, tmp_path / "run", say=silent)
+  found = [(row["image"], row["label"], row["label_name"]) for row in rows_of(tmp_path / "run")]
+  assert found == [(n, n, str(n)) for n in range(2, 12)]
+  path = tmp_path / "unnamed.npz"
+  np.savez(path, images=np.zeros((2, 8, 8, 1), np.uint8) + 99, labels=np.array([0, 1]))
+  config.data.source, config.data.count, config.data.offset = f"npz:{path}", 2, 0
+  experiment.run(config, tmp_path / "unnamed", say=silent)
+  assert all("label_name" not in row for row in rows_of(tmp_path / "unnamed"))
+
+
 def test_the_best_restart_by_objective_wins(tmp_path):
   config = small(restarts=3)
   config.data.count = 1
@@ -113,6 +133,27 @@ def test_the_best_restart_by_objective_wins(tmp_path):
   assert set(objectives) == {0, 1, 2}
   assert row["objective"] == min(objectives.values())
   assert objectives[row["restart"]] == row["objective"]
+
+
+def test_times_are_those_of_running_compiling_and_scoring(tmp_path):
+  said = []
+  times = experiment.run(small(), tmp_path, say=said.append)["dia"]
+  assert min(times[f"{kind}_seconds"] for kind in ("run", "compile", "scoring")) > 0
+  kept = json.loads((tmp_path / "trials" / "dia" / "times.json").read_text())
+  assert kept == {name: times[name] for name in kept} and "scoring_seconds" in kept
+  assert re.search(r"^time: .* run \+ .* compile \+ .* scoring$", said[-1])
+  # Nothing is scored again.
+  assert (
+    experiment.run(small(), tmp_path, say=silent)["dia"]["scoring_seconds"]
+    == kept["scoring_seconds"]
+  )
+  # What is scored again is counted, and times of older results have none of it.
+  (tmp_path / "results.jsonl").unlink()
+  path = tmp_path / "trials" / "dia" / "times.json"
+  path.write_text(json.dumps({"run_seconds": 2.0, "compile_seconds": 3.0}))
+  again = experiment.run(small(), tmp_path, say=silent)["dia"]
+  assert again["run_seconds"] == 2.0 and again["compile_seconds"] >= 3.0
+  assert again["scoring_seconds"] > 0
 
 
 def test_batches_and_free_labels(tmp_path):

@@ -200,7 +200,7 @@ def test_one_entry_brings_a_metric_everywhere(tmp_path, monkeypatch):
   assert entry.meaning in page.replace("&#39;", "'")
   assert "Share of images over thresholds of contrast kept" in page
   assert "contrast kept" in report.publish(tmp_path, tmp_path / "docs", "t").read_text()
-  assert f"| `contrast` | contrast kept | larger | {entry.meaning} |" in metrics_markdown()
+  assert f"| `contrast` | contrast kept | image | more | {entry.meaning} |" in metrics_markdown()
 
 
 def test_results_with_metrics_of_elsewhere_are_shown(tmp_path):
@@ -213,6 +213,33 @@ def test_results_with_metrics_of_elsewhere_are_shown(tmp_path):
   assert "far from here" in report.write_report(tmp_path).read_text()
   (row,) = report.read_experiment(tmp_path).rows
   assert row.score("far_from_here") == row.to_json()["far_from_here"] > 0
+
+
+def test_the_unit_of_the_registry_stands_over_its_numbers(tmp_path, monkeypatch):
+  """In the table of a run, that of a report, its axes and lists, and the list of metrics."""
+  entry = Metric(
+    name="far",
+    label="how far",
+    meaning="off",
+    unit="km",
+    function=lambda p: p.pixels[0].mean((1, 2, 3)),
+  )
+  monkeypatch.setitem(evaluation.REGISTRY, "far", entry)
+  base = config_for("mlp", "mnist", hidden_sizes=(16,))
+  base.data.count, base.attack.max_iterations = 1, 3
+  experiment.run(base, tmp_path, say=lambda text: None)
+  summary = Summary.from_json(json.loads((tmp_path / "summary.json").read_text()))
+  headings = table(summary.attacks).splitlines()[0]
+  assert "PSNR, dB" in headings and "how far, km" in headings
+  page = report.write_report(tmp_path).read_text()
+  for text in ("time, s", "PSNR, dB", "how far, km", "all images: run, s; compile, s; scoring, s"):
+    assert f">{text}</th>" in page, text
+  assert "| `far` | how far, km | image |  | off |" in metrics_markdown()
+  for metric in evaluation.REGISTRY.values():  # said once
+    texts = [metric.label, *(column.heading for column in metric.columns)]
+    assert not metric.unit or not any(
+      metric.unit in text.replace(",", "").split() for text in texts
+    )
 
 
 def test_all_columns_have_names_of_their_own():

@@ -186,3 +186,24 @@ def test_what_is_pinned_twice_is_the_same():
   assert re.search(r"ruff-pre-commit\n\s+rev: v(\S+)", hooks)[1] == pinned
   python = re.search(r"python_requires = >=(\S+)", (ROOT / "setup.cfg").read_text())[1]
   assert f'pythonVersion = "{python}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_every_part_of_the_checks_is_documented_and_run():
+  text = (ROOT / ".ci" / "run").read_text()
+  head = text.partition("set -euo")[0]
+  documented = set(re.findall(r"^#   (\S+)  +\S", head, re.MULTILINE))
+  workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+  run = set(re.findall(r'part: "?([\w.-]+)', workflow)) | {"slow"}
+  assert documented - {"3.13-part"} == run - {"3.12", "3.13"}
+  assert re.search(r"^    slow\)\n(.*\n){1,3}.*pytest -m slow", text, re.MULTILINE)
+  nightly = workflow.partition("\n  slow:")[2]
+  assert "schedule" in nightly and ".ci/run slow" in nightly and "cron:" in workflow
+
+
+def test_the_part_of_tests_for_another_python_exists():
+  """Those of lanes that are shared and of what is kept failed there once."""
+  text = (ROOT / ".ci" / "run").read_text()
+  names = "".join(re.findall(r"^touching\+?=(.*)$", text, re.MULTILINE)).split(",")
+  assert {"groups", "store", "other_code"} <= set(names)
+  for name in names:
+    assert list((ROOT / "tests").glob(f"test_{name}*.py")), name

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from report_cases import HOSTILE, METRICS, THRESHOLDS, write_experiment, write_study
+from report_cases import HOSTILE, METRICS, THRESHOLDS, TIMES, write_experiment, write_study
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_json
@@ -76,9 +76,7 @@ def _check_numbers(page, cells):
   statistics = ("median", "mean", "std", "ci95_low", "ci95_high", "min", "max", "count")
   wanted = [
     *counts, *itertools.product((*METRICS, "oracle.ssim"), statistics), ("ssim", "success_at_0.6"),
-    *itertools.product(
-      ("iip", "pool", "run_seconds", "compile_seconds", "accuracy", "epsilon"), ("value",)
-    ),
+    *itertools.product(("iip", "pool", *TIMES, "accuracy", "epsilon"), ("value",)),
     *itertools.product(("mask_accuracy_by_site",), ("dropout_0", "dropout_1")),
   ]  # fmt: skip
   for cell, summary in cells.items():
@@ -234,7 +232,7 @@ def test_report_without_what_older_results_lack(tmp_path):
   summary = json.loads((tmp_path / "summary.json").read_text())
   del summary["floors"]
   for attack in summary.values():
-    for key in ("success", "pool", "iip", "run_seconds", "compile_seconds", "told"):
+    for key in ("success", "pool", "iip", *TIMES, "told"):
       del attack[key]
     for statistics in attack["metrics"].values():
       del statistics["ci95"]

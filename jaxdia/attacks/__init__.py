@@ -16,6 +16,7 @@ from jaxdia.attacks.catalogue import (
   wiig,
 )
 from jaxdia.attacks.objective import (
+  Terms,
   average_distance,
   complete,
   feature_distance,
@@ -33,7 +34,6 @@ from jaxdia.attacks.protocol import (
   Program,
   State,
   Status,
-  Terms,
   Told,
   check_attack,
   parts_of,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia import closed_form
+from jaxdia.attacks.objective import Terms
 from jaxdia.attacks.protocol import (
   NOT_TOLD,
   Attack,
@@ -14,7 +15,6 @@ from jaxdia.attacks.protocol import (
   Known,
   State,
   Status,
-  Terms,
   Told,
 )
 from jaxdia.attacks.search import Search, check_start
@@ -55,6 +55,16 @@ class ClosedForm(Attack):
     """It takes no step."""
     return 0
 
+  @property
+  def assumptions(self) -> str:
+    """What it takes as given, for people."""
+    return "linear algebra alone, nothing searched"
+
+  @property
+  def has_verdicts(self) -> bool:
+    """Images are there as far as linear algebra gave them."""
+    return True
+
   def recover(self, key: Key, observation: Observation) -> Recovery:
     """Computes the closed forms; see `jaxdia.closed_form.recover`."""
     return closed_form.recover(key, self.model, observation)
@@ -79,6 +89,11 @@ class ClosedForm(Attack):
 @value_tree
 class Hybrid(Search):
   """A search that starts from a closed form: what is exact is held, the rest is searched."""
+
+  @property
+  def assumptions(self) -> str:
+    """What it takes as given and what it searches, for people."""
+    return "what linear algebra gives is fixed, the rest searched"
 
   def recover(self, key: Key, observation: Observation) -> Recovery:
     """Computes the closed forms; see `jaxdia.closed_form.recover`.

@@ -1,17 +1,28 @@
 """The objective that the search minimises."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdia.attacks.protocol import Candidate, Known, Terms
+from jaxdia.attacks.protocol import Candidate, Known
 from jaxdia.attacks.settings import AttackSettings
 from jaxdia.client import LocalUpdate, Observation, defences
 from jaxdia.closed_form import Parts
 from jaxdia.core.types import Images, Labels, Masks, Scalar
 from jaxdia.gradients import DISTANCES, Method, Prepared, compare, prepare, suits
 from jaxdia.models import DropoutModel, averages_after
+
+
+class Terms(NamedTuple):
+  """The unweighted terms of the objective, each f[]."""
+
+  distance: Scalar
+  total_variation: Scalar
+  mask_prior: Scalar
+  feature_distance: Scalar
+  average_distance: Scalar
 
 
 def total_variation(images: Images) -> Scalar:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Integer
 
-from jaxdia.attacks.settings import AttackSettings
+from jaxdia.attacks.settings import LABELS, MASKS, AttackSettings
 from jaxdia.client import Observation, check_observation
 from jaxdia.closed_form import Parts, Recovery
 from jaxdia.core.errors import InputError, kind_of
@@ -29,7 +29,7 @@ class Status(enum.IntEnum):
   STALLED = 2  # no improvement for `patience` iterations
   MAX_ITERATIONS = 3
   DIVERGED = 4  # the objective became NaN or infinite
-  NO_SEARCH = 5  # a closed form alone
+  NO_SEARCH = 5  # it had ended after `init`
 
 
 class Candidate(NamedTuple):
@@ -113,27 +113,17 @@ class State(NamedTuple):
   status: Integer[Array, ""]
 
 
-class Terms(NamedTuple):
-  """The unweighted terms of the objective, each f[]."""
-
-  distance: Scalar
-  total_variation: Scalar
-  mask_prior: Scalar
-  feature_distance: Scalar
-  average_distance: Scalar
-
-
 class Info(NamedTuple):
   """What a step measured, to be looked at.
 
   Attributes:
     objective: f[], at the candidate before the step.
-    terms: its unweighted terms.
+    terms: its unweighted terms, a tuple with names; of a search, `jaxdia.attacks.Terms`.
     learning_rate: f[], of the step.
   """
 
   objective: Scalar
-  terms: Terms
+  terms: Any
   learning_rate: Scalar
 
 
@@ -167,6 +157,16 @@ class Attack(abc.ABC):
   def max_iterations(self) -> int:
     """A trial ends after so many steps; 0 if it has ended after `init`."""
     return self.settings.max_iterations
+
+  @property
+  def assumptions(self) -> str:
+    """What it takes as given and what it searches, for people to read before it runs."""
+    return f"{MASKS[self.masks].assumed}, {LABELS[self.labels].assumed}"
+
+  @property
+  def has_verdicts(self) -> bool:
+    """Whether its result is what `recover` found, with a verdict on each image, and no more."""
+    return False
 
   def recover(self, key: Key, observation: Observation) -> Recovery | None:
     """Computes on the host what the attack starts from; None if it starts from nothing.

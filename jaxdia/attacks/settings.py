@@ -2,14 +2,44 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
 from jaxdia.core.trees import static, value_tree
 
+
+class Words(NamedTuple):
+  """A choice for people to read.
+
+  Attributes:
+    assumed: what the attack takes as given, or searches, before it runs.
+    told: what it was told and what not, in results.
+  """
+
+  assumed: str
+  told: str
+
+
+MASKS = {
+  "expected": Words(
+    "no dropout assumed", "not told the dropout masks: it reckoned as if nothing were dropped"
+  ),
+  "known": Words(
+    "the client's masks are given to it",
+    "told the client's dropout masks, which no real server has",
+  ),
+  "free": Words("masks searched", "not told the dropout masks: it had to find them"),
+}
+LABELS = {
+  "given": Words("labels given", "told the right labels"),
+  "recovered": Words(
+    "labels read from the gradient", "not told the labels: it read them off the gradient"
+  ),
+  "free": Words("labels searched", "not told the labels: it searched them"),
+}
 CHOICES = {
-  "masks": ("expected", "known", "free"),
-  "labels": ("given", "recovered", "free"),
+  "masks": tuple(MASKS),
+  "labels": tuple(LABELS),
   "distance": ("cosine", "squared_l2"),
   "optimizer": ("signed_adam", "adam", "lbfgs"),
   "schedule": ("plateau", "step", "cosine", "constant"),
@@ -116,3 +146,13 @@ class AttackSettings:
       if name not in names:
         raise unknown("setting of an attack", name, names)
     return dataclasses.replace(self, **overrides)
+
+
+def told(masks: str, labels: str) -> str:
+  """Returns what an attack is told of the labels and masks and what not, as part of a sentence.
+
+  Args:
+    masks: as in `AttackSettings`.
+    labels: likewise.
+  """
+  return f"{LABELS[labels].told}; {MASKS[masks].told}"

@@ -49,7 +49,7 @@ class Proof(NamedTuple):
   of_sent: float
 
 
-class Found(NamedTuple):
+class Rebuilt(NamedTuple):
   """What an attempt found of a batch.
 
   Attributes:
@@ -122,7 +122,7 @@ def _is_none(leaf: Any) -> bool:
 
 def by_algebra(
   key: Key, model: DropoutModel, observation: Observation, rounding: float
-) -> tuple[Attempt, Recovery | None, Found | None]:
+) -> tuple[Attempt, Recovery | None, Rebuilt | None]:
   """Tries what linear algebra gives.
 
   Args:
@@ -177,7 +177,7 @@ def _whole(model, observation, recovery: Recovery) -> Proof | None:
   return proof if is_whole or proof.residual < LIKELY else None
 
 
-def _found_by_algebra(recovery: Recovery) -> Found:
+def _found_by_algebra(recovery: Recovery) -> Rebuilt:
   parts = recovery.parts
   names = {Verdict.EXACT: "certain", Verdict.APPROXIMATE: "partial", Verdict.NOT_APPLICABLE: "none"}
   verdicts = [names[Verdict(int(v))] for v in np.asarray(parts.verdict)]
@@ -198,7 +198,7 @@ def _found_by_algebra(recovery: Recovery) -> Found:
     else recovery.reason
     for verdict, r, known in zip(verdicts, recovery.residual, known_to, strict=True)
   ]
-  return Found(
+  return Rebuilt(
     by=["closed form"] * len(verdicts),
     images=np.asarray(parts.images),
     verdicts=verdicts,
@@ -218,7 +218,7 @@ def by_search(
   recovery: Recovery | None,
   seconds: float,
   say: Callable[[str], None],
-) -> tuple[Attempt, Found]:
+) -> tuple[Attempt, Rebuilt]:
   """Searches images, masks and labels, at least twice from other starts.
 
   Masks and images together can explain an update in more than one way. So that a result explains
@@ -298,7 +298,7 @@ def _agreement(observation: Observation, best: State, second: State) -> np.ndarr
   return np.where(np.isfinite(ssim), ssim, 0.0)
 
 
-def _found_by_search(name, model, observation, best: State, agreement: np.ndarray) -> Found:
+def _found_by_search(name, model, observation, best: State, agreement: np.ndarray) -> Rebuilt:
   candidate = best.best.candidate
   masks, labels = complete(candidate, best.known)
   proof = prove(model, observation, masks, candidate.images, labels)
@@ -307,7 +307,7 @@ def _found_by_search(name, model, observation, best: State, agreement: np.ndarra
   verdicts[(agreement >= _AGREE[0]) & (proof.residual <= LIKELY)] = "likely"
   size = observation.batch_size
   labels = np.asarray(labels)
-  return Found(
+  return Rebuilt(
     by=[name] * size,
     images=np.asarray(candidate.images),
     verdicts=list(verdicts),
@@ -370,7 +370,7 @@ def _gave_something(recovery: Recovery) -> bool:
   return bool(np.any(parts.verdict)) or any(map(np.any, parts.known_features.values()))
 
 
-def better(one: Found, other: Found) -> Found:
+def better(one: Rebuilt, other: Rebuilt) -> Rebuilt:
   """Returns of each image what is surer; of two that explain a part, that of the search.
 
   Args:

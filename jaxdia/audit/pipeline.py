@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from jaxdia.audit.attempts import Found, better, by_algebra, by_search
+from jaxdia.audit.attempts import Rebuilt, better, by_algebra, by_search
 from jaxdia.audit.diagnosis import TURNED, diagnose, negative, tells_sign
 from jaxdia.audit.schema import VERDICTS, Attempt, Finding
 from jaxdia.client import Observation
@@ -23,7 +23,7 @@ _MAYBE_TURNED = Finding(
 )
 
 
-class Outcome(NamedTuple):
+class AuditResult(NamedTuple):
   """What an audit found of one update.
 
   Attributes:
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 
   findings: list[Finding]
   attempts: list[Attempt]
-  found: Found | None
+  found: Rebuilt | None
 
 
 def audit(
@@ -46,7 +46,7 @@ def audit(
   training: bool = True,
   rounding: float = 0.0,
   say: Callable[[str], None] = print,
-) -> Outcome:
+) -> AuditResult:
   """Audits one update: diagnosis, linear algebra, and a search for what that leaves.
 
   Args:
@@ -69,7 +69,7 @@ def audit(
   for finding in findings:
     say(f"{finding.name}: {finding.text}")
   if diagnosis.stops:
-    return Outcome(findings, [], None)
+    return AuditResult(findings, [], None)
   seen = diagnosis.observation
   if not diagnosis.training:
     model, seen = evaluation_mode(model), dataclasses.replace(seen, averages=None)
@@ -93,7 +93,7 @@ def audit(
     findings += _factor(abs(best.factor), observation)
   if turned and best is not None:
     findings.append(TURNED if "certain" in best.verdicts else _MAYBE_TURNED)
-  return Outcome(findings, attempts, best)
+  return AuditResult(findings, attempts, best)
 
 
 def _try(
@@ -104,7 +104,7 @@ def _try(
   seconds: float,
   attempts: list[Attempt],
   say: Callable[[str], None],
-) -> Found | None:
+) -> Rebuilt | None:
   """Tries linear algebra, then a search for what that leaves; notes each attempt."""
   attempt, recovery, found = by_algebra(key, model, observation, rounding)
   attempts.append(attempt)
@@ -123,11 +123,11 @@ def _of_the_opposite(attempt: Attempt) -> Attempt:
   return msgspec.structs.replace(attempt, outcome=f"of the opposite sign: {attempt.outcome}")
 
 
-def _is_sure(found: Found) -> bool:
+def _is_sure(found: Rebuilt) -> bool:
   return bool({"certain", "likely"} & set(found.verdicts))
 
 
-def _sureness(found: Found) -> int:
+def _sureness(found: Rebuilt) -> int:
   """Returns a number that is larger for results with surer images."""
   order = list(VERDICTS)
   return -sum(order.index(verdict) for verdict in found.verdicts)

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxdia import data, evaluation, updates
 from jaxdia.attacks import Candidate
-from jaxdia.audit.pipeline import Outcome, audit
-from jaxdia.audit.schema import Audit, Finding, Image, Update
+from jaxdia.audit.pipeline import AuditResult, audit
+from jaxdia.audit.schema import Audit, Finding, Image, UpdateEntry
 from jaxdia.audit.settings import KINDS, AuditSettings, validate
 from jaxdia.client import Observation, Secret
 from jaxdia.closed_form import NO_LABEL
@@ -65,7 +65,7 @@ def run(
   try:
     # In their places, as the files of images are.
     finished = dict(enumerate(_finished(workdir)))
-    done: list[Update] = []
+    done: list[UpdateEntry] = []
     for number, one in enumerate(seen):
       pending = [other.name for other in seen[number + 1 :]]
       before_now = finished.get(number)
@@ -193,23 +193,23 @@ def _truth(settings: AuditSettings, model: DropoutModel, number: int) -> Secret 
     return None
   source = settings.truth if ":" in settings.truth else f"npz:{settings.truth}"
   size = settings.batch_size
-  victims = data.load(source, size, number * size, num_classes=settings.num_classes)
-  if victims.images.shape[1:] != tuple(model.image_shape):
+  truth = data.load(source, size, number * size, num_classes=settings.num_classes)
+  if truth.images.shape[1:] != tuple(model.image_shape):
     raise InputError(
-      f"the images of config.truth={settings.truth} have shape {victims.images.shape[1:]}; expected"
+      f"the images of config.truth={settings.truth} have shape {truth.images.shape[1:]}; expected"
       f" {tuple(model.image_shape)} as config.image_shape."
     )
-  images = data.normalize(victims.images, settings.statistics)
-  return Secret(images, victims.labels, None)
+  images = data.normalize(truth.images, settings.statistics)
+  return Secret(images, truth.labels, None)
 
 
 def _result(
   settings: AuditSettings,
   model: DropoutModel,
   one: _Seen,
-  outcome: Outcome,
+  outcome: AuditResult,
   truth: Secret | None,
-) -> tuple[Update, dict[str, np.ndarray]]:
+) -> tuple[UpdateEntry, dict[str, np.ndarray]]:
   """Returns the audit of an update, and its images as pixels, with the truth in their order."""
   found, size = outcome.found, settings.batch_size
   arrays = {"images": np.full((size, *model.image_shape), np.nan, np.float32)}
@@ -242,7 +242,7 @@ def _result(
       )
       for i in range(size)
     ]
-  update = Update(
+  update = UpdateEntry(
     name=one.name,
     digest=one.digest,
     findings=[*one.findings, *outcome.findings],
@@ -260,7 +260,7 @@ def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:
   return {name: None if value is None else float(value) for name, value in kept.items()}
 
 
-def _finished(workdir: pathlib.Path) -> list[Update]:
+def _finished(workdir: pathlib.Path) -> list[UpdateEntry]:
   """Returns the updates that were audited before."""
   path = workdir / "audit.json"
   if not path.exists():
@@ -277,7 +277,7 @@ def _write(
   workdir: pathlib.Path,
   settings: AuditSettings,
   model: DropoutModel,
-  done: list[Update],
+  done: list[UpdateEntry],
   pending: list[str],
 ) -> Audit:
   sites = {site.name: float(site.rate) for site in model.sites}

@@ -71,7 +71,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
   scores: dict[str, float | None] = {}
 
 
-class Update(msgspec.Struct, frozen=True, kw_only=True):
+class UpdateEntry(msgspec.Struct, frozen=True, kw_only=True):
   """The audit of one update.
 
   Attributes:
@@ -110,6 +110,6 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
 
   settings: dict[str, Any]
   model: dict[str, Any]
-  updates: list[Update]
+  updates: list[UpdateEntry]
   pending: list[str]
   manifest: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The victim's side: what a client computes, and what of it the server sees."""
+"""The client's side: what a client computes, and what of it the server sees."""
 
 from jaxdia.client import defences
 from jaxdia.client.local import (

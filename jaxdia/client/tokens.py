@@ -15,7 +15,17 @@ from jaxdia.client.observation import Observation
 from jaxdia.client.step import DEFENCE_STREAM
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import leaves_by_path, with_leaves
-from jaxdia.core.types import Array, Gradient, Key, Labels, Logits, Masks, Params
+from jaxdia.core.types import (
+  Array,
+  Gradient,
+  Key,
+  Labels,
+  LabelsLike,
+  Logits,
+  Masks,
+  Params,
+  TokensLike,
+)
 from jaxdia.models import sample_masks
 from jaxdia.models.tokens import TokenModel, Tokens
 
@@ -68,8 +78,8 @@ def observe_tokens(
   key: Key,
   model: TokenModel,
   params: Params,
-  tokens: Any,
-  labels: Any = None,
+  tokens: TokensLike,
+  labels: LabelsLike | None = None,
   *,
   frozen_embedding: bool = True,
   defence: Defence = identity,

@@ -1,17 +1,17 @@
 """Training by what clients send, with dropout and defences: weights that have learnt something."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Integer
 
 from jaxdia.client.defences import Defence, Step, identity
 from jaxdia.client.losses import CROSS_ENTROPY, Loss
 from jaxdia.client.step import client_gradient
 from jaxdia.core.errors import InputError, check_count
-from jaxdia.core.types import Key, Params, Scalar
+from jaxdia.core.types import Array, Images, ImagesLike, Key, LabelsLike, Params, Scalar
 from jaxdia.models import DropoutModel, sample_masks
 
 
@@ -19,8 +19,8 @@ def train(
   key: Key,
   model: DropoutModel,
   params: Params,
-  images: Any,
-  labels: Any,
+  images: ImagesLike,
+  labels: LabelsLike,
   steps: int,
   *,
   batch_size: int = 64,
@@ -89,7 +89,9 @@ def _train(key, model, params, images, labels, steps, learning_rate, defence, sh
 
 
 @jax.jit
-def accuracy(model: DropoutModel, params: Params, images: Any, labels: Any) -> Scalar:
+def accuracy(
+  model: DropoutModel, params: Params, images: Images, labels: Integer[Array, " batch"]
+) -> Scalar:
   """Returns the share of images that a network classifies rightly in evaluation mode, f[].
 
   Args:

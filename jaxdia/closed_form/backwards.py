@@ -11,7 +11,7 @@ from jaxdia.closed_form.convolutions import Before, cotangent_before, solve
 from jaxdia.closed_form.found import EXACT, Found
 from jaxdia.closed_form.kernel_equations import After
 from jaxdia.closed_form.sparse import bounds
-from jaxdia.closed_form.structure import Chain
+from jaxdia.closed_form.structure import LayerChain
 from jaxdia.core.types import Gradient
 from jaxdia.gradients import layer_gradient
 from jaxdia.models import DropoutModel
@@ -27,8 +27,8 @@ _MOST_UNCLEAR = 2
 
 def use_convolutions(
   model: DropoutModel,
-  chain: Chain,
-  convolutions: Chain,
+  chain: LayerChain,
+  convolutions: LayerChain,
   observation: Observation,
   gradient: Gradient,
   found: Found,

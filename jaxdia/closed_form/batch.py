@@ -21,7 +21,7 @@ from jaxdia.closed_form.missing import Completed, complete, is_pruned
 from jaxdia.closed_form.noise import Spectrum, find_levels, spectrum
 from jaxdia.closed_form.parts import NO_LABEL
 from jaxdia.closed_form.serial import batched_map
-from jaxdia.closed_form.structure import Chain, activate
+from jaxdia.closed_form.structure import LayerChain, activate
 from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
 
@@ -88,7 +88,7 @@ class Batch(NamedTuple):
 def solve(
   key: Key,
   model: DropoutModel,
-  chain: Chain,
+  chain: LayerChain,
   params: Params,
   gradient: Gradient,
   batch_size: int,

@@ -31,7 +31,7 @@ from jaxdia.closed_form.spaces import (
   share,
 )
 from jaxdia.closed_form.sparse import LEAST_GAP, bounds, normal, split_zeros
-from jaxdia.closed_form.structure import Chain, activate
+from jaxdia.closed_form.structure import LayerChain, activate
 from jaxdia.core.precision import usual_promotion
 from jaxdia.core.types import Array, Number, Params
 from jaxdia.models import DenseLayer, DropoutModel
@@ -150,7 +150,7 @@ class Links(NamedTuple):
     sites: of dropout after each layer but the last; None where there is none.
     silent: after each layer but the last, whether the function is a ReLU or like it.
     straight: whether the first of these functions is linear on either side of 0.
-    homogeneous: see `structure.Chain`.
+    homogeneous: see `structure.LayerChain`.
   """
 
   layers: tuple[DenseLayer, ...]
@@ -160,7 +160,7 @@ class Links(NamedTuple):
   homogeneous: bool
 
 
-def links_of(chain: Chain) -> Links:
+def links_of(chain: LayerChain) -> Links:
   """Returns what a chain is made of.
 
   Args:

@@ -23,7 +23,7 @@ from jaxdia.closed_form.single import (
   use_patches,
 )
 from jaxdia.closed_form.sparse import MOST_ROUNDING
-from jaxdia.closed_form.structure import Chain, find_chain, find_convolutions, mixes_images
+from jaxdia.closed_form.structure import LayerChain, find_chain, find_convolutions, mixes_images
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import Path
@@ -122,7 +122,7 @@ def _recover(key, model, observation, rounding, noise) -> Recovery:
   return found.recovery(reason)
 
 
-def _frozen(chain: Chain | None, params, gradient) -> list[Path]:
+def _frozen(chain: LayerChain | None, params, gradient) -> list[Path]:
   """Returns the paths of layers of a chain of whose gradient something is needed and missing."""
   if chain is None:
     return []
@@ -144,7 +144,7 @@ def _why_no_chain(model: DropoutModel) -> str:
   )
 
 
-def _use_chain(key, model, chain: Chain, observation, gradient, found, noise) -> str:
+def _use_chain(key, model, chain: LayerChain, observation, gradient, found, noise) -> str:
   """Notes what the dense layers tell; returns why there is not more."""
   size = observation.batch_size
   rates = model.rates

@@ -10,7 +10,7 @@ from jaxdia.closed_form.chain import last_delta
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
 from jaxdia.closed_form.found import Found
 from jaxdia.closed_form.patches import Patching, solve_patches
-from jaxdia.closed_form.structure import Chain
+from jaxdia.closed_form.structure import LayerChain
 from jaxdia.core.trees import leaves_by_path
 from jaxdia.core.types import Gradient
 from jaxdia.gradients import layer_gradient
@@ -69,7 +69,11 @@ def use_first_layer(model: DropoutModel, gradient: Gradient, found: Found) -> st
 
 
 def use_classifier(
-  chain: Chain, observation: Observation, gradient: Gradient, rates: dict[str, float], found: Found
+  chain: LayerChain,
+  observation: Observation,
+  gradient: Gradient,
+  rates: dict[str, float],
+  found: Found,
 ) -> str:
   """Notes the inputs of the last layer, of one image."""
   path = chain.layers[0].path

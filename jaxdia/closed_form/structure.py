@@ -53,7 +53,7 @@ class Link(NamedTuple):
   homogeneous: bool
 
 
-class Chain(NamedTuple):
+class LayerChain(NamedTuple):
   """Linear layers of a row an image, with functions of single entries between.
 
   Attributes:
@@ -95,7 +95,7 @@ def model_to_try(network: Network) -> DropoutModel:
 
 
 @functools.lru_cache
-def find_chain(network: Network) -> Chain | None:
+def find_chain(network: Network) -> LayerChain | None:
   """Finds the dense layers at the end of a network.
 
   Args:
@@ -162,7 +162,7 @@ def mixes_images(network: Network) -> bool:
 
 
 @functools.lru_cache
-def find_convolutions(network: Network, after: DenseLayer) -> Chain | None:
+def find_convolutions(network: Network, after: DenseLayer) -> LayerChain | None:
   """Finds the convolutions that a dense layer is fed by.
 
   Args:
@@ -186,7 +186,7 @@ def find_convolutions(network: Network, after: DenseLayer) -> Chain | None:
     return _chain(model, params, found[:-1], links) if links else None
 
 
-def _chain(model, params, layers, links) -> Chain:
+def _chain(model, params, layers, links) -> LayerChain:
   inputs = [_find_input(model, params, layer) for layer in layers]
   for k in range(1, len(layers)):
     if links[k - 1].silent:
@@ -194,7 +194,7 @@ def _chain(model, params, layers, links) -> Chain:
   leaves = leaves_by_path(params)
   biased = any((*layer.path, "bias") in leaves for layer in layers)
   pixels = find_pixels(model, params, layers[0])
-  return Chain(tuple(layers), tuple(inputs), pixels, tuple(links), biased)
+  return LayerChain(tuple(layers), tuple(inputs), pixels, tuple(links), biased)
 
 
 def _without_gaps(source: Input) -> Input:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,6 +26,11 @@ Images = Float[Array, "batch height width channels"]  # normalised
 HostImages = Float[np.ndarray, "batch height width channels"]  # on the host
 Labels = Integer[Array, " batch"] | Float[Array, "batch classes"]  # classes, or probabilities
 Logits = Float[Array, "batch classes"]
+# What callers may give as lists too; who takes it looks at it, so that it is refused in a line.
+ImagesLike = Images | Sequence[Any]
+LabelsLike = Integer[Array, " batch"] | Sequence[Any]
+TokensLike = Integer[Array, "batch positions"] | Sequence[Any]
+FeaturesLike = Shaped[Array, "rows *frames features"] | Sequence[Any]
 Params = Any  # a pytree of arrays
 Gradient = Any  # a pytree like Params
 Masks = dict[str, Shaped[Array, "..."]]  # one array for each dropout site, 1 = kept

@@ -1,16 +1,14 @@
 """Rows of tables and sequences of features as images: normalised columns with their own box."""
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.types import Statistics
+from jaxdia.core.types import Array, FeaturesLike, Statistics
 
 
 def normalize_features(
-  values: Any,
+  values: FeaturesLike,
 ) -> tuple[Float[np.ndarray, "rows frames one features"], Statistics]:
   """Standardises the columns of features, and says which values are valid.
 
@@ -26,20 +24,22 @@ def normalize_features(
   Raises:
     InputError: the values are no such array of finite numbers.
   """
-  values = np.asarray(values, np.float64)
-  if values.ndim not in (2, 3) or not values.size or not np.isfinite(values).all():
+  numbers = np.asarray(values, np.float64)
+  if numbers.ndim not in (2, 3) or not numbers.size or not np.isfinite(numbers).all():
     raise InputError(
-      f"features have the shape {values.shape}; expected finite numbers of shape (rows, features)"
+      f"features have the shape {numbers.shape}; expected finite numbers of shape (rows, features)"
       " or (rows, frames, features)."
     )
-  rows = values.reshape(len(values), -1, 1, values.shape[-1])
+  rows = numbers.reshape(len(numbers), -1, 1, numbers.shape[-1])
   columns = rows.reshape(-1, rows.shape[-1])
   mean, std = _moments(columns)
   statistics = Statistics.of_box(mean, std, columns.min(axis=0), columns.max(axis=0))
   return ((rows - mean) / std).astype(np.float32), statistics
 
 
-def denormalize_features(images: Any, values: Any) -> Float[np.ndarray, "..."]:
+def denormalize_features(
+  images: Float[Array, "batch frames one features"], values: FeaturesLike
+) -> Float[np.ndarray, "batch *frames features"]:
   """Returns reconstructions in the units of the features.
 
   Args:
@@ -49,13 +49,15 @@ def denormalize_features(images: Any, values: Any) -> Float[np.ndarray, "..."]:
   Returns:
     f[B, features] for a table, else f[B, frames, features].
   """
-  values = np.asarray(values, np.float64)
-  mean, std = _moments(values.reshape(-1, values.shape[-1]))
+  numbers = np.asarray(values, np.float64)
+  mean, std = _moments(numbers.reshape(-1, numbers.shape[-1]))
   found = np.asarray(images, np.float64) * std + mean
-  return found.reshape(len(found), *values.shape[1:])
+  return found.reshape(len(found), *numbers.shape[1:])
 
 
-def _moments(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(
+  columns: Float[np.ndarray, "rows features"],
+) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]:
   """Returns means and standard deviations of columns; 1 for one that is constant."""
   std = columns.std(axis=0)
   return columns.mean(axis=0), np.where(std > 0, std, 1)

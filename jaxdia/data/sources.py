@@ -1,4 +1,4 @@
-"""Where victims come from: each source reads images and labels, and checks their form only.
+"""Where images come from: each source reads images and labels, and checks their form only.
 
 A source takes what follows the colon in its name and a slice of indices, so that
 only what is asked for is read. A new one is a function here and its line in `SOURCES`.

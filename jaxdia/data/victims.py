@@ -1,4 +1,4 @@
-"""Loads victims from a source and checks that they can be attacked."""
+"""Loads images from a source and checks that they can be attacked."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ from jaxdia.data.pixels import check_range, resize, to_pixels
 from jaxdia.data.sources import SOURCES, Raw
 
 # More are a wrong label rather than a data set.
-_MAX_CLASSES = 1_000_000
-_MOST_PIXELS_A_SIDE = 10_000
+MOST_CLASSES = 1_000_000
+MOST_PIXELS_A_SIDE = 10_000
 
 
 class Victims(NamedTuple):
@@ -48,10 +48,22 @@ def available(source: str) -> int:
 
 
 def _read(source: str, wanted: slice) -> Raw:
-  kind, _, name = str(source).partition(":")
-  if kind not in SOURCES:
-    raise unknown("data source", source, [f"{known}:..." for known in SOURCES])
+  check_source(source)
+  kind, _, name = source.partition(":")
   return SOURCES[kind](name, wanted)
+
+
+def check_source(source: str) -> None:
+  """Refuses a source of no kind that there is; nothing is read.
+
+  Args:
+    source: as `load` takes it.
+
+  Raises:
+    InputError: there is no such kind.
+  """
+  if not isinstance(source, str) or source.partition(":")[0] not in SOURCES:
+    raise unknown("data source", source, [f"{known}:..." for known in SOURCES])
 
 
 def load(
@@ -85,7 +97,7 @@ def load(
       of one's own. None takes those of the source.
 
   Returns:
-    The victims.
+    The images, with what belongs to them.
 
   Raises:
     InputError: a source, count or offset that does not exist, or images or
@@ -94,7 +106,7 @@ def load(
   for what, value, least in (("count", count, 1), ("offset", offset, 0)):
     check_count(f"data.{what}", value, least)
   if image_size is not None:
-    check_count("data.image_size", image_size, 1, _MOST_PIXELS_A_SIDE)
+    check_count("data.image_size", image_size, 1, MOST_PIXELS_A_SIDE)
   raw = _read(source, slice(offset, offset + count))
   if len(raw.images) < count:
     raise InputError(
@@ -121,7 +133,7 @@ def load(
     )
   classes = raw.num_classes if num_classes is None else num_classes
   try:
-    classes = check_count("data.num_classes", classes, 2, _MAX_CLASSES)
+    classes = check_count("data.num_classes", classes, 2, MOST_CLASSES)
   except InputError as error:
     raise InputError(f"{error} If it comes from the labels, correct them.") from error
   wrong = [label for label in raw.labels if not 0 <= label < classes]

@@ -55,7 +55,7 @@ class Column(NamedTuple):
     statistic: "mean", "std", "median", "min", "max", "ci95_low", "ci95_high", "value", a count of
       images, or "success_at_T": the share of images that reach the threshold T.
     key: name in `table.csv`, which has all columns.
-    heading: in the tables that people read.
+    heading: in the tables that people read, without the unit; see `Metric.heading`.
     tables: which of them have it.
   """
 
@@ -71,10 +71,10 @@ class Metric:
 
   Attributes:
     name: column of results.jsonl, and key of summary.json.
-    label: what people read.
+    label: what people read, without the unit; see `title`.
     meaning: one line for those who do not know it.
     format: of its numbers; what is written with an exponent is drawn on a logarithmic axis.
-    unit: of its numbers; empty if they are shares or have none.
+    unit: of its numbers, which titles and headings show; empty if they have none.
     larger_is_better: for the attacker; None where neither is.
     function: of `Pairs`, gives f[B], or None where it does not apply; None for what is no metric
       of images alone.
@@ -100,6 +100,20 @@ class Metric:
     if self.columns is None:
       mean = Column("mean", f"{self.name}_mean", self.label, TABLES)
       object.__setattr__(self, "columns", (mean,))
+
+  @property
+  def title(self) -> str:
+    """What people read over its numbers: its label, and their unit."""
+    return f"{self.label}, {self.unit}" if self.unit else self.label
+
+  def heading(self, column: Column) -> str:
+    """Returns what people read over a column of it, with the unit.
+
+    Args:
+      column: one of its columns.
+    """
+    is_share = column.statistic.startswith("success_at_")
+    return f"{column.heading}, {self.unit}" if self.unit and not is_share else column.heading
 
 
 def rescale(images: HostImages) -> HostImages:

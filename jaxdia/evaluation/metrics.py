@@ -69,9 +69,9 @@ _COSTS = (
     columns=(Column("median", "iterations", "iterations", TABLES),),
   ),
   Metric(
-    name="seconds", label="seconds", unit="s", of="trial", larger_is_better=False,
+    name="seconds", label="time", unit="s", of="trial", larger_is_better=False,
     meaning="that the result took, compiling apart; other trials ran at the same time",
-    columns=(Column("median", "seconds", "seconds", _PAGES),),
+    columns=(Column("median", "seconds", "time", _PAGES),),
   ),
   Metric(
     name="gradient_evaluations", label="gradient evaluations", format="{:,.0f}", of="trial",
@@ -120,11 +120,11 @@ _METRICS = (
     function=lambda pairs: mse(*pairs.pixels), columns=(),
   ),
   Metric(
-    name="psnr", label="PSNR, dB", format="{:.1f}", unit="dB", larger_is_better=True,
+    name="psnr", label="PSNR", format="{:.1f}", unit="dB", larger_is_better=True,
     meaning="signal-to-noise ratio in decibels; above 30 is hard to tell apart",
     function=lambda pairs: psnr(*pairs.pixels),
     thresholds=tuple(float(n) for n in range(10, 61, 5)),
-    columns=(Column("mean", "psnr_mean", "PSNR dB", ("run",)),),
+    columns=(Column("mean", "psnr_mean", "PSNR", ("run",)),),
   ),
   Metric(
     name="ssim", label="SSIM", format="{:.3f}", larger_is_better=True,
@@ -158,7 +158,7 @@ _METRICS = (
     function=lambda pairs: mse(*pairs.scaled), columns=(),
   ),
   Metric(
-    name="psnr_scaled", label="PSNR, rescaled, dB", format="{:.1f}", unit="dB",
+    name="psnr_scaled", label="PSNR, rescaled", format="{:.1f}", unit="dB",
     meaning="of images stretched likewise", larger_is_better=True,
     function=lambda pairs: psnr(*pairs.scaled), columns=(),
   ),
@@ -234,12 +234,16 @@ _METRICS = (
     meaning="share that the searched mask drops, to compare with the rate", columns=(),
   ),
   Metric(
-    name="run_seconds", label="run, s", unit="s", of="attack",
+    name="run_seconds", label="run", unit="s", of="attack",
     meaning="seconds that all searches of an attack took", columns=(),
   ),
   Metric(
-    name="compile_seconds", label="compile, s", unit="s", of="attack",
-    meaning="seconds of compiling before them", columns=(),
+    name="compile_seconds", label="compile", unit="s", of="attack",
+    meaning="seconds of compiling, for the searches and for scoring", columns=(),
+  ),
+  Metric(
+    name="scoring_seconds", label="scoring", unit="s", of="attack",
+    meaning="seconds that it took to compare what was found with the originals", columns=(),
   ),
 )
 # fmt: on

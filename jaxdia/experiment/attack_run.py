@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
 from jaxdia import engine
 from jaxdia.attacks import CATALOGUE, RECOVERY, Attack
@@ -33,16 +34,22 @@ COMPILING = ("jaxpr_to_mlir_module", "backend_compile")
 
 
 class Times(msgspec.Struct, frozen=True):
-  """Seconds that were spent running and compiling."""
+  """Seconds that were spent running, compiling, and scoring; the last were not kept before."""
 
-  run_seconds: float
-  compile_seconds: float
+  run_seconds: float = 0.0
+  compile_seconds: float = 0.0
+  scoring_seconds: float = 0.0
 
   def __add__(self, more: "Times") -> "Times":
-    return Times(self.run_seconds + more.run_seconds, self.compile_seconds + more.compile_seconds)
+    return Times(*map(sum, zip(astuple(self), astuple(more), strict=True)))
+
+  @property
+  def seconds(self) -> float:
+    """All of them."""
+    return sum(astuple(self))
 
 
-class Found(NamedTuple):
+class FinishedGradient(NamedTuple):
   """What came of one gradient, as another process is given it.
 
   Attributes:
@@ -97,7 +104,7 @@ class AttackRun:
     self.restarts = settings.restarts if self.attack.max_iterations else 1  # or all were the same
     self.images: np.ndarray | None = None
     self.recordings: dict[int, dict[int, np.ndarray]] = {}
-    self.times = self._times_before = Times(0.0, 0.0)
+    self.times = self._times_before = Times()
     self._settings = settings
     self._clients = clients
     self._store = store
@@ -124,11 +131,11 @@ class AttackRun:
     self.images = np.full(shape, np.nan, originals.dtype)
     self._before = {(row.mask_seed, row.image): row for row in kept if row.attack == self.name}
     self._left = dict.fromkeys(self._gradients)
+    self.times = self._times_before = _read_times(self._times_path)
     for number in self._gradients:
       outcome = outcomes.load(self.outcome_path(number))
       if outcome is not None and self._keep(number, outcome):
         self._recovery_path(number).unlink(missing_ok=True)
-    self.times = self._times_before = _read_times(self._times_path)
 
   @property
   def trials(self) -> int:
@@ -204,11 +211,13 @@ class AttackRun:
     if self._keep_and_write(number, outcome):
       self._recovery_path(number).unlink(missing_ok=True)
 
-  def give(self) -> dict[int, Found]:
+  def give(self) -> dict[int, FinishedGradient]:
     """Returns what came of the gradients that are finished, for another process."""
-    return {n: Found(self.outcome_path(n).read_bytes(), rows) for n, rows in self._rows.items()}
+    return {
+      n: FinishedGradient(self.outcome_path(n).read_bytes(), rows) for n, rows in self._rows.items()
+    }
 
-  def accept(self, number: int, found: Found) -> None:
+  def accept(self, number: int, found: FinishedGradient) -> None:
     """Keeps a gradient that another process has finished.
 
     Args:
@@ -223,7 +232,7 @@ class AttackRun:
     self._keep_and_write(number, outcome)
 
   def add_times(self, more: Times) -> None:
-    """Adds what another process took.
+    """Adds what was done beside the searches of this call: by another process, or on the host.
 
     Args:
       more: that it took.
@@ -260,8 +269,7 @@ class AttackRun:
       return None
     took = Times(time.monotonic() - start - sum(durations), sum(durations))
     outcomes.save_recovery(self._recovery_path(number), recovery, took.run_seconds)
-    self._times_before += took
-    self._set_times(self.times + took)
+    self.add_times(took)
     note(f"closed form of gradient {number} ({len(self._left)} to go): {recovery.summary()}")
     return recovery
 
@@ -276,11 +284,19 @@ class AttackRun:
     self._unfinished[number] = outcome
     if len(outcome.records) < self.restarts:
       return False
+    if self.attack.has_verdicts and outcome.recovery is not None:
+      outcome = outcome._replace(alone=outcome.recovery.parts)
     clients, settings, size = self._clients, self._settings, self._settings.data.batch_size
     rows = rows_before(self._before, settings, self.name, outcome, number)
     if rows is None:
-      labels = self._recovered_labels(number, outcome)
-      rows = score(settings, clients, self.name, outcome, number, labels)
+      start = time.monotonic()
+      with compilation() as durations:
+        labels = self._recovered_labels(number, outcome)
+        rows = score(settings, clients, self.name, outcome, number, labels)
+      compiling = sum(durations)
+      took = Times(0.0, compiling, max(0.0, time.monotonic() - start - compiling))
+      with contextlib.suppress(OSError):  # for times alone none need fail
+        self.add_times(took)
     self._rows[number] = rows
     del self._left[number]
     images, recording = in_order(clients, outcome, number)
@@ -346,6 +362,6 @@ def _read_times(path: pathlib.Path) -> Times:
   try:
     return decode(path.read_bytes(), Times)
   except FileNotFoundError:
-    return Times(0.0, 0.0)
+    return Times()
   except (OSError, msgspec.DecodeError) as error:
     raise InputError(f"{path} is damaged ({error}). Delete it; it only holds times.") from error

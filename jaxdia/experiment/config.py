@@ -10,7 +10,7 @@ from ml_collections import config_dict
 from jaxdia.attacks import CATALOGUE, AttackSettings
 from jaxdia.client import defences
 from jaxdia.core.errors import InputError, check_count, check_number, unknown
-from jaxdia.data import DATASETS
+from jaxdia.data import DATASETS, MOST_CLASSES, MOST_PIXELS_A_SIDE, check_source
 from jaxdia.experiment.fields import (
   check_batches,
   check_names,
@@ -26,13 +26,13 @@ from jaxdia.models import CONVOLVE, MODELS, Convolve, check_rate
 
 _MOST_RESTARTS = 1_000_000  # all trials of a gradient are listed
 
-# Products of fewer bits are not among them: see ARCHITECTURE.md.
+# Products of fewer bits are not among them: see docs/decisions.md.
 PRECISIONS = ("float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
-  """Which images are attacked; see `jaxdia.data.load`, which checks what it takes.
+  """Which images are attacked; see `jaxdia.data.load`.
 
   Attributes:
     source: where the images come from: samples:NAME, sklearn:digits/SPLIT, tfds:NAME/SPLIT,
@@ -56,8 +56,16 @@ class DataSettings:
   statistics: str | None = None
 
   def __post_init__(self):
+    check_source(self.source)
     check_batches(self.count, self.batch_size, "images")
-    check_count("config.data.mask_seeds", self.mask_seeds, 1)
+    for name, least, most in (
+      ("offset", 0, None),
+      ("mask_seeds", 1, None),
+      ("image_size", 1, MOST_PIXELS_A_SIDE),
+      ("num_classes", 2, MOST_CLASSES),
+    ):
+      if getattr(self, name) is not None or name in ("offset", "mask_seeds"):
+        check_count(f"config.data.{name}", getattr(self, name), least, most)
 
   @property
   def batches(self) -> int:

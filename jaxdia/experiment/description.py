@@ -15,13 +15,6 @@ from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.network import common_rate, count_weights
 from jaxdia.experiment.training import DELTA
 
-_MASKS = {
-  "expected": "no dropout assumed",
-  "known": "the client's masks are given to it",
-  "free": "masks searched",
-}
-_LABELS = {"given": "labels given", "recovered": "labels read from the gradient"}
-
 
 def describe(
   settings: ExperimentSettings,
@@ -61,7 +54,7 @@ def describe(
     if attack.labels != "given":
       unknowns.append(f"{d.batch_size} labels")
     is_ignored = settings.defence != defences.identity and attack.settings.defence == "ignored"
-    assumptions = _assumptions(attack) + ", defence ignored" * is_ignored
+    assumptions = attack.assumptions + ", defence ignored" * is_ignored
     text.append(f"  {name:11} unknown: {' + '.join(unknowns)} ({assumptions})")
   most, what = max(lanes.values()), f"{d.gradients} gradient{'s' * (d.gradients > 1)}"
   if most:
@@ -77,12 +70,3 @@ def _privacy(defence: defences.Defence) -> str:
   except InputError:  # nothing is installed that computes it
     return ""
   return f", ε = {epsilon:.3g} at δ = {DELTA:g} for this step" if epsilon < math.inf else ""
-
-
-def _assumptions(attack: Attack) -> str:
-  """Returns what an attack takes as given."""
-  if not attack.max_iterations:
-    return "linear algebra alone, nothing searched"
-  if type(attack).recover is not Attack.recover:
-    return "what linear algebra gives is fixed, the rest searched"
-  return f"{_MASKS[attack.masks]}, {_LABELS.get(attack.labels, 'labels searched')}"

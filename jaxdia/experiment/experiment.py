@@ -8,13 +8,14 @@ import msgspec
 import numpy as np
 
 from jaxdia import evaluation
-from jaxdia.attacks.told import told
+from jaxdia.attacks.settings import told
 from jaxdia.client import defences
 from jaxdia.core.files import write_json, write_npz
-from jaxdia.experiment.attack_run import SHOWN, AttackRun
+from jaxdia.experiment.attack_run import SHOWN, AttackRun, Times
 from jaxdia.experiment.clients import Clients, epsilon, trained_accuracy
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.grid import write_grid
+from jaxdia.experiment.progress import duration
 from jaxdia.experiment.schema import Row, Summary
 from jaxdia.experiment.store import Devices, Store
 from jaxdia.experiment.summary import summarize
@@ -97,7 +98,7 @@ class Experiment:
   @property
   def seconds(self) -> float:
     """Seconds that all attacks took, those of earlier sessions included."""
-    return sum(run.times.run_seconds + run.times.compile_seconds for run in self.runs.values())
+    return sum(run.times.seconds for run in self.runs.values())
 
   @property
   def rows(self) -> list[dict[str, Any]]:
@@ -141,6 +142,11 @@ class Experiment:
     say("\n" + table(attacks))
     say(f"\npictures: {path('grid.png')}")
     say(f"numbers:  {path('results.jsonl')}, {path('summary.json')}")
+    times = sum((run.times for run in self.runs.values()), Times())
+    say(
+      f"time:     {duration(times.run_seconds)} run + {duration(times.compile_seconds)} compile"
+      f" + {duration(times.scoring_seconds)} scoring"
+    )
     return {name: summary[name] for name in attacks}
 
   def _write_recordings(self) -> None:

@@ -73,10 +73,10 @@ def split_names(what: str, names: str, known: Iterable[str]) -> list[str]:
 
 
 def check_batches(count: int, batch_size: int, things: str) -> None:
-  """Refuses victims that cannot be cut into batches of one size.
+  """Refuses images, or texts, that cannot be cut into batches of one size.
 
   Args:
-    count: of victims.
+    count: of them.
     batch_size: of a client.
     things: what they are.
 

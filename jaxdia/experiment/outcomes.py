@@ -39,6 +39,8 @@ class Outcome(NamedTuple):
       trial with the best objective.
     recovery: for an attack with a closed form; once on disk, without features.
     recovery_seconds: that it took.
+    alone: what linear algebra gave, if that is the whole result (`Attack.has_verdicts`); not on
+      disk.
   """
 
   candidate: Candidate
@@ -47,6 +49,7 @@ class Outcome(NamedTuple):
   recording: dict[int, HostImages]
   recovery: Recovery | None = None
   recovery_seconds: float = 0.0
+  alone: Parts | None = None
 
   @property
   def best(self) -> Record:
@@ -57,13 +60,6 @@ class Outcome(NamedTuple):
   def failed(self) -> bool:
     """Returns whether no trial ever measured a finite objective."""
     return not np.isfinite(self.best.objective)
-
-  @property
-  def alone(self) -> Parts | None:
-    """Returns what linear algebra gave where nothing was searched; None where something was."""
-    if self.recovery is None or self.best.status != Status.NO_SEARCH:
-      return None
-    return self.recovery.parts
 
   @property
   def found(self) -> Bool[np.ndarray, " batch"] | None:

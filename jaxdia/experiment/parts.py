@@ -17,7 +17,7 @@ import jax
 from jaxdia import engine
 from jaxdia.core.errors import InputError, first_line
 from jaxdia.core.files import write_atomically
-from jaxdia.experiment.attack_run import Found, Times
+from jaxdia.experiment.attack_run import FinishedGradient, Times
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ClientsSettings, ExperimentSettings
 from jaxdia.experiment.experiment import Experiment
@@ -64,7 +64,7 @@ class Done(NamedTuple):
     said: what a person should read.
   """
 
-  found: dict[int, dict[int, Found]]
+  found: dict[int, dict[int, FinishedGradient]]
   errors: dict[int, Exception]
   times: dict[int, Times]
   halved: int | None

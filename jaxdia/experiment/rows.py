@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxdia import data, evaluation
+from jaxdia.attacks import Status
 from jaxdia.client import Secret, defences
 from jaxdia.closed_form import Verdict
 from jaxdia.core.types import HostImages, Labels, Statistics
@@ -13,7 +14,7 @@ from jaxdia.experiment import outcomes
 from jaxdia.experiment.clients import Clients
 from jaxdia.experiment.config import ExperimentSettings
 from jaxdia.experiment.network import common_rate
-from jaxdia.experiment.schema import ClosedForm, Row
+from jaxdia.experiment.schema import RecoverySummary, Row
 
 
 def score(
@@ -107,7 +108,7 @@ def costs_of(
     outcome: what it found.
   """
   record = outcome.best
-  searched = not outcome.alone and not outcome.failed
+  searched = record.status != Status.NO_SEARCH and not outcome.failed
   return {
     "objective": record.objective if searched else None,
     "gradient_distance": record.distance if searched and np.isfinite(record.distance) else None,
@@ -179,7 +180,7 @@ def in_order(
   return images, {n: pixels(x) for n, x in outcome.recording.items()}
 
 
-def describe_recovery(outcome: outcomes.Outcome, number: int) -> ClosedForm:
+def describe_recovery(outcome: outcomes.Outcome, number: int) -> RecoverySummary:
   """Returns what of one image's result came from the closed form.
 
   Args:
@@ -193,7 +194,7 @@ def describe_recovery(outcome: outcomes.Outcome, number: int) -> ClosedForm:
     site: float(np.mean(known[number] if len(known) == len(parts.verdict) else known))
     for site, known in parts.known_masks.items()
   }
-  return ClosedForm(
+  return RecoverySummary(
     verdict=Verdict(int(parts.verdict[number])).name.lower(),
     residual=residual if np.isfinite(residual) else None,
     reason=recovery.reason or None,

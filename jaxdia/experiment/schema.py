@@ -34,7 +34,7 @@ def decode(content: bytes, kind: Any = Any) -> Any:
     raise msgspec.DecodeError(str(error)) from error
 
 
-class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+class MetricSummary(msgspec.Struct, frozen=True, kw_only=True):
   """One metric over the images of an attack that have it."""
 
   mean: float
@@ -63,7 +63,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     return next((rate for t, rate in pairs if math.isclose(t, threshold, abs_tol=1e-9)), None)
 
 
-class ClosedForm(msgspec.Struct, frozen=True, kw_only=True):
+class RecoverySummary(msgspec.Struct, frozen=True, kw_only=True):
   """What of one image's result linear algebra gave; the rest was searched, or is missing.
 
   Attributes:
@@ -119,7 +119,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
   scores: dict[str, Value] = {}
   oracle: dict[str, float | int] | None = None
   status: str | None = None
-  closed_form: ClosedForm | None = None
+  closed_form: RecoverySummary | None = None
   session: int | None = None
 
   def score(self, metric: str) -> float | None:
@@ -168,7 +168,8 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
     epsilon: ε of the training.
     oracle: statistics of what the best restart of each client by the truth would have got.
     run_seconds: that the searches took.
-    compile_seconds: before them.
+    compile_seconds: of compiling.
+    scoring_seconds: that the comparison with the originals took; None in older results.
     mask_accuracy_by_site: mean of the metric of that name, as the next three.
     mask_auc_by_site: mean.
     mask_undecided_by_site: mean.
@@ -179,7 +180,7 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
   finished: int
   failed: int
   not_applicable: int
-  metrics: dict[str, Statistics]
+  metrics: dict[str, MetricSummary]
   told: str | None = None
   defence: str | None = None
   success: dict[str, Curve] = {}
@@ -187,9 +188,10 @@ class AttackSummary(msgspec.Struct, frozen=True, kw_only=True):
   pool: int | None = None
   accuracy: float | None = None
   epsilon: float | None = None
-  oracle: dict[str, Statistics] = {}
+  oracle: dict[str, MetricSummary] = {}
   run_seconds: float | None = None
   compile_seconds: float | None = None
+  scoring_seconds: float | None = None
   mask_accuracy_by_site: dict[str, float] = {}
   mask_auc_by_site: dict[str, float] = {}
   mask_undecided_by_site: dict[str, float] = {}

@@ -8,7 +8,7 @@ import pandas as pd
 
 from jaxdia import evaluation
 from jaxdia.evaluation import Metric
-from jaxdia.experiment.schema import AttackSummary, Curve, Row, Statistics
+from jaxdia.experiment.schema import AttackSummary, Curve, MetricSummary, Row
 
 
 def summarize(rows: Sequence[Row], attempted: int, **more: Any) -> AttackSummary:
@@ -18,7 +18,7 @@ def summarize(rows: Sequence[Row], attempted: int, **more: Any) -> AttackSummary
     rows: one an image.
     attempted: number of images that were to be attacked.
     **more: fields of the summary that rows do not tell: told, defence, pool, accuracy,
-      epsilon, run_seconds, compile_seconds.
+      epsilon, run_seconds, compile_seconds, scoring_seconds.
 
   Returns:
     The counts, and for each metric mean, std, median, min and max over the
@@ -65,7 +65,7 @@ def summarize(rows: Sequence[Row], attempted: int, **more: Any) -> AttackSummary
 
 def _statistics(
   metric: Metric, rows: Sequence[Row], score: Callable[[Row], float | None]
-) -> Statistics | None:
+) -> MetricSummary | None:
   """Returns the statistics of one number a row, or None if no row has it."""
   rows = [row for row in rows if score(row) is not None]
   if not rows:
@@ -76,7 +76,7 @@ def _statistics(
   trial = metric.of == "trial"
   units = [str((row.client, row.mask_seed) if trial else row.image) for row in rows]
   means = pd.Series(values).groupby(units).mean()
-  return Statistics(
+  return MetricSummary(
     **{name: float(f(values)) for name, f in functions.items()},
     count=values.size,
     ci95=evaluation.bootstrap_interval(np.asarray(means)),

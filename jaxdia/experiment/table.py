@@ -17,7 +17,7 @@ def table(summaries: Mapping[str, AttackSummary]) -> str:
     summaries: by attack.
   """
   columns = {
-    column.heading: [
+    metric.heading(column): [
       format_number(metric.name, column.statistic, summary.number(metric.name, column.statistic))
       for summary in summaries.values()
     ]
@@ -60,14 +60,13 @@ def markdown(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def metrics_markdown() -> str:
-  """Returns what all columns of results.jsonl that are numbers mean, as a table in Markdown."""
-  better = {True: "larger", False: "smaller", None: ""}
+  """Returns the registry as a table in Markdown, which `docs/outputs.md` shows."""
+  better = {True: "more", False: "less", None: ""}
   return markdown(
-    ("column", "is called", "better", "meaning"),
+    ("field", "is called", "of one", "better for the attacker", "meaning"),
     (
-      (f"`{metric.name}`", metric.label, better[metric.larger_is_better], metric.meaning)
-      for metric in evaluation.REGISTRY.values()
-      if metric.of != "attack"
+      (f"`{m.name}`", m.title, m.of, better[m.larger_is_better], m.meaning)
+      for m in evaluation.REGISTRY.values()
     ),
   )
 

@@ -41,7 +41,7 @@ ATTACKS = {
 _SEARCHES = ("dia", "ig")
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class SequenceRow(msgspec.Struct, frozen=True, kw_only=True):
   """One sequence under one attack, a line of results.jsonl.
 
   Attributes:
@@ -94,7 +94,7 @@ def run_text(
   """Attacks sequences of text as a config says.
 
   In the work directory are afterwards `config.json`, `manifest.json`, `results.jsonl` (a line a
-  sequence and attack, see `Row`) and `summary.json`. The same call goes on where it was
+  sequence and attack, see `SequenceRow`) and `summary.json`. The same call goes on where it was
   interrupted, with the client that it was at.
 
   Args:
@@ -132,7 +132,7 @@ def run_text(
   return summary
 
 
-def _line(rows: list[Row], number: int, count: int) -> str:
+def _line(rows: list[SequenceRow], number: int, count: int) -> str:
   """Returns what is said of a client that was attacked."""
   right = np.mean([row.scores["token_accuracy"] for row in rows])
   exact = int(sum(row.scores["exact"] for row in rows))
@@ -143,7 +143,7 @@ def _line(rows: list[Row], number: int, count: int) -> str:
   )
 
 
-def summarize(rows: list[Row]) -> dict[str, dict[str, Any]]:
+def summarize(rows: list[SequenceRow]) -> dict[str, dict[str, Any]]:
   """Returns by attack the means of all scores, the median seconds, and counts of verdicts.
 
   Args:
@@ -204,7 +204,7 @@ class _Clients:
 
   def attack(
     self, name: str, done: Container[int], checkpoint: pathlib.Path
-  ) -> Iterator[list[Row]]:
+  ) -> Iterator[list[SequenceRow]]:
     """Attacks all clients that are not done; yields the rows of each as it ends."""
     left = [client for client in range(self.count) if client not in done]
     if name in _SEARCHES:
@@ -216,7 +216,9 @@ class _Clients:
       verdict = (reading.verdict, reading.reason) if name == "tokens" else (None, None)
       yield self._rows(client, name, reading.tokens, time.monotonic() - start, *verdict)
 
-  def _search(self, name: str, left: list[int], checkpoint: pathlib.Path) -> Iterator[list[Row]]:
+  def _search(
+    self, name: str, left: list[int], checkpoint: pathlib.Path
+  ) -> Iterator[list[SequenceRow]]:
     if not left:
       return
     iterations = self.settings["attack"]["max_iterations"]
@@ -240,12 +242,12 @@ class _Clients:
     seconds: float,
     verdict: str | None = None,
     reason: str | None = None,
-  ) -> list[Row]:
+  ) -> list[SequenceRow]:
     originals, text = np.asarray(self._pairs[client][1].tokens), self.sequences.text
     found = found[assign_tokens(found, originals)]
     scores = score_tokens(found, originals, text)
     return [
-      Row(
+      SequenceRow(
         sequence=client * len(found) + i, client=client, attack=attack, text=text(originals[i]),
         found=text(found[i]), verdict=verdict, reason=reason, scores=scores[i], seconds=seconds,
       )
@@ -276,7 +278,7 @@ def _validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return given
 
 
-def _finished(workdir: pathlib.Path, identity: dict[str, Any]) -> list[Row]:
+def _finished(workdir: pathlib.Path, identity: dict[str, Any]) -> list[SequenceRow]:
   """Returns the rows of an earlier call of the same settings, of whole batches."""
   try:
     before = json.loads((workdir / "config.json").read_text())
@@ -290,7 +292,7 @@ def _finished(workdir: pathlib.Path, identity: dict[str, Any]) -> list[Row]:
   return read_rows(workdir)
 
 
-def read_rows(workdir: pathlib.Path) -> list[Row]:
+def read_rows(workdir: pathlib.Path) -> list[SequenceRow]:
   """Returns the rows of results.jsonl; none if there is no such file.
 
   Args:
@@ -301,7 +303,7 @@ def read_rows(workdir: pathlib.Path) -> list[Row]:
   """
   try:
     lines = (workdir / "results.jsonl").read_bytes().splitlines()
-    return [decode(line, Row) for line in lines]
+    return [decode(line, SequenceRow) for line in lines]
   except FileNotFoundError:
     return []
   except (OSError, msgspec.DecodeError) as error:

@@ -20,7 +20,7 @@ from jaxdia.gradients.matching import (
   layer_gradient,
   prepare,
 )
-from jaxdia.gradients.rounding import Rounding, find_rounding
+from jaxdia.gradients.rounding import RoundingLevel, find_rounding
 
 __all__ = [
   "DISTANCES",
@@ -29,7 +29,7 @@ __all__ = [
   "Factors",
   "Method",
   "Prepared",
-  "Rounding",
+  "RoundingLevel",
   "Target",
   "choose_layers",
   "compare",

@@ -12,7 +12,7 @@ from jaxdia.core.types import Gradient
 _HALVES = (jnp.bfloat16, np.float16)
 
 
-class Rounding(NamedTuple):
+class RoundingLevel(NamedTuple):
   """The type that all values of a gradient fit into.
 
   Attributes:
@@ -24,14 +24,14 @@ class Rounding(NamedTuple):
   level: float
 
 
-def find_rounding(gradient: Gradient) -> Rounding:
+def find_rounding(gradient: Gradient) -> RoundingLevel:
   """Finds values that all have fewer bits than float32.
 
   Args:
     gradient: with concrete values; None where a layer is frozen.
   """
   leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(gradient)]
-  found = [Rounding(None, 0.0)]
+  found = [RoundingLevel(None, 0.0)]
   for kind in _HALVES:
     with np.errstate(over="ignore"):
       # Of most gradients the first leaf tells that they do not fit.
@@ -42,5 +42,5 @@ def find_rounding(gradient: Gradient) -> Rounding:
       size = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in leaves))
       error = np.sqrt(sum(np.sum(np.square(unit)) for unit in units) / 12)
       level = max(float(jnp.finfo(kind).eps) / 2, float(error / size) if size else 0.0)
-      found.append(Rounding(np.dtype(kind).name, level))
+      found.append(RoundingLevel(np.dtype(kind).name, level))
   return max(found, key=lambda rounding: rounding.level)  # few bits may fit into both

@@ -59,7 +59,7 @@ class EquinoxNetwork(InstanceNetwork):
     """Computes logits, with dropout and linear layers intercepted."""
     leaves = self._leaves | arrays_of(self.entries(), params)
     module = jax.tree.unflatten(self._treedef, [leaves[name] for name in self._leaves])
-    interception = _Interception(hooks)
+    interception = _EquinoxInterception(hooks)
     layers, structure = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_layer)
     layers = [interception.around(path_of(keys), layer) for keys, layer in layers]
     module = jax.tree.unflatten(structure, layers)
@@ -89,7 +89,7 @@ class _Layer(eqx.Module):
     return getattr(self.layer, name)
 
 
-class _Interception:
+class _EquinoxInterception:
   """What the layers of one call tell the hooks through.
 
   Attributes:

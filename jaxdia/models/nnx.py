@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 from flax.core import tracers
 from flax.nnx.nn.attention import dot_product_attention_weights
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import digest, leaves_by_name
-from jaxdia.core.types import Images, Params
+from jaxdia.core.types import Array, Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of
@@ -69,7 +70,7 @@ class NNXNetwork(InstanceNetwork):
       random = nnx.state(rngs, nnx.RngState)
     # What a call changes, such as running averages and counts of random numbers, must not be seen.
     module = nnx.merge(self._graph, state, *jax.tree.map(lambda x: x, (random, self._rest)))
-    interception = _Interception(hooks)
+    interception = _NNXInterception(hooks)
     for path, node in list(nnx.iter_graph(module)):
       interception.put_into(node, tuple(map(str, path)))
     kwargs = dict(self._kwargs)
@@ -82,7 +83,7 @@ def _by_name(state: nnx.State) -> dict[str, Any]:
   return leaves_by_name(nnx.to_pure_dict(state))
 
 
-class _Interception:
+class _NNXInterception:
   """What the modules of one call tell the hooks through."""
 
   def __init__(self, hooks: Hooks):
@@ -114,14 +115,20 @@ class _Interception:
     where: str,
     rate: float,
     shape: Sequence[int],
-    inputs: jax.Array,
-    draw: Callable[[], jax.Array],
-  ) -> jax.Array:
+    inputs: Shaped[Array, "..."],
+    draw: Callable[[], Shaped[Array, "..."]],
+  ) -> Shaped[Array, "..."]:
     """Calls the hook of a site."""
     rate = check_rate(rate, f"the rate of the dropout {where!r}")
     return self.hooks.on_site(SiteCall(self.names(where), rate, tuple(shape), inputs, draw))
 
-  def linear(self, node: Any, convolution: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+  def linear(
+    self,
+    node: Any,
+    convolution: Any,
+    inputs: Shaped[Array, "..."],
+    outputs: Shaped[Array, "..."],
+  ) -> Shaped[Array, "..."]:
     """Calls the hook of a linear layer."""
     if self.hooks.on_linear is None or (convolution is not None and outputs.ndim != 4):
       return outputs
@@ -132,7 +139,7 @@ class _Interception:
 class _Dropout(nnx.Dropout):
   """Dropout that leaves the mask to a hook."""
 
-  _interception: _Interception
+  _interception: _NNXInterception
   _where: tuple[str, ...]
 
   def __call__(self, inputs, *, deterministic=None, rngs=None):
@@ -163,7 +170,7 @@ class _Dropout(nnx.Dropout):
 class _Attention:
   """`nnx.dot_product_attention` that leaves the mask to a hook."""
 
-  def __init__(self, interception: _Interception, where: str, rate: float):
+  def __init__(self, interception: _NNXInterception, where: str, rate: float):
     self.interception, self.where, self.rate = interception, where, rate
 
   def __call__(self, query, key, value, *, deterministic, **kwargs):
@@ -196,7 +203,7 @@ class _Attention:
 class _Linear(nnx.Linear):
   """A dense layer that tells a hook."""
 
-  _interception: _Interception
+  _interception: _NNXInterception
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Linear.__call__(self, inputs, *args, **kwargs)
@@ -206,7 +213,7 @@ class _Linear(nnx.Linear):
 class _Conv(nnx.Conv):
   """A convolution that tells a hook."""
 
-  _interception: _Interception
+  _interception: _NNXInterception
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Conv.__call__(self, inputs, *args, **kwargs)

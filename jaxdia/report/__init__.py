@@ -3,11 +3,11 @@
 from jaxdia.report.audit import write_audit_report
 from jaxdia.report.page import write_report
 from jaxdia.report.publish import publish
-from jaxdia.report.results import Cell, read_experiment, read_study
+from jaxdia.report.results import CellResults, read_experiment, read_study
 from jaxdia.report.scalars import write_scalars
 
 __all__ = [
-  "Cell",
+  "CellResults",
   "publish",
   "read_experiment",
   "read_study",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxdia.audit import images_path
-from jaxdia.audit.schema import VERDICTS, Audit, Update
+from jaxdia.audit.schema import VERDICTS, Audit, UpdateEntry
 from jaxdia.core.errors import InputError
 from jaxdia.core.files import UnreadableFile, read_npz
 from jaxdia.experiment.local import describe
@@ -54,7 +54,7 @@ def write_audit_report(workdir: pathlib.Path) -> pathlib.Path:
   return write_page(workdir, "audit.html.j2", _context(audit, arrays))
 
 
-def _images(workdir: pathlib.Path, number: int, update: Update) -> dict[str, np.ndarray]:
+def _images(workdir: pathlib.Path, number: int, update: UpdateEntry) -> dict[str, np.ndarray]:
   """Reads the images of an update, and the truth if it is there."""
   path = images_path(workdir, number)
   arrays = read_npz(path)
@@ -118,7 +118,7 @@ def headline(audit: Audit) -> str:
   )
 
 
-def _pictures(update: Update, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def _pictures(update: UpdateEntry, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
   truth = arrays.get("truth")
   pictures = []
   for number, image in enumerate(update.images):

@@ -55,7 +55,7 @@ def success_curves(name: str, rates: dict[str, tuple[Sequence[float], Sequence[f
       axis.plot(thresholds, rate, label=_plain(attack_label(attack)), **style)
     bound = "least" if metric(name).larger_is_better else "most"
     axis.set(
-      xlabel=f"{metric(name).label}: at {bound}", ylabel="share of images", ylim=(-0.03, 1.03)
+      xlabel=f"{metric(name).title}: at {bound}", ylabel="share of images", ylim=(-0.03, 1.03)
     )
     return png_uri(_png(figure))
 
@@ -84,7 +84,7 @@ def sweep_curves(sweep: Sweep, name: str) -> bytes:
     _scale_x(axis, sorted({x for line in sweep.lines for x in line.x}))
     if metric(name).format.endswith("e}"):
       axis.set_yscale("log", nonpositive="clip")
-    axis.set(xlabel=_plain(sweep.setting), ylabel=f"{metric(name).label} (median)")
+    axis.set(xlabel=_plain(sweep.setting), ylabel=f"{metric(name).title} (median)")
     return _png(figure)
 
 
@@ -112,8 +112,8 @@ def tradeoff(points: Sequence[Point]) -> bytes:
       axis.scatter(*at, s=24, color=_COLOURS[0], label=_plain(f"{number}  {point.settings}"))
       axis.annotate(str(number), at, (4, 4), textcoords="offset points", fontsize=8)
     axis.set(
-      xlabel=f"{metric('accuracy').label} after the training",
-      ylabel=f"{metric(METRIC).label} of the best attack (median)",
+      xlabel=f"{metric('accuracy').title} after the training",
+      ylabel=f"{metric(METRIC).title} of the best attack (median)",
     )
     return _png(figure)
 

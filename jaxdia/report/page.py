@@ -16,7 +16,7 @@ from jaxdia.experiment.progress import duration
 from jaxdia.experiment.schema import AttackSummary
 from jaxdia.experiment.table import format_number
 from jaxdia.report import figures, words
-from jaxdia.report.results import Cell, Study, read_study
+from jaxdia.report.results import CellResults, StudyResults, read_study
 from jaxdia.report.sweeps import DRAWN, Sweep, find_sweeps
 from jaxdia.report.tradeoff import find_tradeoff
 from jaxdia.report.verdict import judge
@@ -36,6 +36,7 @@ _STATISTICS = {
   "max": "max",
   "count": "images",
 }
+_TIMES = ("run_seconds", "compile_seconds", "scoring_seconds")
 
 
 class _Number(NamedTuple):
@@ -98,7 +99,7 @@ def write_page(folder: pathlib.Path, template: str, context: dict[str, Any]) -> 
   return path
 
 
-def _context(study: Study) -> dict[str, Any]:
+def _context(study: StudyResults) -> dict[str, Any]:
   """Returns all that the template shows."""
   return {
     "title": study.title,
@@ -110,7 +111,7 @@ def _context(study: Study) -> dict[str, Any]:
     "pictures": [_pictures(cell) for cell in study.done[:_MAX_PICTURE_CELLS]],
     "cells_without_pictures": len(study.done[_MAX_PICTURE_CELLS:]),
     "overview": {
-      "headings": [column.heading for _, column in evaluation.columns("report")],
+      "headings": [m.heading(column) for m, column in evaluation.columns("report")],
       "cells": [(cell, _overview(cell)) for cell in study.done],
     },
     "success": _success(study),
@@ -119,6 +120,7 @@ def _context(study: Study) -> dict[str, Any]:
     "sites": _sites(study),
     "details": [(cell, _details(cell)) for cell in study.done],
     "statistics": list(_STATISTICS.values()),
+    "times": "; ".join(words.metric(name).title for name in _TIMES),
     "meanings": _meanings(study),
     "cells": study.cells,
     "command": _command(study),
@@ -132,13 +134,13 @@ def _context(study: Study) -> dict[str, Any]:
   }
 
 
-def _number(cell: Cell, attack: str, metric: str, statistic: str) -> _Number:
+def _number(cell: CellResults, attack: str, metric: str, statistic: str) -> _Number:
   value = cell.summary[attack].number(metric, statistic)
   text = format_number(metric, statistic, value)
   return _Number(cell.name, attack, metric, statistic, json.dumps(value), text)
 
 
-def _overview(cell: Cell) -> list[tuple[str, list[_Number | None]]]:
+def _overview(cell: CellResults) -> list[tuple[str, list[_Number | None]]]:
   """Returns the rows of one cell: those of attacks, then those of guesses without gradient."""
   columns = [(metric.name, c.statistic) for metric, c in evaluation.columns("report")]
   rows: list[tuple[str, list[_Number | None]]] = [
@@ -159,7 +161,7 @@ def _overview(cell: Cell) -> list[tuple[str, list[_Number | None]]]:
   return rows
 
 
-def _details(cell: Cell) -> list[dict[str, Any]]:
+def _details(cell: CellResults) -> list[dict[str, Any]]:
   """Returns for each attack all metrics with all statistics, its masks, and what it took."""
   details = []
   for attack, summary in cell.summary.items():
@@ -169,13 +171,11 @@ def _details(cell: Cell) -> list[dict[str, Any]]:
       {
         "attack": words.attack_label(attack),
         "metrics": [
-          (words.metric(name).label, [_number(cell, attack, name, s) for s in _STATISTICS])
+          (words.metric(name).title, [_number(cell, attack, name, s) for s in _STATISTICS])
           for name in _metric_names(summary)
         ],
-        "times": [
-          _number(cell, attack, kind, "value") for kind in ("run_seconds", "compile_seconds")
-        ],
-        "by_site": [words.metric(name).label for name in by_site],
+        "times": [_number(cell, attack, kind, "value") for kind in _TIMES],
+        "by_site": [words.metric(name).title for name in by_site],
         "sites": [(s, [_number(cell, attack, name, s) for name in by_site]) for s in sites],
       }
     )
@@ -194,7 +194,7 @@ def _site_metrics(summary: AttackSummary) -> list[str]:
   return [name for name in of_sites if getattr(summary, name)]
 
 
-def _pictures(cell: Cell) -> dict[str, Any]:
+def _pictures(cell: CellResults) -> dict[str, Any]:
   """Returns the first images of a cell and what each attack made of them."""
   arrays = cell.read_images()
   count = min(len(arrays["originals"]), _MAX_PICTURES)
@@ -214,7 +214,7 @@ def _pictures(cell: Cell) -> dict[str, Any]:
   }
 
 
-def _animation(study: Study) -> dict[str, Any] | None:
+def _animation(study: StudyResults) -> dict[str, Any] | None:
   """Returns the first images of the first cell that was recorded, as they formed."""
   for cell in study.done:
     recordings = cell.read_recordings()
@@ -241,7 +241,7 @@ def _animation(study: Study) -> dict[str, Any] | None:
   return None
 
 
-def _success(study: Study) -> list[tuple[str, str, str]]:
+def _success(study: StudyResults) -> list[tuple[str, str, str]]:
   """Returns success curves with title and description: by cell, or of all cells together."""
   groups = [(cell.name, [cell]) for cell in study.done]
   if len(groups) > _MAX_SUCCESS_CELLS:
@@ -251,17 +251,19 @@ def _success(study: Study) -> list[tuple[str, str, str]]:
     rates = {attack: _pooled_success(cells, attack, metric.name) for attack in study.attacks}
     rates = {attack: rate for attack, rate in rates.items() if rate[0]}
     if rates:
-      text = f"Share of images over thresholds of {metric.label}. " + "; ".join(
+      text = f"Share of images over thresholds of {metric.title}. " + "; ".join(
         f"{words.attack_label(attack)}: {rate[0]:.0%} at {thresholds[0]:g} to {rate[-1]:.0%} at"
         f" {thresholds[-1]:g}"
         for attack, (thresholds, rate) in rates.items()
       )
       figure = figures.success_curves(metric.name, rates)
-      shown.append((f"{title}: {metric.label}", figure, text))
+      shown.append((f"{title}: {metric.title}", figure, text))
   return shown
 
 
-def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[float], list[float]]:
+def _pooled_success(
+  cells: list[CellResults], attack: str, metric: str
+) -> tuple[list[float], list[float]]:
   """Returns thresholds that all cells have, and the share of all their images that reach each."""
   summaries = [cell.summary[attack] for cell in cells if attack in cell.summary]
   curves = [curve for one in summaries if (curve := one.success.get(metric))]
@@ -275,7 +277,7 @@ def _pooled_success(cells: list[Cell], attack: str, metric: str) -> tuple[list[f
   return list(rates.index), list(rates)
 
 
-def _tradeoff(study: Study) -> tuple[str, str] | None:
+def _tradeoff(study: StudyResults) -> tuple[str, str] | None:
   """Returns the figure of accuracy against leakage, and its text, if there are several points."""
   points = find_tradeoff(study)
   if not points:
@@ -289,14 +291,14 @@ def _tradeoff(study: Study) -> tuple[str, str] | None:
   return figures.png_uri(figures.tradeoff(points)), f"Not beaten in both: {best}"
 
 
-def _sweeps(study: Study) -> list[dict[str, Any]]:
+def _sweeps(study: StudyResults) -> list[dict[str, Any]]:
   return [
     {
       "setting": sweep.setting,
       "pooled": sweep.pooled,
       "figures": [
         (
-          words.metric(metric).label,
+          words.metric(metric).title,
           figures.png_uri(figures.sweep_curves(sweep, metric)),
           _ends(sweep, metric),
         )
@@ -319,7 +321,7 @@ def _ends(sweep: Sweep, metric: str) -> str:
   return "; ".join(texts)
 
 
-def _sites(study: Study) -> list[tuple[Cell, str, str]]:
+def _sites(study: StudyResults) -> list[tuple[CellResults, str, str]]:
   """Returns bars of the mask accuracy by site for the first cells, with descriptions."""
   shown = []
   for cell in study.done[:_MAX_PICTURE_CELLS]:
@@ -338,24 +340,24 @@ def _sites(study: Study) -> list[tuple[Cell, str, str]]:
   return shown
 
 
-def _meanings(study: Study) -> list[tuple[str, str]]:
+def _meanings(study: StudyResults) -> list[tuple[str, str]]:
   """Returns one line for each metric of the tables."""
   summaries = [summary for cell in study.done for summary in cell.summary.values()]
   names = ["images", "success", "iip", "pool"]
   names[1:1] = [name for summary in summaries for name in _metric_names(summary)]
   names += [name for summary in summaries for name in _site_metrics(summary)]
-  names += ["run_seconds", "compile_seconds"]
+  names += _TIMES
   metrics = [words.metric(name) for name in dict.fromkeys(names)]
-  return [(metric.label, metric.meaning) for metric in metrics]
+  return [(metric.title, metric.meaning) for metric in metrics]
 
 
-def _command(study: Study) -> str | None:
+def _command(study: StudyResults) -> str | None:
   """Returns the command that made the results, as it is typed."""
   manifests = [study.manifest, *(cell.manifest for cell in study.done[:1])]
   return words.command(next((m["command"] for m in manifests if m.get("command")), None))
 
 
-def _versions(study: Study) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+def _versions(study: StudyResults) -> list[tuple[str, list[tuple[str, list[str]]]]]:
   """Returns all that the manifests say, but for the command."""
   manifests = {"study": study.manifest} if study.manifest else {}
   manifests |= {

@@ -10,7 +10,7 @@ from jaxdia.core.errors import InputError
 from jaxdia.core.files import write_atomically
 from jaxdia.experiment.table import markdown
 from jaxdia.report import figures
-from jaxdia.report.results import Study, read_study
+from jaxdia.report.results import StudyResults, read_study
 from jaxdia.report.sweeps import DRAWN, find_sweeps
 from jaxdia.report.tradeoff import find_tradeoff
 from jaxdia.report.words import attack_label
@@ -83,13 +83,13 @@ def publish(workdir: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.P
   return path
 
 
-def _table(study: Study, table: pd.DataFrame) -> str:
+def _table(study: StudyResults, table: pd.DataFrame) -> str:
   """Returns what differs between the cells, and the main numbers, as Markdown."""
   settings = dict.fromkeys(name for cell in study.done for name in cell.entry.overrides)
   values = {name: [str(cell.entry.overrides.get(name)) for cell in study.done] for name in settings}
   about = [name for name in settings if len(set(values[name])) > 1 and name != "attack.name"]
   kept = {name: name for name in about} | {"attack": "attack"}
-  kept |= {column.key: column.heading for _, column in evaluation.columns("published")}
+  kept |= {column.key: m.heading(column) for m, column in evaluation.columns("published")}
   kept = {name: heading for name, heading in kept.items() if name in table}
   shown = pd.DataFrame(table[list(kept)]).rename(columns=kept).copy()
   shown["attack"] = [attack_label(attack) for attack in shown["attack"]]

@@ -28,7 +28,7 @@ _QUESTION = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
+class CellResults:
   """One experiment of a study; of one that is not done only the first fields are filled.
 
   Attributes:
@@ -101,7 +101,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
+class StudyResults:
   """What a report is about.
 
   Attributes:
@@ -114,10 +114,10 @@ class Study:
   title: str
   question: str
   manifest: dict[str, Any]
-  cells: list[Cell]
+  cells: list[CellResults]
 
   @property
-  def done(self) -> list[Cell]:
+  def done(self) -> list[CellResults]:
     """Returns the cells that have results."""
     return [cell for cell in self.cells if cell.entry.status == "done"]
 
@@ -127,7 +127,7 @@ class Study:
     return list(dict.fromkeys(attack for cell in self.done for attack in cell.summary))
 
 
-def read_study(workdir: pathlib.Path) -> Study:
+def read_study(workdir: pathlib.Path) -> StudyResults:
   """Reads the results of a study or of one experiment.
 
   Args:
@@ -147,10 +147,10 @@ def read_study(workdir: pathlib.Path) -> Study:
   attacks = ", ".join(name.upper() for name in cell.summary)
   data, model = cell.config.data, cell.config.model
   title = f"{attacks} against {model.get('name')} on {data.get('source')}"
-  return Study(title=title, question=_QUESTION, manifest={}, cells=[cell])
+  return StudyResults(title=title, question=_QUESTION, manifest={}, cells=[cell])
 
 
-def read_experiment(workdir: pathlib.Path) -> Cell:
+def read_experiment(workdir: pathlib.Path) -> CellResults:
   """Reads the results of one experiment.
 
   Args:
@@ -163,17 +163,21 @@ def read_experiment(workdir: pathlib.Path) -> Cell:
   return _read_cell(entry, workdir)
 
 
-def _read_many(workdir: pathlib.Path) -> Study:
+def _read_many(workdir: pathlib.Path) -> StudyResults:
   study = _read(workdir / "study.json", lambda value: msgspec.convert(value, StudyFile))
   folders = [(entry, workdir / "cells" / entry.name) for entry in study.cells]
   cells = [
-    _read_cell(entry, folder) if entry.status == "done" else Cell(entry=entry, directory=folder)
+    _read_cell(entry, folder)
+    if entry.status == "done"
+    else CellResults(entry=entry, directory=folder)
     for entry, folder in folders
   ]
-  return Study(title=study.title, question=study.question, manifest=study.manifest, cells=cells)
+  return StudyResults(
+    title=study.title, question=study.question, manifest=study.manifest, cells=cells
+  )
 
 
-def _read_cell(entry: StudyCell, folder: pathlib.Path) -> Cell:
+def _read_cell(entry: StudyCell, folder: pathlib.Path) -> CellResults:
   """Returns a finished cell with its results."""
   if not (folder / "summary.json").is_file():
     raise InputError(
@@ -189,7 +193,7 @@ def _read_cell(entry: StudyCell, folder: pathlib.Path) -> Cell:
   path = folder / "results.jsonl"
   lines = enumerate(_bytes(path).splitlines(), 1)
   rows = [_parse(path, line, Row.from_json, f"line {number}: ") for number, line in lines]
-  return Cell(
+  return CellResults(
     entry=entry,
     directory=folder,
     config=config,

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxdia.core.errors import InputError
 from jaxdia.evaluation import ssim
-from jaxdia.report.results import Cell, read_study
+from jaxdia.report.results import CellResults, read_study
 
 
 def write_scalars(workdir: pathlib.Path) -> pathlib.Path:
@@ -38,7 +38,7 @@ def write_scalars(workdir: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _write(folder: pathlib.Path, cell: Cell, attack: str) -> None:
+def _write(folder: pathlib.Path, cell: CellResults, attack: str) -> None:
   from tensorboardX import SummaryWriter  # optional
 
   for old in folder.glob("events.*"):  # else TensorBoard would show each twice

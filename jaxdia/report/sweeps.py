@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdia.experiment.schema import Row
-from jaxdia.report.results import Cell, Study
+from jaxdia.report.results import CellResults, StudyResults
 from jaxdia.report.words import is_number, text
 
 # Metrics of which curves are drawn.
@@ -50,7 +50,7 @@ class Sweep(NamedTuple):
   pooled: bool
 
 
-def find_sweeps(study: Study) -> list[Sweep]:
+def find_sweeps(study: StudyResults) -> list[Sweep]:
   """Returns the curves over each numeric setting that differs between the cells.
 
   A seed is no axis: the images of cells that differ in their seed alone are pooled.
@@ -67,14 +67,14 @@ def find_sweeps(study: Study) -> list[Sweep]:
   return [sweep for sweep in sweeps if sweep.lines]
 
 
-def _sweep(study: Study, name: str, others: list[str]) -> Sweep:
+def _sweep(study: StudyResults, name: str, others: list[str]) -> Sweep:
   lines = _lines(study, name, others)
   if len(lines) > _MAX_LINES or (others and not lines):
     return Sweep(name, _lines(study, name, []), True)
   return Sweep(name, lines, False)
 
 
-def _lines(study: Study, name: str, others: list[str]) -> list[Line]:
+def _lines(study: StudyResults, name: str, others: list[str]) -> list[Line]:
   """Returns a line for each attack and value of the other settings that has two points."""
   rows: dict[tuple[str, str], dict[float, list[Row]]] = {}
   for cell in study.done:
@@ -99,7 +99,7 @@ def _points(line: dict[float, list[Row]], metric: str) -> np.ndarray:
   return np.asarray(points, np.float64)
 
 
-def setting(cell: Cell, name: str, attack: str) -> Any:
+def setting(cell: CellResults, name: str, attack: str) -> Any:
   """Returns the value of a setting in a cell, also where the cell does not override it.
 
   Args:
@@ -120,7 +120,7 @@ def setting(cell: Cell, name: str, attack: str) -> Any:
   return value
 
 
-def _varies(study: Study, name: str) -> bool:
+def _varies(study: StudyResults, name: str) -> bool:
   """Returns whether a setting has several values for one attack on one network."""
   values: dict[Any, set[str]] = {}
   for cell in study.done:
@@ -130,7 +130,7 @@ def _varies(study: Study, name: str) -> bool:
   return any(len(found) > 1 for found in values.values())
 
 
-def _values(study: Study, name: str) -> dict[str, Any]:
+def _values(study: StudyResults, name: str) -> dict[str, Any]:
   """Returns the values of a setting, by their text."""
   values = [setting(cell, name, attack) for cell in study.done for attack in cell.summary]
   return {text(value): value for value in values if value is not None}

@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from jaxdia.core.errors import InputError, first_line
-from jaxdia.experiment.text import ATTACKS, Row, read_rows
+from jaxdia.experiment.text import ATTACKS, SequenceRow, read_rows
 from jaxdia.report.page import write_page
 
 # Sequences that are shown; the rest is in results.jsonl.
@@ -46,10 +46,10 @@ def write_text_report(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _context(
-  summary: dict[str, Any], config: dict[str, Any], command: list[str], rows: list[Row]
+  summary: dict[str, Any], config: dict[str, Any], command: list[str], rows: list[SequenceRow]
 ) -> dict[str, Any]:
   best = max(summary, key=lambda attack: summary[attack]["token_accuracy"])
-  sequences: dict[int, list[Row]] = {}
+  sequences: dict[int, list[SequenceRow]] = {}
   for row in rows:
     sequences.setdefault(row.sequence, []).append(row)
   return {

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxdia.report.results import Cell, Study
+from jaxdia.report.results import CellResults, StudyResults
 from jaxdia.report.words import text
 
 # What leaks is measured by it.
@@ -30,7 +30,7 @@ class Point(NamedTuple):
   best: bool
 
 
-def find_tradeoff(study: Study) -> list[Point]:
+def find_tradeoff(study: StudyResults) -> list[Point]:
   """Returns a point for each way to train of which the accuracy was measured, or none for one way.
 
   Args:
@@ -51,7 +51,7 @@ def find_tradeoff(study: Study) -> list[Point]:
   return sorted(points, key=lambda point: point.accuracy) if len(points) > 1 else []
 
 
-def _of_clients(cell: Cell, told: set[str]) -> str:
+def _of_clients(cell: CellResults, told: set[str]) -> str:
   """Returns the settings of a cell that tell its clients from others, as text."""
   return ", ".join(
     text(value) if name == "defence.name" else f"{name.rpartition('.')[2]} {text(value)}"
@@ -60,7 +60,7 @@ def _of_clients(cell: Cell, told: set[str]) -> str:
   )
 
 
-def _told(study: Study) -> set[str]:
+def _told(study: StudyResults) -> set[str]:
   """Returns the settings of clients that have several values."""
   values: dict[str, set[str]] = {}
   for cell in study.done:

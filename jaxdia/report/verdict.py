@@ -7,11 +7,11 @@ from jaxdia.evaluation import NEARLY_EXACT_SSIM, RECOGNISABLE_SSIM
 from jaxdia.experiment import local, training
 from jaxdia.experiment.progress import duration
 from jaxdia.experiment.schema import Row
-from jaxdia.report.results import Cell, Study
+from jaxdia.report.results import CellResults, StudyResults
 from jaxdia.report.words import attack_label, number
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
   """The first thing that a reader sees.
 
   Attributes:
@@ -44,7 +44,7 @@ class _Score(NamedTuple):
   by_cell: list[tuple[int, int, str]]  # recognisable, attempted, and the cell's name
 
 
-def judge(study: Study) -> Verdict:
+def judge(study: StudyResults) -> Judgement:
   """Returns the verdict on a study.
 
   Args:
@@ -60,7 +60,7 @@ def judge(study: Study) -> Verdict:
       -(score.best_ssim or 0),
     ),
   )
-  return Verdict(
+  return Judgement(
     headline=_headline(scores[0], len(study.done)) if scores else "There are no results yet.",
     findings=[_finding(score, study, score is scores[0]) for score in scores],
     caveats=_caveats(study, scores),
@@ -68,7 +68,7 @@ def judge(study: Study) -> Verdict:
   )
 
 
-def _score(study: Study, attack: str) -> _Score:
+def _score(study: StudyResults, attack: str) -> _Score:
   cells = [cell for cell in study.done if attack in cell.summary]
   rows = [row for cell in cells for row in cell.rows_of(attack)]
   ssim, seconds = (
@@ -103,7 +103,7 @@ def _reached(rows: list[Row], threshold: float) -> int:
   return sum((row.score("ssim") or 0.0) >= threshold for row in rows)
 
 
-def _settings(cell: Cell, attack: str) -> dict[str, Any]:
+def _settings(cell: CellResults, attack: str) -> dict[str, Any]:
   return cell.config.attacks.get(attack) or {}
 
 
@@ -133,7 +133,7 @@ def _headline(score: _Score, cells: int) -> str:
   )
 
 
-def _finding(score: _Score, study: Study, first: bool) -> str:
+def _finding(score: _Score, study: StudyResults, first: bool) -> str:
   """Returns what an attack got and at what cost; the first one also says what the words mean."""
   name, images = attack_label(score.attack), f"{score.recognisable} of {score.attempted}"
   if not score.measured:
@@ -161,7 +161,7 @@ def _finding(score: _Score, study: Study, first: bool) -> str:
   return text
 
 
-def _unit(study: Study, attack: str) -> str:
+def _unit(study: StudyResults, attack: str) -> str:
   cells = [cell for cell in study.done if attack in cell.summary]
   sizes = {cell.config.data.get("batch_size") for cell in cells}
   restarts = {cell.config.restarts for cell in cells}
@@ -171,13 +171,13 @@ def _unit(study: Study, attack: str) -> str:
   return text if restarts <= {1, None} else f"{text} and restart"
 
 
-def _machine(study: Study) -> str:
+def _machine(study: StudyResults) -> str:
   manifests = [study.manifest, *(cell.manifest for cell in study.done)]
   device = next((m["device"] for m in manifests if m.get("device")), None)
   return f": {device}" if device else ""
 
 
-def _caveats(study: Study, scores: list[_Score]) -> list[str]:
+def _caveats(study: StudyResults, scores: list[_Score]) -> list[str]:
   texts = [
     f"Here “recognisable” means an SSIM of at least {RECOGNISABLE_SSIM}, “nearly exact” one of at"
     f" least {NEARLY_EXACT_SSIM}; 1 is a perfect copy. These are rules of thumb: look at the"
@@ -233,7 +233,7 @@ def _caveats(study: Study, scores: list[_Score]) -> list[str]:
   return texts
 
 
-def _told(study: Study, attack: str) -> str:
+def _told(study: StudyResults, attack: str) -> str:
   """Returns what an attack was told, in every way in which the cells ran it."""
   texts = [
     cell.summary[attack].told or "what it was told of labels and masks is not recorded"

@@ -15,7 +15,8 @@ def metric(name: str) -> Metric:
   if name == shown.name:
     return shown
   meaning = "of the restarts that the truth would choose; no attacker can choose so"
-  return Metric(name=name, label=f"{shown.label}, best restart", meaning=meaning)
+  label = f"{shown.label}, best restart"
+  return Metric(name=name, label=label, meaning=meaning, unit=shown.unit)
 
 
 def number(name: str, value: float | None) -> str:

@@ -28,8 +28,7 @@ from jaxdia.experiment.schema import StudyCell, StudyFile, decode
 from jaxdia.experiment.spread import Tally, Work, cut, fix_lanes, take
 from jaxdia.experiment.store import differences
 from jaxdia.experiment.table import markdown
-from jaxdia.report import Cell as Read
-from jaxdia.report import read_experiment
+from jaxdia.report import CellResults, read_experiment
 from jaxdia.study.groups import Group
 from jaxdia.study.plan import Cell
 
@@ -54,7 +53,7 @@ class Study:
     self._lock = Lock(workdir)
     # By number of the cell: those that run, and what was read of those that are done.
     self._open: dict[int, Experiment] = {}
-    self._read: dict[int, Read] = {}
+    self._read: dict[int, CellResults] = {}
     self._failed: set[int] = set()  # in this call
     self._written = self._write_seconds = 0.0  # when the results of all cells were, and how long
     of_cells: Any = config.base

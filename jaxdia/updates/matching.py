@@ -52,7 +52,7 @@ class Fit(NamedTuple):
   notes: tuple[str, ...]
 
 
-class _Place(NamedTuple):
+class _Target(NamedTuple):
   """Where an array goes, if it has this name."""
 
   path: Path
@@ -152,7 +152,7 @@ def _by_name(model, leaves, arrays, what):
   return found, {name for name, _ in chosen.values()}, notes
 
 
-def _places(model, leaves) -> dict[tuple[str, ...], _Place]:
+def _places(model, leaves) -> dict[tuple[str, ...], _Target]:
   """Returns where an array goes, by the parts of its name."""
   entries = {
     parts_of(name): entry for name, entry in model.network.entries().items() if entry.path in leaves
@@ -160,10 +160,10 @@ def _places(model, leaves) -> dict[tuple[str, ...], _Place]:
   entries |= {
     parts: Entry(path) for path in leaves if (parts := parts_of("/".join(path))) not in entries
   }
-  places = {parts: _Place(*entry, foreign=False) for parts, entry in entries.items()}
+  places = {parts: _Target(*entry, foreign=False) for parts, entry in entries.items()}
   for parts, entry in entries.items():
     for alias in _ALIASES.get(parts[-1], ()) if entry.path[-1] == parts[-1] else ():
-      places.setdefault((*parts[:-1], alias), _Place(entry.path, None, foreign=True))
+      places.setdefault((*parts[:-1], alias), _Target(entry.path, None, foreign=True))
   return places
 
 

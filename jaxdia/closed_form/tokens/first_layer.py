@@ -21,7 +21,7 @@ _CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstLayer:
+class FirstTokenLayer:
   """The dense layers that tokens meet first, and what they are given.
 
   A candidate is what dropout is given for a token at a position. Where a normalisation follows
@@ -88,7 +88,7 @@ class FirstLayer:
     return np.asarray(after, np.float64)
 
 
-def find_first_layer(model: TokenModel, params: Params) -> FirstLayer:
+def find_first_layer(model: TokenModel, params: Params) -> FirstTokenLayer:
   """Finds the layers that tokens meet first.
 
   Args:
@@ -122,7 +122,7 @@ def find_first_layer(model: TokenModel, params: Params) -> FirstLayer:
   width = given.shape[-1]
   before = order[: order.index(first)]
   site = before[0] if before else None
-  none = FirstLayer(model, params, site, paths, width, False, np.ones(width), np.zeros(width))
+  none = FirstTokenLayer(model, params, site, paths, width, False, np.ones(width), np.zeros(width))
   if site is None:
     return none
   shape = (1, length, width)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Integer
 from jaxdia.client import Observation
 from jaxdia.closed_form.span import Span, find_span
 from jaxdia.closed_form.tokens import rows
-from jaxdia.closed_form.tokens.first_layer import FirstLayer, find_first_layer
+from jaxdia.closed_form.tokens.first_layer import FirstTokenLayer, find_first_layer
 from jaxdia.closed_form.tokens.sentences import find_sentences
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import leaves_by_path
@@ -52,7 +52,7 @@ class _Problem(NamedTuple):
   """What a batch is read from: shape of the batch, layer, gradients of its kernels, their space."""
 
   shape: tuple[int, int]
-  layer: FirstLayer
+  layer: FirstTokenLayer
   kernels: list[Float[np.ndarray, "width outputs"]]
   rank: int
   span: Span

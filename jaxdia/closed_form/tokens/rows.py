@@ -38,7 +38,7 @@ _SAME = 0.05
 MOST_OUTSIDE = 0.03
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
   """A token that was at a position.
 
   Attributes:
@@ -58,7 +58,7 @@ def find_rows(
   positions: int,
   most: int,
   rank: int,
-) -> list[tuple[int, Row]]:
+) -> list[tuple[int, TokenRow]]:
   """Finds the tokens at all positions, and their masks.
 
   Args:
@@ -90,7 +90,7 @@ class _Place:
     self._weights = np.ones(self._chosen.shape)
     self._rounds = 0
     self._chance = np.random.default_rng(0)
-    self.found: list[Row] = []
+    self.found: list[TokenRow] = []
 
   def look(self) -> None:
     """Solves a round of programs, and more as long as one finds something."""
@@ -109,7 +109,7 @@ class _Place:
     chosen, tokens = self._chosen[best], self._tokens[best]
     masks, outside = _polish(self._span, chosen, dropped[best], limit)
     for i in np.argsort(outside, kind="stable"):
-      row = Row(int(tokens[i]), masks[i], float(outside[i]))
+      row = TokenRow(int(tokens[i]), masks[i], float(outside[i]))
       if row.outside <= limit and len(self.found) < self._most and self._is_new(row, chosen[i]):
         self.found.append(row)
     self._go_on(dropped, order)
@@ -133,7 +133,7 @@ class _Place:
     self._tokens, self._chosen = np.array(tokens), np.array(chosen)
     self._weights = np.array(weights)
 
-  def _is_new(self, row: Row, candidate: np.ndarray) -> bool:
+  def _is_new(self, row: TokenRow, candidate: np.ndarray) -> bool:
     """Returns whether a row is none of those of the same token."""
     size = _SAME * np.linalg.norm(candidate)
     masks = [other.mask for other in self.found if other.token == row.token]
@@ -146,7 +146,7 @@ def find_nearest(
   positions: int,
   most: int,
   limit: float = np.inf,
-) -> list[tuple[int, Row]]:
+) -> list[tuple[int, TokenRow]]:
   """Returns the tokens nearest to the space, which are those of a batch without dropout.
 
   Args:
@@ -164,7 +164,7 @@ def find_nearest(
     kept = np.ones((len(near), rows.shape[1]), bool)
     outside = _outside(span, rows[near], kept)
     found += [
-      (position, Row(int(t), m, float(o)))
+      (position, TokenRow(int(t), m, float(o)))
       for t, m, o in zip(near, kept, outside, strict=True)
       if o <= limit
     ]
