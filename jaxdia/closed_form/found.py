@@ -176,6 +176,14 @@ class Found:
       self.error[number] = residual * np.sqrt(np.mean(np.square(image)))
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
 
+  def doubt(self) -> None:
+    """Takes back what depends on masks: that images are exact, the masks and the scale."""
+    exact = self.parts.verdict == Verdict.EXACT
+    self.parts.verdict[exact] = Verdict.APPROXIMATE
+    for known in self.parts.known_masks.values():
+      known[:] = False
+    self.determined[:], self.error[:], self.scale = False, np.nan, math.nan
+
   def kept_features(
     self, features: Float[np.ndarray, " n"], rate: float
   ) -> Float[np.ndarray, " n"] | None:

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import rel_entr
 
 from jaxdia.client import Observation
 from jaxdia.closed_form import batch as batches
@@ -32,6 +33,8 @@ from jaxdia.models import DropoutModel
 
 # A gradient with so much outside the rank of its batch is not the sum of that many samples.
 _MOST_NOISE = 0.1
+# Masks of a probability below e^-20 are not those of their rate, by Chernoff's bound.
+_MOST_SURPRISE = 20
 
 
 def recover(
@@ -115,9 +118,34 @@ def _recover(key, model, observation, rounding, noise) -> Recovery:
     reason = use_first_layer(model, gradient, found) or reason
   if size == 1 and np.isnan(found.scale):
     found.scale = scale_by_classifier(model, observation, gradient, found.tolerance)
+  if chain is not None and chain.homogeneous:
+    reason = _doubt_scale(chain, model.rates, found) or reason
   if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
     reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
+
+
+def _doubt_scale(chain: Chain, rates: dict[str, float], found: Found) -> str:
+  """Takes back what masks tell that cannot be those of a rate; returns why, or "".
+
+  Twice the image behind masks of half the size has the same gradient, if twice the inputs of a
+  network are twice its logits. So the masks alone tell the size of its image: there a client in
+  evaluation mode, or of another rate, would give an image that is as surely wrong.
+  """
+  for site in {source.site for source in chain.inputs if source.site is not None}:
+    known, rate = found.parts.known_masks[site], float(rates[site])
+    if not known.any():
+      continue
+    count, kept = int(np.sum(known)), float(np.mean(found.parts.masks[site][known]))
+    surprise = count * (rel_entr(kept, 1 - rate) + rel_entr(1 - kept, rate))
+    if surprise > _MOST_SURPRISE:
+      found.doubt()
+      return (
+        f"of the {count} known entries of the mask {site} {kept:.0%} are kept, which dropout of rate"
+        f" {rate:g} does not do by chance: the client computed in evaluation mode, or at another"
+        " rate, and images are known up to a factor"
+      )
+  return ""
 
 
 def _frozen(chain: Chain | None, params, gradient) -> list[Path]:
