@@ -118,33 +118,35 @@ def _recover(key, model, observation, rounding, noise) -> Recovery:
     reason = use_first_layer(model, gradient, found) or reason
   if size == 1 and np.isnan(found.scale):
     found.scale = scale_by_classifier(model, observation, gradient, found.tolerance)
-  if chain is not None and chain.homogeneous:
-    reason = _doubt_scale(chain, model.rates, found) or reason
+  reason = _doubt_masks(chain, model.rates, found) or reason
   if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
     reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
 
 
-def _doubt_scale(chain: Chain, rates: dict[str, float], found: Found) -> str:
-  """Takes back what masks tell that cannot be those of a rate; returns why, or "".
+def _doubt_masks(chain: Chain | None, rates: dict[str, float], found: Found) -> str:
+  """Takes back masks that cannot be those of their rate; returns why, if images go with them.
 
   Twice the image behind masks of half the size has the same gradient, if twice the inputs of a
   network are twice its logits. So the masks alone tell the size of its image: there a client in
   evaluation mode, or of another rate, would give an image that is as surely wrong.
   """
-  for site in {source.site for source in chain.inputs if source.site is not None}:
-    known, rate = found.parts.known_masks[site], float(rates[site])
+  for site, known in found.parts.known_masks.items():
     if not known.any():
       continue
-    count, kept = int(np.sum(known)), float(np.mean(found.parts.masks[site][known]))
-    surprise = count * (rel_entr(kept, 1 - rate) + rel_entr(1 - kept, rate))
-    if surprise > _MOST_SURPRISE:
-      found.doubt()
-      return (
-        f"of the {count} known entries of the mask {site} {kept:.0%} are kept, which dropout of rate"
-        f" {rate:g} does not do by chance: the client computed in evaluation mode, or at another"
-        " rate, and images are known up to a factor"
-      )
+    count, rate = int(np.sum(known)), float(rates[site])
+    kept = float(np.mean(found.parts.masks[site][known]))
+    if count * (rel_entr(kept, 1 - rate) + rel_entr(1 - kept, rate)) <= _MOST_SURPRISE:
+      continue
+    found.forget_mask(site, 1 - rate)
+    found.note = (
+      f"of the {count} known entries of the mask {site} {kept:.0%} are kept, which dropout of rate"
+      f" {rate:g} does not do by chance: the client computed in evaluation mode, or at another rate"
+    )
+    if chain is not None and chain.homogeneous:
+      found.doubt_scale()
+      found.note += ", and images are known up to a factor"
+      return found.note
   return ""
 
 
