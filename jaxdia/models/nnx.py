@@ -17,8 +17,8 @@ from flax.core import tracers
 from flax.nnx.nn.attention import dot_product_attention_weights
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.trees import digest, leaves_by_name
-from jaxdia.core.types import Images, Params
+from jaxdia.core.trees import digest, leaves_by_name, replaced
+from jaxdia.core.types import Images, NamedArrays, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of
@@ -49,6 +49,12 @@ class NNXNetwork(InstanceNetwork):
   def constants(self) -> tuple[str, ...]:
     """Returns the names of the module's other variables, such as running averages."""
     return tuple(_by_name(self._rest))
+
+  def with_constants(self, arrays: NamedArrays) -> Network:
+    """Returns the network with other variables that are no params, such as running averages."""
+    leaves = replaced(_by_name(self._rest), arrays).values()
+    rest = jax.tree.unflatten(jax.tree.structure(self._rest), leaves)
+    return self.in_mode(("constants", digest(_by_name(rest))), _rest=rest)
 
   def evaluation(self) -> Network:
     """Returns the network in evaluation mode, in which BatchNorm takes its averages."""
