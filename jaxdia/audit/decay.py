@@ -150,7 +150,7 @@ def _of_classifier_bias(model, observation, decay: float, rounding: float) -> It
   )
   if g is not None and w is not None:
     g, decayed = np.asarray(g, np.float64), decay * np.sum(np.asarray(w, np.float64))
-    if abs(decayed) > 3 * rounding / _FITS * np.sum(np.abs(g)):
+    if abs(decayed) > 3 * rounding * np.sum(np.abs(g)):
       yield np.array([np.sum(g)]), np.array([decayed])
 
 

@@ -35,6 +35,7 @@ class NNXNetwork(InstanceNetwork):
     self, module: nnx.Module, image_shape: tuple[int, int, int], kwargs: Mapping[str, Any]
   ):
     graph, params, rest = nnx.split(module, nnx.Param, ...)
+    rest = jax.tree.map(lambda x: x, rest)  # variables of its own: the module's may change
     flat = _by_name(params)
     arrays = {name: np.asarray(x) for name, x in flat.items()}
     # Canonical as they are: kernels are [..., inputs, outputs].
@@ -52,8 +53,8 @@ class NNXNetwork(InstanceNetwork):
 
   def with_constants(self, arrays: NamedArrays) -> Network:
     """Returns the network with other variables that are no params, such as running averages."""
-    leaves = replaced(_by_name(self._rest), arrays).values()
-    rest = jax.tree.unflatten(jax.tree.structure(self._rest), leaves)
+    leaves = map(jnp.asarray, replaced(_by_name(self._rest), arrays).values())
+    rest = jax.tree.unflatten(jax.tree.structure(self._rest), list(leaves))
     return self.in_mode(("constants", digest(_by_name(rest))), _rest=rest)
 
   def evaluation(self) -> Network:
