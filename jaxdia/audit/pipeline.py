@@ -6,18 +6,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from jaxdia.audit.attempts import LIKELY, Found, better, by_algebra, by_search
 from jaxdia.audit.diagnosis import TURNED, diagnose, negative, tells_sign
 from jaxdia.audit.mode import mode_finding
 from jaxdia.audit.schema import VERDICTS, Attempt, Finding
 from jaxdia.client import Observation
+from jaxdia.closed_form import Recovery
 from jaxdia.core.types import Key
 from jaxdia.models import DropoutModel, evaluation_mode
 
 # The largest deviation of a factor from 1 that is not worth a word.
 _NEARLY_1 = 1e-2
-# Where the mode does not show, the search in the stated one has this share of the time.
+# Where the mode does not show, a search in the stated one has this share of the time.
 _OF_STATED = 0.75
 _MAYBE_TURNED = Finding(
   name="sign",
@@ -83,6 +85,8 @@ def audit(
   attempts: list[Attempt] = []
   best, turned, mode = None, False, stated
   for training, sign in itertools.product(modes, signs):
+    if training not in modes:  # which has shown meanwhile
+      break
     others = ["the opposite sign"] * (sign < 0) + [_mode_name(training)] * (training != stated)
     other = " in ".join(others)
     if other:
@@ -91,10 +95,16 @@ def audit(
     tried = model
     if not training:
       tried, guess = evaluation_mode(model), dataclasses.replace(guess, averages=None)
-    share = 1.0 if len(modes) == 1 else _OF_STATED if training == stated else 1 - _OF_STATED
-    budget = seconds * share / len(signs)
-    made: list[Attempt] = []
-    found = _try(key, tried, guess, diagnosis.rounding, budget, made, say)
+    attempt, recovery, found = by_algebra(key, tried, guess, diagnosis.rounding)
+    made = [attempt]
+    say(f"closed form: {attempt.outcome}")
+    if _tells_masks(recovery):
+      modes = (training,)
+    if seconds > 0 and not (found and set(found.verdicts) == {"certain"}):
+      share = 1.0 if len(modes) == 1 else _OF_STATED if training == stated else 1 - _OF_STATED
+      budget = seconds * share / len(signs)
+      attempt, found = _search(key, tried, guess, recovery, found, budget, say)
+      made.append(attempt)
     attempts += [_of(other, attempt) for attempt in made] if other else made
     if found is not None and (best is None or _sureness(found) > _sureness(best)):
       best, turned, mode = found, sign < 0, training
@@ -113,27 +123,26 @@ def audit(
   return Outcome(findings, attempts, best)
 
 
-def _try(
+def _search(
   key: Key,
   model: DropoutModel,
   observation: Observation,
-  rounding: float,
+  recovery: Recovery | None,
+  found: Found | None,
   seconds: float,
-  attempts: list[Attempt],
   say: Callable[[str], None],
-) -> Found | None:
-  """Tries linear algebra, then a search for what that leaves; notes each attempt."""
-  attempt, recovery, found = by_algebra(key, model, observation, rounding)
-  attempts.append(attempt)
-  say(f"closed form: {attempt.outcome}")
-  if seconds > 0 and not (found and set(found.verdicts) == {"certain"}):
-    compared = f", comparing {len(observation.averages)} averages" if observation.averages else ""
-    say(f"searching for about {seconds:g} s{compared}")
-    attempt, searched = by_search(key, model, observation, recovery, seconds, say)
-    attempts.append(attempt)
-    say(f"{attempt.name}: {attempt.outcome}")
-    found = searched if found is None else better(found, searched)
-  return found
+) -> tuple[Attempt, Found]:
+  """Searches what linear algebra leaves; returns the attempt, and the surer of both results."""
+  compared = f", comparing {len(observation.averages)} averages" if observation.averages else ""
+  say(f"searching for about {seconds:g} s{compared}")
+  attempt, searched = by_search(key, model, observation, recovery, seconds, say)
+  say(f"{attempt.name}: {attempt.outcome}")
+  return attempt, searched if found is None else better(found, searched)
+
+
+def _tells_masks(recovery: Recovery | None) -> bool:
+  """Returns whether masks are known, which are then such as dropout draws: it was on."""
+  return recovery is not None and any(map(np.any, recovery.parts.known_masks.values()))
 
 
 def _of(other: str, attempt: Attempt) -> Attempt:
