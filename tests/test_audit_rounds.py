@@ -79,7 +79,7 @@ def seen(monkeypatch):
   return shown
 
 
-def test_running_averages_of_the_file_are_those_of_the_network(tmp_path):
+def test_running_averages_of_the_file_are_those_of_the_network(tmp_path, monkeypatch):
   from audited_own import Normed  # pyright: ignore[reportMissingImports]
 
   rng, module = np.random.default_rng(0), Normed()
@@ -100,6 +100,10 @@ def test_running_averages_of_the_file_are_those_of_the_network(tmp_path):
   (update,) = audit.run(config, tmp_path / "work", say=silent).updates
   assert [image.verdict for image in update.images] == ["certain"]
   assert update.images[0].scores["mse"] < 1e-9
+  monkeypatch.setattr(sys.modules["jaxdia.audit.run"], "audit", stub([]))
+  save(tmp_path / "before.npz", variables["params"])
+  (update,) = audit.run(config, tmp_path / "without", say=silent).updates
+  assert any("holds no running averages" in finding.text for finding in update.findings)
 
 
 def test_averages_of_another_module_or_shape_are_not_taken():

@@ -143,6 +143,11 @@ def _read(
         " the learning rate.",
       )
   assumed += update.assumed
+  if settings.mode == "evaluation" and model.network.constants() and not before.extra:
+    assumed += (
+      "the file of weights holds no running averages, on which a gradient in evaluation mode"
+      " depends: those that the network is made with are used.",
+    )
   new = updates.find_averages(
     model,
     before.extra,
