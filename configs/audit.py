@@ -20,7 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.num_classes = 10
   # config.before: weights that the server sent. config.after: weights that came back, or
   # config.difference: these minus those before, or config.gradient: gradients. Several files are
-  # separated by commas, each is an update.
+  # separated by commas, each is an update; config.before then holds one, or one for each, and so
+  # do config.labels, 3,1;4,1 of two updates of two images.
   # config.learning_rate, config.weight_decay: of the client. Of several local steps also
   # config.local_epochs, config.local_steps of each, config.optimizer, config.momentum, and
   # config.clients whose updates were averaged.
@@ -29,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   # config.std. By default the network was fed with pixels from 0 to 1.
   # config.defence.name, and its fields: what the client did to its gradient.
   # config.loss.kind, config.loss.reduction, config.loss.label_smoothing: what the client descended.
+  # A kind mypackage:loss is a function of your own.
   # config.mode: "training", in which dropout is on, or "evaluation".
   config.seconds = 60.0
   # config.truth: an npz file with images and labels, for scores; no attempt is shown it.

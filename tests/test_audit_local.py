@@ -7,7 +7,7 @@ import pytest
 from audit_cases import config_of, nets, write
 
 from jaxdia import audit, data, models
-from jaxdia.audit.attempts import prove
+from jaxdia.audit.proof import prove
 from jaxdia.client import LocalUpdate, client_gradient, observe
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import leaves_by_name

@@ -132,6 +132,24 @@ def test_what_is_called_exact_is_in_the_batch(kind):
     assert found and all(each.verdict == Verdict.EXACT for each in found)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_masks_that_their_rate_cannot_have_make_nothing_exact(size):
+  """Of a network in which they alone tell the size of an image, as without biases behind ReLUs."""
+  options = {"hidden_sizes": (96, 96), "use_bias": False, "activation": "relu"}
+  model = models.create("mlp", (6, 6, 1), 10, 0.5, **options)
+  params = model.init(jax.random.key(0))
+  images = np.random.default_rng(0).uniform(size=(size, 6, 6, 1)).astype(np.float32)
+  labels = np.arange(size)
+  for client, exact in ((model, True), (models.evaluation_mode(model), False)):
+    seen, _ = observe(jax.random.key(1), client, params, images, labels, reveal_labels=False)
+    found = recover(jax.random.key(2), model, seen)
+    assert np.all((np.asarray(found.parts.verdict) == Verdict.EXACT) == exact)
+    if not exact:
+      assert np.asarray(found.parts.verdict).any() and not np.any(found.determined)
+      assert "evaluation mode" in found.reason and "up to a factor" in found.reason
+      assert not any(np.any(known) for known in found.parts.known_masks.values())
+
+
 def _is_wrong(each):
   return each.verdict == Verdict.EXACT and (not each.distance < _MOST or each.wrong)
 

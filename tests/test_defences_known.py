@@ -12,7 +12,7 @@ from experiment_cases import launch, rows_of, silent, small
 from jaxdia import attacks, audit, data, engine, evaluation, models, study
 from jaxdia.attacks import Status, objective, prepare_for
 from jaxdia.attacks.protocol import Candidate, Known
-from jaxdia.audit.attempts import prove
+from jaxdia.audit.proof import prove
 from jaxdia.audit.settings import validate
 from jaxdia.client import defences, observe
 from jaxdia.gradients import noise_distance

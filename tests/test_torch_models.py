@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from adapter_cases import to_torch
 
-from jaxdia import models
+from jaxdia import models, updates
 from jaxdia.client import client_gradient
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import leaves_by_path
@@ -103,6 +103,23 @@ def test_the_evaluation_mode_has_running_averages():
   # A state dict has buffers too.
   params = models.from_native(model, module.state_dict())
   jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(0)))
+
+
+def test_running_averages_of_a_file_take_the_place_of_the_modules_own():
+  model = models.from_torch(normed(), (8, 8, 1))
+  module = normed()
+  module(torch.rand(16, 1, 8, 8))  # moves the averages
+  arrays = {name: buffer.numpy().copy() for name, buffer in module.named_buffers()}
+  other = updates.use_averages(model, arrays)
+  assert other != model
+  params = models.from_native(model, module.state_dict())
+  images = jax.random.uniform(jax.random.key(1), (3, 8, 8, 1))
+  with torch.no_grad():
+    expected = module.eval()(to_torch(images)).numpy()
+  logits = models.evaluation_mode(other).apply(params, {}, images)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+  logits = models.evaluation_mode(model).apply(params, {}, images)
+  assert np.abs(logits - expected).max() > 1e-2
 
 
 class Noisy(torch.nn.Linear):

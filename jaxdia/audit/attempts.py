@@ -3,21 +3,20 @@
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from jaxdia import attacks, evaluation
 from jaxdia.attacks import Attack, State, Status, complete
+from jaxdia.audit.proof import Proof, prove
 from jaxdia.audit.schema import VERDICTS, Attempt
-from jaxdia.client import Observation, client_gradient
-from jaxdia.client.defences import Step
+from jaxdia.client import Observation
 from jaxdia.closed_form import Recovery, Verdict, recover, recover_labels
 from jaxdia.core.errors import InputError, first_line
-from jaxdia.core.types import Images, Key, Labels, Masks, Statistics
+from jaxdia.core.types import Key, Statistics
 from jaxdia.models import DropoutModel
 
 # What a search found is likely if it leaves no more than this share of the update unexplained; and
@@ -32,21 +31,6 @@ _LEAST_SECONDS = 1.0
 _AVERAGE_WEIGHT = 0.1
 # Folded into the key of an update, for searches; closed forms use the key itself.
 _SEARCH = 1
-
-
-class Proof(NamedTuple):
-  """A result held against the update: the gradient that it would have caused.
-
-  Attributes:
-    residual: share of the update that is left when that gradient is taken out, at the factor that
-      leaves least.
-    factor: that factor.
-    of_sent: the same share of the entries that are not zero, as of an update that was pruned.
-  """
-
-  residual: float
-  factor: float
-  of_sent: float
 
 
 class Rebuilt(NamedTuple):
@@ -73,51 +57,6 @@ class Rebuilt(NamedTuple):
   known_labels: Bool[np.ndarray, " batch"]
   masks: dict[str, float]
   factor: float | None
-
-
-def prove(
-  model: DropoutModel, observation: Observation, masks: Masks | None, images: Images, labels: Labels
-) -> Proof:
-  """Computes what a client would send of what was found, and compares it with the update.
-
-  Args:
-    model: the network.
-    observation: the update.
-    masks: of the step, or of all local steps; None is the evaluation mode.
-    images: f[B, H, W, C], normalised.
-    labels: i[B] classes, or f[B, num_classes] probabilities.
-  """
-  simulated = _simulate(model, observation, masks, jnp.asarray(images), jnp.asarray(labels))
-  sent, other = (
-    np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(gradient)])
-    for gradient in (observation.gradient, simulated)
-  )
-  residual, factor = _compare(sent, other)
-  of_sent, _ = _compare(sent[sent != 0], other[sent != 0])
-  return Proof(residual, factor, of_sent)
-
-
-def _compare(sent: np.ndarray, simulated: np.ndarray) -> tuple[float, float]:
-  """Returns the share of one gradient that another leaves, and the factor that leaves least."""
-  size = float(simulated @ simulated)
-  factor = float(sent @ simulated) / size if size > 0 else 0.0
-  left = float(np.sum((sent - factor * simulated) ** 2))
-  residual = math.sqrt(left / float(sent @ sent)) if math.isfinite(left) else math.inf
-  return residual, factor
-
-
-@jax.jit
-def _simulate(model, observation, masks, images, labels):
-  """Returns what the client would send, as far as its defence can be foreseen."""
-  step = (model, observation.params, masks, images, labels, observation.loss)
-  sent, own = observation.gradient, client_gradient(*step, observation.local)
-  # Of a frozen layer nothing was sent.
-  own = jax.tree.map(lambda x, y: y if x is not None else None, sent, own, is_leaf=_is_none)
-  return observation.defence.adapt(own, sent, Step(*step))
-
-
-def _is_none(leaf: Any) -> bool:
-  return leaf is None
 
 
 def by_algebra(
@@ -238,6 +177,8 @@ def by_search(
   """
   start, left = time.monotonic(), seconds
   name, attack = choose_attack(model, observation, recovery)
+  # Compiles, which is no part of the time.
+  attacks.solve(key, attack, observation, recovery=_of_certain(recovery), seconds=0)
   trials: list[State] = []
   while len(trials) < 2 or (left > 0 and not all(map(_is_done, trials[:2]))):
     begun = time.monotonic()

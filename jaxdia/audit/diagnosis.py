@@ -6,14 +6,17 @@ was said to be, and mostly the marks tell what it is.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jaxdia.audit.decay import find_decay
+from jaxdia.audit.mode import find_mode, mode_finding
+from jaxdia.audit.optimizers import find_signs
 from jaxdia.audit.schema import Finding
 from jaxdia.client import Observation
-from jaxdia.closed_form import find_chain, is_turned
+from jaxdia.closed_form import is_turned
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path, leaves_by_path, with_leaves
 from jaxdia.core.types import Gradient
@@ -25,12 +28,6 @@ from jaxdia.updates.gradients import MUCH_ROUNDING
 _SINGLE = 1e-6
 # Singular values below this share of the largest are rounding.
 _RANK = 1e-5
-# Where no dropped unit is seen, so many must have been expected: e^-20 is chance enough.
-_EXPECTED_ZEROS = 20
-# Sizes of the entries of Adam's first update differ by less than this share.
-_EQUAL = 0.02
-# What should cancel does to this share of its terms.
-_CANCELS = 1e-4
 TURNED = Finding(
   name="sign",
   effect="mended",
@@ -47,12 +44,14 @@ class Diagnosis(NamedTuple):
     findings: what was seen.
     rounding: share of the gradient that rounding may have changed.
     training: whether dropout was on, as it shows; as it was said to be where it does not.
+    mode_shows: whether it shows.
   """
 
   observation: Observation
   findings: list[Finding]
   rounding: float
   training: bool
+  mode_shows: bool
 
   @property
   def stops(self) -> bool:
@@ -82,7 +81,7 @@ def diagnose(
   rounding = max(rounding, level, _SINGLE)
   findings += _precision(kind, rounding)
   one_step = observation.local is None  # of which the others know what it looks like
-  for look in (_equal_sizes, _weight_decay, _sign, _rank) if one_step else (_sign,):
+  for look in (find_decay, find_signs, _sign, _rank) if one_step else (_sign,):
     here = dataclasses.replace(observation, gradient=gradient)
     found = look(model, here, rounding)
     if found is not None:
@@ -90,11 +89,13 @@ def diagnose(
       findings.append(finding)
   observation = dataclasses.replace(observation, gradient=gradient)
   if one_step and not {"several steps", "noise"} & {finding.name for finding in findings}:
-    on, finding = _mode(model, observation, rounding)
+    on, reason = find_mode(model, observation, rounding)
     if on is not None and on != training:
-      findings.append(finding)
-      training = on
-  return Diagnosis(observation, findings, rounding, training)
+      findings.append(mode_finding(on, reason))
+    return Diagnosis(
+      observation, findings, rounding, training if on is None else on, on is not None
+    )
+  return Diagnosis(observation, findings, rounding, training, False)
 
 
 def _name(path: Path) -> str:
@@ -154,77 +155,6 @@ def _precision(kind: str | None, rounding: float) -> list[Finding]:
   return [Finding(name=name, effect="noted", text=text, value=rounding)]
 
 
-def _equal_sizes(model, observation, rounding):
-  """Finds updates of which Adam, or a sign, left only the signs."""
-  del model, rounding
-  largest = max(jax.tree.leaves(observation.gradient), key=lambda leaf: leaf.size)
-  sizes = np.abs(np.asarray(largest, np.float64))
-  sizes = sizes[sizes > 0]
-  if sizes.size < 20:
-    return None
-  low, middle, high = np.quantile(sizes, (0.1, 0.5, 0.9))
-  if high - low > _EQUAL * middle:
-    return None
-  text = (
-    f"nearly all entries that changed did so by the same amount ({middle:.2e}): this is the first"
-    " step of Adam, or the sign of a gradient, and not the gradient. It tells the signs alone."
-    " Audit what went into the optimiser instead, if you have it."
-  )
-  return Finding(name="adam", effect="stops", text=text, value=float(middle)), observation.gradient
-
-
-def _weight_decay(model, observation, rounding):
-  """Finds params in the gradient by the classifier, whose own entries cancel over the classes."""
-  if model.classifier is None or observation.loss.kind != "cross_entropy":
-    return None
-  g, w = (
-    layer_gradient(tree, model.classifier) for tree in (observation.gradient, observation.params)
-  )
-  if "kernel" not in g:
-    return None
-  kernel, weight = (np.asarray(layer["kernel"], np.float64) for layer in (g, w))
-  left, weights = kernel.sum(axis=1), weight.sum(axis=1)
-  size = np.linalg.norm(np.abs(kernel).sum(axis=1))
-  if not weights.any() or np.linalg.norm(left) < max(_CANCELS, 3 * rounding) * size:
-    return None
-  decay = float(left @ weights / (weights @ weights))
-  if np.linalg.norm(left - decay * weights) > 0.05 * np.linalg.norm(left):
-    return None
-  # Of units that were dropped nothing else is there, and they tell it to the last bit.
-  every = [
-    (np.asarray(g, np.float64).ravel(), np.asarray(w, np.float64).ravel())
-    for g, w in _with_params(observation)
-  ]
-  ratios = np.concatenate([g[w != 0] / w[w != 0] for g, w in every])
-  near = ratios[np.abs(ratios - decay) < 1e-3 * abs(decay)]
-  decay = float(np.median(near)) if near.size else decay
-  text = (
-    f"the update holds {decay:.3g} times the weights, as weight decay of that size leaves there; it"
-    " is taken out."
-  )
-  gradient = jax.tree.map(
-    lambda leaf, weight: None if leaf is None else _without(leaf, decay, weight, rounding),
-    observation.gradient,
-    observation.params,
-    is_leaf=lambda leaf: leaf is None,
-  )
-  return Finding(name="weight decay", effect="mended", text=text, value=decay), gradient
-
-
-def _with_params(observation: Observation) -> list[tuple[Any, Any]]:
-  """Returns the leaves of a gradient that were sent, each with that of the params."""
-  params = leaves_by_path(observation.params)
-  return [(leaf, params[path]) for path, leaf in leaves_by_path(observation.gradient).items()]
-
-
-def _without(leaf, decay: float, weight, rounding: float) -> np.ndarray:
-  """Returns a gradient without decayed weights; what is left of them by rounding is 0."""
-  decayed = decay * np.asarray(weight, np.float64)
-  rest = np.asarray(leaf, np.float64) - decayed
-  rest[np.abs(rest) <= rounding * np.abs(decayed)] = 0
-  return rest.astype(leaf.dtype)
-
-
 def _sign(model, observation, rounding):
   del rounding
   if not is_turned(model, observation):
@@ -279,42 +209,8 @@ def _rank(model, observation, rounding):
       )
     text += (
       "No rank is higher: it holds noise, was pruned or quantised, or is a sum over at least"
-      f" {rank} rows, as of a larger batch or many steps."
+      f" {rank} rows, as of a larger batch or many steps; or an adaptive optimiser such as Adam"
+      " divided its entries."
     )
     return Finding(name="noise", effect="noted", text=text, value=beyond), observation.gradient
   return None
-
-
-def _mode(model: DropoutModel, observation: Observation, rounding: float):
-  """Tells from the zeros of dense layers whether dropout was on; None if they do not tell.
-
-  A unit that a ReLU silences, or a pixel that is black, is zero without dropout too, and so may a
-  few be of which another function gets a number far below 0.
-  """
-  try:
-    chain = find_chain(model.network) if model.rates else None
-  except InputError:  # of a network that cannot be computed in float64
-    chain = None
-  if chain is None:
-    return None, None
-  zeros, told, small, expected = 0, 0.0, 0, 0.0
-  for i, (layer, source) in enumerate(zip(chain.layers, chain.inputs, strict=True)):
-    kernel = layer_gradient(observation.gradient, layer.path).get("kernel")
-    if source.site is None or kernel is None:
-      continue
-    sizes = np.linalg.norm(np.asarray(kernel, np.float64), axis=1)
-    small += int(np.sum(sizes <= max(_RANK, 3 * rounding) * sizes.max()))
-    here = layer.inputs * float(model.rates[source.site]) ** observation.batch_size
-    expected += here
-    if i > 0 and not chain.links[i - 1].silent:
-      zeros, told = zeros + int(np.sum(sizes == 0)), told + here
-  if zeros and 2 * zeros >= told:
-    text = "units are zero as dropout leaves them: the gradient was computed in training mode."
-    return True, Finding(name="training mode", effect="mended", text=text)
-  if small or expected < _EXPECTED_ZEROS:
-    return None, None
-  text = (
-    f"no unit is zero, where dropout would have dropped about {expected:.0f} in all images: the"
-    " gradient was computed in evaluation mode. The audit goes on without dropout."
-  )
-  return False, Finding(name="evaluation mode", effect="mended", text=text)

@@ -56,10 +56,14 @@ def run(
   """
   settings, workdir = validate(config), pathlib.Path(workdir)
   model = create_model(settings.model, settings.image_shape, settings.num_classes)
-  before = updates.fit(model, updates.read(settings.before), by_order=settings.by_order)
+  sent = [
+    updates.fit(model, updates.read(path), by_order=settings.by_order) for path in settings.before
+  ]
+  before = settings.each(tuple((updates.use_averages(model, fit.extra), fit) for fit in sent))
+  labels = settings.each(settings.labels or (None,))
   truth = [_truth(settings, model, number) for number in range(len(settings.updates))]
-  files = zip(settings.updates, truth, strict=True)
-  seen = [_read(settings, model, before, path, secret) for path, secret in files]
+  files = zip(settings.updates, before, labels, truth, strict=True)
+  seen = [_read(settings, *known, path, *told) for path, known, *told in files]
   lock = Lock(workdir)
   lock.acquire()
   try:
@@ -76,14 +80,14 @@ def run(
         say(f"{one.name}: update {number + 1} of {len(seen)}")
         outcome = audit(
           jax.random.fold_in(jax.random.key(settings.seed), number),
-          model,
+          one.model,
           one.observation,
           seconds=settings.seconds,
           training=settings.mode == "training",
           rounding=one.rounding,
           say=lambda text: say(f"  {text}"),
         )
-        update, arrays = _result(settings, model, one, outcome, truth[number])
+        update, arrays = _result(settings, one, outcome, truth[number])
         write_npz(images_path(workdir, number), arrays | {"digest": np.array(one.digest)})
         done.append(update)
       result = _write(workdir, settings, model, done, pending)
@@ -104,9 +108,10 @@ def _is_of(workdir: pathlib.Path, number: int, *digests: str) -> bool:
 
 
 class _Seen(NamedTuple):
-  """One update as it was read."""
+  """One update as it was read, and the network with the running averages before it."""
 
   name: str
+  model: DropoutModel
   observation: Observation
   rounding: float
   findings: list[Finding]
@@ -118,6 +123,7 @@ def _read(
   model: DropoutModel,
   before: updates.Fit,
   path: str,
+  labels: tuple[int, ...] | None,
   truth: Secret | None,
 ) -> _Seen:
   """Reads an update as a gradient; the truth is part of its digest, and of nothing else."""
@@ -137,6 +143,11 @@ def _read(
         " the learning rate.",
       )
   assumed += update.assumed
+  if settings.mode == "evaluation" and model.network.constants() and not before.extra:
+    assumed += (
+      "the file of weights holds no running averages, on which a gradient in evaluation mode"
+      " depends: those that the network is made with are used.",
+    )
   new = updates.find_averages(
     model,
     before.extra,
@@ -148,7 +159,7 @@ def _read(
   observation = Observation(
     params=as_floats(before.tree),
     gradient=update.gradient,
-    labels=settings.labels,
+    labels=labels,
     mean=mean,
     std=std,
     batch_size=settings.batch_size,
@@ -161,7 +172,8 @@ def _read(
   notes = dict.fromkeys((*before.notes, *sent.notes, *assumed, *new.notes))
   findings = [Finding(name="as read", effect="noted", text=note) for note in notes]
   name = pathlib.Path(path).name
-  return _Seen(name, observation, update.rounding, findings, _digest(settings, observation, truth))
+  digest_now = _digest(settings, before, observation, truth)
+  return _Seen(name, model, observation, update.rounding, findings, digest_now)
 
 
 def as_floats(params: Params) -> Params:
@@ -175,15 +187,17 @@ def as_floats(params: Params) -> Params:
   return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), params)
 
 
-def _digest(settings: AuditSettings, observation: Observation, truth: Secret | None) -> str:
+def _digest(
+  settings: AuditSettings, before: updates.Fit, observation: Observation, truth: Secret | None
+) -> str:
   """Returns the SHA-256 of an update and of all that its audit depends on."""
   known = settings.to_json()
-  for name in ("before", "truth", *KINDS):
+  for name in ("before", "labels", "truth", *KINDS):
     del known[name]
   sha = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
   scored = None if truth is None else (truth.images, truth.labels)
   seen = (observation.params, observation.gradient, scored, observation.averages)
-  sha.update(digest(seen).encode())
+  sha.update(digest((seen, observation.labels, before.extra)).encode())
   return sha.hexdigest()
 
 
@@ -205,13 +219,12 @@ def _truth(settings: AuditSettings, model: DropoutModel, number: int) -> Secret 
 
 def _result(
   settings: AuditSettings,
-  model: DropoutModel,
   one: _Seen,
   outcome: AuditResult,
   truth: Secret | None,
 ) -> tuple[UpdateEntry, dict[str, np.ndarray]]:
   """Returns the audit of an update, and its images as pixels, with the truth in their order."""
-  found, size = outcome.found, settings.batch_size
+  found, model, size = outcome.found, one.model, settings.batch_size
   arrays = {"images": np.full((size, *model.image_shape), np.nan, np.float32)}
   if found is None:
     stops = [f.text for f in outcome.findings if f.effect == "stops"]

@@ -1,7 +1,9 @@
 """Settings of an audit: the config that users see, and the values that it becomes."""
 
 import dataclasses
-from typing import Any
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ml_collections
 from ml_collections import config_dict
@@ -19,8 +21,10 @@ from jaxdia.experiment.config import (
   model_settings,
 )
 from jaxdia.experiment.fields import check_names, make_settings, plain, pop_group
+from jaxdia.experiment.imports import find
 from jaxdia.models.base import check_image_shape
 
+T = TypeVar("T")
 MODES = ("training", "evaluation")
 # What an update may be given as.
 KINDS = ("after", "difference", "gradient")
@@ -36,7 +40,7 @@ class AuditSettings:
     model: the network; a built-in one, or the import path of the user's own.
     image_shape: (height, width, channels) of the images.
     num_classes: number of logits.
-    before: file of the weights that the server sent.
+    before: files of the weights that the server sent; one, or one for each update.
     after: files of the weights that came back, one an update.
     difference: files of weights that came back minus those before, instead.
     gradient: files of gradients instead.
@@ -53,7 +57,7 @@ class AuditSettings:
     defence: what the client did to its gradient before it sent it.
     mode: "training", in which dropout is on, or "evaluation".
     statistics: that normalise the images.
-    labels: classes of the batch, if they are known.
+    labels: classes of the batch, if they are known; of one batch for all updates, or of each.
     seconds: that a search may take for each update; 0 tries linear algebra alone.
     truth: npz file with images and labels to score against, or None.
     seed: of everything that is drawn.
@@ -62,7 +66,7 @@ class AuditSettings:
   model: ModelSettings
   image_shape: tuple[int, int, int]
   num_classes: int
-  before: str
+  before: tuple[str, ...]
   after: tuple[str, ...] = ()
   difference: tuple[str, ...] = ()
   gradient: tuple[str, ...] = ()
@@ -79,7 +83,7 @@ class AuditSettings:
   defence: defences.Defence = defences.identity
   mode: str = "training"
   statistics: Statistics
-  labels: tuple[int, ...] | None = None
+  labels: tuple[tuple[int, ...], ...] = ()
   seconds: float = 60.0
   truth: str | None = None
   seed: int = 0
@@ -98,7 +102,7 @@ class AuditSettings:
           f"the {name} of config.statistics or config.{name} has {len(numbers)} numbers; expected"
           f" {channels}, one for each channel of config.image_shape={self.image_shape}, or 1."
         )
-    for label in self.labels or ():
+    for label in itertools.chain(*self.labels):
       if not 0 <= label < self.num_classes:
         raise InputError(
           f"config.labels contains {label}; expected classes from 0 to {self.num_classes - 1}, as"
@@ -119,6 +123,13 @@ class AuditSettings:
         f"of {', '.join(names)} {len(given)} are set; expected one of them: the weights that the"
         " client sent back, their difference from those before, or its gradient."
       )
+    for name, between in (("before", "commas"), ("labels", "semicolons")):
+      count = len(getattr(self, name))
+      if count > 1 and count != len(self.updates):
+        raise InputError(
+          f"config.{name} holds {count} for {len(self.updates)} updates; expected one for all of"
+          f" them, or one for each, with {between} between."
+        )
     local = self.local  # refuses what it cannot be
     local.images_a_step(self.batch_size)
     if self.gradient and (self.learning_rate is not None or not local.is_gradient):
@@ -150,6 +161,14 @@ class AuditSettings:
     fields = {field: getattr(self, name) for field, name in names.items()}
     return LocalUpdate(learning_rate=self.learning_rate or 1.0, **fields)
 
+  def each(self, values: tuple[T, ...]) -> tuple[T, ...]:
+    """Returns what is known of each update.
+
+    Args:
+      values: one for all updates, or one for each.
+    """
+    return values * len(self.updates) if len(values) == 1 else values
+
   @property
   def updates(self) -> tuple[str, ...]:
     """Files of the updates."""
@@ -162,7 +181,7 @@ class AuditSettings:
     return fields | {
       "model": self.model.to_json(),
       "statistics": {"mean": mean, "std": std},
-      "loss": dataclasses.asdict(self.loss),
+      "loss": dataclasses.asdict(self.loss) | {"kind": _name(self.loss)},
       "defence": defences.to_json(self.defence),
     }
 
@@ -221,13 +240,16 @@ def validate(config: ml_collections.ConfigDict) -> AuditSettings:
       " one of them: the name of a data set, or the numbers."
     )
   statistics = Statistics(mean, std) if named is None else statistics_of(named)
-  labels = fields.pop("labels")
+  labels, before = fields.pop("labels"), fields.pop("before")
+  if ":" in str(loss.get("kind")):
+    loss["kind"] = _function(loss["kind"])
   return AuditSettings(
     model=model_settings(model),
     statistics=statistics,
     loss=make_settings(Loss, "loss", loss),
     defence=make_defence(defence),
-    labels=None if labels is None else _labels(labels),
+    before=_split(before),
+    labels=() if labels is None else tuple(_labels(of_one) for of_one in str(labels).split(";")),
     **files,
     **fields,
   )
@@ -239,8 +261,27 @@ def _split(names: str | None) -> tuple[str, ...]:
 
 def _labels(text: str) -> tuple[int, ...]:
   try:
-    return tuple(int(label) for label in _split(str(text)))
+    return tuple(int(label) for label in text.split(","))
   except ValueError:
     raise InputError(
-      f"config.labels is {text!r}; expected classes separated by commas, such as 3,1,4,1."
+      f"config.labels is {text!r}; expected classes separated by commas, such as 3,1,4,1, and lists"
+      " of several updates by semicolons."
     ) from None
+
+
+def _function(path: str) -> Callable[..., Any]:
+  """Returns the loss that an import path names."""
+  found = find(path, "config.loss.kind", "mypackage:loss")
+  if not callable(found):
+    raise InputError(
+      f"config.loss.kind={path} gives a {type(found).__name__}; expected a function(logits,"
+      " targets) that returns one number for the batch."
+    )
+  return found
+
+
+def _name(loss: Loss) -> str:
+  """Returns what audit.json calls the kind of a loss."""
+  if not callable(loss.kind):
+    return loss.kind
+  return f"{getattr(loss.kind, '__module__', None) or type(loss.kind).__module__}:{loss.name}"

@@ -176,6 +176,23 @@ class Found:
       self.error[number] = residual * np.sqrt(np.mean(np.square(image)))
     self.parts.verdict[number] = Verdict.EXACT if exact else Verdict.APPROXIMATE
 
+  def forget_mask(self, site: str, mean: float) -> None:
+    """Takes a mask back.
+
+    Args:
+      site: of the mask.
+      mean: of its entries, by its rate.
+    """
+    self.parts.masks[site][:], self.parts.known_masks[site][:] = mean, False
+
+  def doubt_scale(self) -> None:
+    """Takes back what goes with the size of the images."""
+    exact = self.parts.verdict == Verdict.EXACT
+    self.parts.verdict[exact] = Verdict.APPROXIMATE
+    for known in self.parts.known_masks.values():
+      known[:] = False
+    self.determined[:], self.error[:], self.scale = False, np.nan, math.nan
+
   def kept_features(
     self, features: Float[np.ndarray, " n"], rate: float
   ) -> Float[np.ndarray, " n"] | None:

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import rel_entr
 
 from jaxdia.client import Observation
 from jaxdia.closed_form import batch as batches
@@ -33,6 +34,8 @@ from jaxdia.models import DropoutModel
 
 # A gradient with so much outside the rank of its batch is not the sum of that many samples.
 _MOST_NOISE = 0.1
+# Masks of a probability below e^-20 are not those of their rate, by Chernoff's bound.
+_MOST_SURPRISE = 20
 
 
 @with_transfers
@@ -117,9 +120,36 @@ def _recover(key, model, observation, rounding, noise) -> Recovery:
     reason = use_first_layer(model, gradient, found) or reason
   if size == 1 and np.isnan(found.scale):
     found.scale = scale_by_classifier(model, observation, gradient, found.tolerance)
+  reason = _doubt_masks(chain, model.rates, found) or reason
   if (found.parts.verdict != Verdict.EXACT).any() and mixes_images(model.network):
     reason = f"the images of a batch are normalised together (BatchNorm); {reason}"
   return found.recovery(reason)
+
+
+def _doubt_masks(chain: LayerChain | None, rates: dict[str, float], found: Found) -> str:
+  """Takes back masks that cannot be those of their rate; returns why, if images go with them.
+
+  Twice the image behind masks of half the size has the same gradient, if twice the inputs of a
+  network are twice its logits. So the masks alone tell the size of its image: there a client in
+  evaluation mode, or of another rate, would give an image that is as surely wrong.
+  """
+  for site, known in found.parts.known_masks.items():
+    if not known.any():
+      continue
+    count, rate = int(np.sum(known)), float(rates[site])
+    kept = float(np.mean(found.parts.masks[site][known]))
+    if count * (rel_entr(kept, 1 - rate) + rel_entr(1 - kept, rate)) <= _MOST_SURPRISE:
+      continue
+    found.forget_mask(site, 1 - rate)
+    found.note = (
+      f"of the {count} known entries of the mask {site} {kept:.0%} are kept, which dropout of rate"
+      f" {rate:g} does not do by chance: the client computed in evaluation mode, or at another rate"
+    )
+    if chain is not None and chain.homogeneous:
+      found.doubt_scale()
+      found.note += ", and images are known up to a factor"
+      return found.note
+  return ""
 
 
 def _frozen(chain: LayerChain | None, params, gradient) -> list[Path]:

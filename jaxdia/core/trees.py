@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxdia.core.errors import InputError
+
 Path = tuple[str, ...]
 _Class = TypeVar("_Class", bound=type)
 
@@ -127,3 +129,22 @@ def is_traced(tree: Any) -> bool:
 def shapes_of(tree: Any) -> Any:
   """Returns a tree with the shapes and types of arrays, hashable leaf by leaf."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def replaced(own: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Returns arrays with others in their places, of the same types.
+
+  Args:
+    own: by name.
+    others: by name; of others than those nothing is used.
+
+  Raises:
+    InputError: one has another shape than the array in whose place it is.
+  """
+  for name, array in own.items():
+    if np.shape(others.get(name, array)) != np.shape(array):
+      raise InputError(
+        f"the array {name!r} has shape {np.shape(others[name])}; expected {np.shape(array)}, as the"
+        " network has it."
+      )
+  return {name: np.asarray(others.get(name, x), np.asarray(x).dtype) for name, x in own.items()}

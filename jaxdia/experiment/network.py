@@ -3,11 +3,9 @@
 import contextlib
 import functools
 import hashlib
-import importlib
 import inspect
 import pathlib
 import sys
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +13,13 @@ import jax
 from flax import nnx
 
 from jaxdia import models
-from jaxdia.core.errors import InputError, first_line, unknown
+from jaxdia.core.errors import InputError, unknown
 from jaxdia.experiment.config import ModelSettings
+from jaxdia.experiment.imports import find, module_of, reason_of
 from jaxdia.models import DropoutModel
 
+# Where the import path is from, for messages, and what one looks like.
+_FIELD, _EXAMPLE = "config.model.name", "mypackage.nets:SmallCNN"
 # What a module or factory is told, if it takes arguments of these names. Modules of Equinox take a
 # key, and those of NNX rngs.
 _TOLD = ("num_classes", "dropout_rate", "key", "rngs")
@@ -48,7 +49,7 @@ def create_model(
   options, rate = dict(settings.options), settings.dropout_rate
   if ":" not in settings.name:
     return models.create(settings.name, image_shape, num_classes, rate, **options)
-  found = _find(settings.name)
+  found = find(settings.name, _FIELD, _EXAMPLE)
   if not isinstance(found, DropoutModel) and models.library_of(found) is None:
     told = {"num_classes": num_classes, "dropout_rate": rate, "key": jax.random.key(0)}
     told["rngs"] = nnx.Rngs(0)
@@ -59,21 +60,33 @@ def create_model(
       " no arguments. Name its class, or leave the field out."
     )
   if isinstance(found, DropoutModel):
-    return found
+    return _of_classes(settings.name, found, num_classes)
   if models.library_of(found) is None:
     raise InputError(
       f"config.model.name={settings.name} gives {_kind(found)}; expected a module of Flax Linen,"
       " Flax NNX, Equinox or PyTorch, or a jaxdia.models.DropoutModel, or what returns one."
     )
   try:
-    return models.from_module(found, image_shape)
+    model = models.from_module(found, image_shape)
   except InputError:
     raise
   except Exception as error:  # whatever the user's module raises
     raise InputError(
       f"config.model.name={settings.name} cannot be called on images of {image_shape}:"
-      f" {_reason(error)}."
+      f" {reason_of(error)}."
     ) from error
+  return _of_classes(settings.name, model, num_classes)
+
+
+def _of_classes(path: str, model: DropoutModel, num_classes: int) -> DropoutModel:
+  """Returns a model of so many classes; a factory that takes **kwargs is not told the number."""
+  if model.num_classes != num_classes:
+    raise InputError(
+      f"config.model.name={path} gives {model.num_classes} logits; expected {num_classes}, the"
+      f" number of classes. Set config.model.num_classes={num_classes}, if the network takes it; or"
+      " correct the number of classes."
+    )
+  return model
 
 
 def common_rate(model: DropoutModel) -> float:
@@ -104,37 +117,8 @@ def source_digest(settings: ModelSettings) -> str | None:
   """
   if ":" not in settings.name:
     return None
-  file = getattr(_module(settings.name), "__file__", None)
+  file = getattr(module_of(settings.name, _FIELD, _EXAMPLE), "__file__", None)
   return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() if file else None
-
-
-def _module(path: str) -> types.ModuleType:
-  """Returns the module of an import path."""
-  name, _, attribute = path.partition(":")
-  if not name or not attribute:
-    raise InputError(
-      f"config.model.name is {path!r}; expected a module, a colon and what is in it, such as"
-      " mypackage.nets:SmallCNN."
-    )
-  try:
-    return importlib.import_module(name)
-  except Exception as error:  # whatever the user's file raises
-    absent = error.name if isinstance(error, ModuleNotFoundError) else None
-    missing = absent is not None and f"{name}.".startswith(f"{absent}.")
-    reason = f"there is no module {absent!r}" if missing else _reason(error)
-    hint = " It is looked for in the current folder and among installed packages." * missing
-    raise InputError(f"cannot import config.model.name={path}: {reason}.{hint}") from error
-
-
-def _find(path: str) -> Any:
-  """Returns what an import path names."""
-  found, attribute = _module(path), path.partition(":")[2]
-  for name in attribute.split("."):
-    if not hasattr(found, name):
-      known = [known for known in vars(found) if not known.startswith("_")]
-      raise unknown(f"attribute of config.model.name={path}:", name, known)
-    found = getattr(found, name)
-  return found
 
 
 def _call(path: str, function: Any, options: dict[str, Any], told: dict[str, Any]) -> Any:
@@ -158,7 +142,7 @@ def _call(path: str, function: Any, options: dict[str, Any], told: dict[str, Any
     with _seeded():
       return function(**{k: v for k, v in told.items() if k in known} | options)
   except (TypeError, ValueError) as error:
-    raise InputError(f"config.model.name={path} cannot be made: {_reason(error)}.") from error
+    raise InputError(f"config.model.name={path} cannot be made: {reason_of(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -175,9 +159,3 @@ def _seeded() -> Iterator[None]:
 
 def _kind(value: Any) -> str:
   return f"a {type(value).__name__}"
-
-
-def _reason(error: Exception) -> str:
-  if isinstance(error, InputError):
-    return str(error).removesuffix(".")
-  return f"{type(error).__name__}: {first_line(error)}".removesuffix(".")

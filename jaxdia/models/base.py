@@ -26,6 +26,7 @@ from jaxdia.core.types import (
   Key,
   Logits,
   Masks,
+  NamedArrays,
   Number,
   Params,
   as_numbers,
@@ -78,6 +79,10 @@ class Network(abc.ABC):
   def constants(self) -> tuple[str, ...]:
     """Returns the library's names of arrays that no training changes, such as averages."""
     return ()
+
+  def with_constants(self, arrays: NamedArrays) -> "Network":
+    """Returns the network with other arrays in place of its `constants`, where names say so."""
+    return self
 
   def evaluation(self) -> "Network":
     """Returns the network in which BatchNorm takes its averages, if a call's argument says so."""

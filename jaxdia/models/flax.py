@@ -17,8 +17,8 @@ from flax import linen as nn
 from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.trees import Constants, leaves_by_name, leaves_by_path, with_leaves
-from jaxdia.core.types import Array, Images, Key, Params
+from jaxdia.core.trees import Constants, leaves_by_name, leaves_by_path, replaced, with_leaves
+from jaxdia.core.types import Array, Images, Key, NamedArrays, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.flax_interception import interceptor
@@ -90,6 +90,13 @@ class FlaxNetwork(Network):
   def constants(self) -> tuple[str, ...]:
     """Returns the names of the variables that no gradient changes."""
     return tuple(leaves_by_name(self.collections.tree))
+
+  def with_constants(self, arrays: NamedArrays) -> Network:
+    """Returns the network with other collections, such as running averages."""
+    tree = self.collections.tree
+    given = replaced(leaves_by_name(tree), arrays)
+    leaves = {path: given[".".join(path)] for path in leaves_by_path(tree)}
+    return dataclasses.replace(self, collections=Constants(with_leaves(tree, leaves)))
 
   def evaluation(self) -> Network:
     """Returns the network with the argument that turns training on turned off."""

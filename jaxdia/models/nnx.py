@@ -18,8 +18,8 @@ from flax.nnx.nn.attention import dot_product_attention_weights
 from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.trees import digest, leaves_by_name
-from jaxdia.core.types import Array, Images, Params
+from jaxdia.core.trees import digest, leaves_by_name, replaced
+from jaxdia.core.types import Array, Images, NamedArrays, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of
@@ -36,6 +36,7 @@ class NNXNetwork(InstanceNetwork):
     self, module: nnx.Module, image_shape: tuple[int, int, int], kwargs: Mapping[str, Any]
   ):
     graph, params, rest = nnx.split(module, nnx.Param, ...)
+    rest = jax.tree.map(lambda x: x, rest)  # variables of its own: the module's may change
     flat = _by_name(params)
     arrays = {name: np.asarray(x) for name, x in flat.items()}
     # Canonical as they are: kernels are [..., inputs, outputs].
@@ -50,6 +51,12 @@ class NNXNetwork(InstanceNetwork):
   def constants(self) -> tuple[str, ...]:
     """Returns the names of the module's other variables, such as running averages."""
     return tuple(_by_name(self._rest))
+
+  def with_constants(self, arrays: NamedArrays) -> Network:
+    """Returns the network with other variables that are no params, such as running averages."""
+    leaves = map(jnp.asarray, replaced(_by_name(self._rest), arrays).values())
+    rest = jax.tree.unflatten(jax.tree.structure(self._rest), list(leaves))
+    return self.in_mode(("constants", digest(_by_name(rest))), _rest=rest)
 
   def evaluation(self) -> Network:
     """Returns the network in evaluation mode, in which BatchNorm takes its averages."""

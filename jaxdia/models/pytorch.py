@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.core.errors import InputError
-from jaxdia.core.trees import digest
-from jaxdia.core.types import Images, Params
+from jaxdia.core.trees import digest, replaced
+from jaxdia.core.types import Images, NamedArrays, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.convolutions import PlainConvolution
@@ -149,6 +149,11 @@ class TorchNetwork(InstanceNetwork):
   def constants(self) -> tuple[str, ...]:
     """Returns the names of the module's buffers, such as running averages."""
     return tuple(self._buffers)
+
+  def with_constants(self, arrays: NamedArrays) -> Network:
+    """Returns the network with other buffers, such as running averages."""
+    buffers = replaced(self._buffers, arrays)
+    return self.in_mode(("constants", digest(buffers)), _buffers=buffers)
 
   def evaluation(self) -> Network:
     """Returns the network in evaluation mode, in which BatchNorm takes its averages."""

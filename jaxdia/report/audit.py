@@ -25,8 +25,12 @@ _HARDER = (
 )
 _NEVER_TRIED = (
   "Knowledge of what such images look like beyond smoothness, as a generative model has it.",
-  "The simulation of several local steps; their mean gradient was taken for one step.",
   "Several updates of the same client together: each was audited by itself.",
+)
+# Of an update that seems to hold them, and of which they were not said.
+_NO_STEPS = (
+  "The simulation of several local steps (config.local_epochs, config.local_steps): none were set,"
+  " and the update was taken for one step."
 )
 
 
@@ -170,6 +174,8 @@ def _training(settings: dict[str, Any]) -> str:
 
 
 def _loss(loss: dict[str, Any]) -> str:
+  if ":" in loss["kind"]:
+    return loss["kind"]  # a function of the user's own
   smoothing = loss["label_smoothing"]
   smoothed = f", label smoothing {smoothing:g}" if smoothing else ""
   return f"{loss['reduction']} {loss['kind'].replace('_', ' ')}{smoothed}"
@@ -196,4 +202,12 @@ def _not_tried(audit: Audit) -> list[str]:
     texts.append(f"A search for images and masks: {reason}.")
   else:
     texts.append(f"A longer search than {seconds:g} seconds for each update (config.seconds).")
+  several = {"several steps", "noise"} & {f.name for one in audit.updates for f in one.findings}
+  if several and not _simulates_steps(audit.settings):
+    texts.append(_NO_STEPS)
   return [*texts, *_NEVER_TRIED]
+
+
+def _simulates_steps(settings: dict[str, Any]) -> bool:
+  """Returns whether more than one local step was said to be between the weights."""
+  return any(settings.get(name, 1) > 1 for name in ("local_epochs", "local_steps"))

@@ -1,6 +1,6 @@
 """Updates from elsewhere: files and frameworks in, params and gradients of a model out."""
 
-from jaxdia.updates.averages import NewAverages, find_averages
+from jaxdia.updates.averages import NewAverages, find_averages, use_averages
 from jaxdia.updates.files import read
 from jaxdia.updates.flower import from_flower
 from jaxdia.updates.gradients import Update, from_difference, from_gradient, from_weights
@@ -19,4 +19,5 @@ __all__ = [
   "from_nvflare",
   "from_weights",
   "read",
+  "use_averages",
 ]

@@ -1,10 +1,12 @@
 """Running averages that came with an update, before and after the client's step."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdia.core.errors import InputError
 from jaxdia.core.types import NamedArrays
 from jaxdia.models import Averages, DropoutModel, follows_averages
 from jaxdia.updates.names import parts_of
@@ -24,6 +26,31 @@ class NewAverages(NamedTuple):
 
   averages: dict[str, Averages] | None
   notes: tuple[str, ...]
+
+
+def use_averages(model: DropoutModel, arrays: NamedArrays) -> DropoutModel:
+  """Returns a model with the running averages that a server sent, such as those of BatchNorm.
+
+  In evaluation mode, or where they are frozen, the gradient depends on them.
+
+  Args:
+    model: in training mode, with whatever averages.
+    arrays: that the server sent and that are no params, as `Fit.extra` has them; of others than
+      the model has nothing is used.
+
+  Raises:
+    InputError: averages have another shape than those of the model, or are not finite.
+  """
+  own = _by_name(model, arrays)
+  if not own:
+    return model
+  for name, array in own.items():
+    if not np.isfinite(array.astype(np.float64)).all():
+      raise InputError(
+        f"the running averages {name} of the weights before have NaN or infinite entries; expected"
+        " those that the server sent, with which the network can be computed."
+      )
+  return dataclasses.replace(model, network=model.network.with_constants(own))
 
 
 def find_averages(

@@ -105,7 +105,10 @@ def fit(
   constants = [parts_of(name) for name in model.network.constants()]
   fixed = [name for name in extra if any(parts_of(name)[-len(c) :] == c for c in constants)]
   if fixed:
-    notes.append(f"of {problems.listed(fixed)} the model has its own values, which are used.")
+    notes.append(
+      f"{problems.listed(fixed)} are no params but what the network holds beside them, such as"
+      " running averages."
+    )
   if unknown := [name for name in extra if name not in fixed]:
     notes.append(f"no params of {model.network.name} are called {problems.listed(unknown)}.")
   tree = with_leaves(shape, {path: found.get(path) for path in leaves})
