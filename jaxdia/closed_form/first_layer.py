@@ -28,6 +28,9 @@ from jaxdia.models import Network
 
 # No more kernels with a bias are tried.
 _MOST_PLACES = 8
+# What rounding may make of inputs, relative to the largest: a network may cast its images to
+# float32. A function that is no more bent than that leaves the image as exact as it is read.
+_TOLERANCE = 1e-5
 # So many entries of the same largest size were clipped to it.
 _CLIPPED = 4
 
@@ -151,7 +154,7 @@ def _try(model, params, place, gradients) -> FirstLayer | None:
     leaves = gradients(params, masks, jnp.asarray(image).reshape(1, *model.image_shape))
     read = layer.read(leaves)
     assert read is not None  # all of them were asked for
-    return read.values if read.residual < 1e-9 else np.full(len(read.values), np.nan)
+    return read.values if read.residual < _TOLERANCE else np.full(len(read.values), np.nan)
 
   size = int(np.prod(model.image_shape))
   expected = {s.name: (1 - s.rate) * full_masks(model)[s.name] for s in model.sites}
@@ -161,15 +164,16 @@ def _try(model, params, place, gradients) -> FirstLayer | None:
   if not all(np.isfinite(x).all() for x in (none, one, each)):
     return None
   factors = one - none
-  varies = np.abs(factors) > 1e-9
+  varies = np.abs(factors) > _TOLERANCE * np.max(np.abs([none, one]))
   pixels = np.rint(np.divide(each - none, factors, out=np.zeros_like(each), where=varies) * size)
   pixels = np.clip(pixels.astype(int), 0, size - 1)
   factors = np.where(varies, factors, 0)
   image = np.random.default_rng(1).standard_normal(size)
   complete = len(np.unique(pixels[varies])) == size
-  if not complete or not close(inputs_of(expected, image), factors * image[pixels] + none):
+  found = inputs_of(expected, image)
+  if not complete or not close(found, factors * image[pixels] + none, _TOLERANCE):
     return None
-  source = find_input(model, inputs_of)
+  source = find_input(model, inputs_of, _TOLERANCE)
   return layer._replace(pixels=pixels, factors=factors, shifts=none, source=source)
 
 
