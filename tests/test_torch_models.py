@@ -42,6 +42,19 @@ def normed():
   )
 
 
+def normed_single_values():
+  """PyTorch takes no batch statistics of one image where a channel has one value, as at the end of
+  a ResNet of small images."""
+  return torch.nn.Sequential(
+    torch.nn.Conv2d(1, 4, 8),
+    torch.nn.BatchNorm2d(4),
+    torch.nn.GELU(),
+    torch.nn.Flatten(),
+    torch.nn.Dropout(0.3),
+    torch.nn.Linear(4, 5),
+  )
+
+
 def resnet18():
   torchvision = pytest.importorskip("torchvision")
   return torchvision.models.resnet18(num_classes=5)
@@ -55,6 +68,7 @@ def vit():
 CASES = [
   (Encoder, (8, 8, 1), 8),
   (normed, (8, 8, 1), 1),
+  (normed_single_values, (8, 8, 1), 1),
   pytest.param(resnet18, (32, 32, 3), 0, marks=pytest.mark.slow),
   pytest.param(vit, (32, 32, 3), 9, marks=pytest.mark.slow),
 ]

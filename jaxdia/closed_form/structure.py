@@ -106,9 +106,11 @@ def find_chain(network: Network) -> Chain | None:
     known classifier, or it cannot be tapped.
 
   Raises:
-    InputError: the network cannot be computed in float64, in which its structure is tried.
+    InputError: the network cannot be computed on one image and in float64, by which its structure
+      is tried.
   """
   model = model_to_try(network)
+  _check_single(model)
   _check_float64(model)
   shapes = leaves_by_path(jax.eval_shape(model.init, jax.random.key(0)))
   layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
@@ -128,6 +130,15 @@ def find_chain(network: Network) -> Chain | None:
       links.insert(0, link)
       first -= 1
     return _chain(model, params, layers[first : last + 1], links)
+
+
+def _check_single(model: DropoutModel) -> None:
+  """Refuses a network that takes several images only, as BatchNorm does of one value a channel."""
+  try:
+    model.dense(1)
+  except InputError as error:
+    cause = first_line(error.__cause__ or error)
+    raise InputError(f"the network cannot be computed on one image alone ({cause})") from error
 
 
 def _check_float64(model: DropoutModel) -> None:
