@@ -119,6 +119,28 @@ def test_the_evaluation_mode_has_running_averages():
   jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(0)))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_averages_after_a_step_are_pytorchs_own(momentum):
+  torch.manual_seed(0)
+  module = normed()
+  module[1].momentum = momentum
+  module(torch.rand(16, 1, 8, 8))  # moves the averages
+  model = models.from_torch(module, (8, 8, 1))
+  assert models.follows_averages(model)
+  params, images = (
+    model.init(jax.random.key(0)),
+    jax.random.uniform(jax.random.key(1), (3, 8, 8, 1)),
+  )
+  before = {"1.running_mean": np.array([0.1, 0.2, 0.3, 0.4], np.float32)}
+  found = jax.jit(models.averages_after)(model, params, None, images, before)
+  module[1].running_mean.copy_(torch.tensor(before["1.running_mean"]))
+  module(to_torch(images))
+  expected = dict(module.named_buffers())
+  assert set(found) == set(expected)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value.numpy(), rtol=1e-5, atol=1e-6)
+
+
 class Noisy(torch.nn.Linear):
   def forward(self, images):
     images = images.flatten(1)

@@ -16,10 +16,11 @@ from flax import nnx
 from flax.core import tracers
 from flax.nnx.nn.attention import dot_product_attention_weights
 from flax.nnx.nn.dtypes import promote_dtype
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import digest, leaves_by_name
-from jaxdia.core.types import Images, Params
+from jaxdia.core.types import Array, Images, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, check_rate, model_of
 from jaxdia.models.entries import InstanceNetwork, arrays_of
@@ -62,6 +63,20 @@ class NNXNetwork(InstanceNetwork):
 
   def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
+    return self._step(params, images, hooks, self._rest, rngs)[0]
+
+  def constants_after(
+    self, params: Params, images: Images, hooks: Hooks, before: Mapping[str, Shaped[Array, "..."]]
+  ) -> dict[str, Shaped[Array, "..."]]:
+    """Returns what a step makes of the other variables, such as running averages, by name."""
+    own, structure = _by_name(self._rest), jax.tree.structure(self._rest)
+    rest = jax.tree.unflatten(structure, [before.get(name, own[name]) for name in own])
+    module = self._step(params, images, hooks, rest, None)[1]
+    others = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
+    return _by_name(nnx.state(module, others))
+
+  def _step(self, params, images, hooks, rest, rngs):
+    """Returns logits, and the module after the step."""
     arrays = arrays_of(self.entries(), params)
     structure = jax.tree.structure(self._params)
     state = jax.tree.unflatten(structure, [arrays[name] for name in self.arrays])
@@ -69,7 +84,7 @@ class NNXNetwork(InstanceNetwork):
     if isinstance(rngs, nnx.Module):
       random = nnx.state(rngs, nnx.RngState)
     # What a call changes, such as running averages and counts of random numbers, must not be seen.
-    module = nnx.merge(self._graph, state, *jax.tree.map(lambda x: x, (random, self._rest)))
+    module = nnx.merge(self._graph, state, *jax.tree.map(lambda x: x, (random, rest)))
     interception = _Interception(hooks)
     for path, node in list(nnx.iter_graph(module)):
       if images.dtype == jnp.float64:
@@ -78,7 +93,7 @@ class NNXNetwork(InstanceNetwork):
     kwargs = dict(self._kwargs)
     if "rngs" in inspect.signature(type(module).__call__).parameters:
       kwargs.setdefault("rngs", rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(0))
-    return module(images, **kwargs)
+    return module(images, **kwargs), module
 
 
 def _by_name(state: nnx.State) -> dict[str, Any]:
