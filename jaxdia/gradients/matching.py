@@ -96,6 +96,9 @@ class Prepared:
   local: LocalUpdate | None = None
   defence: Defence = identity
 
+  # Arrays have no hash; so Python's own message names this type, and not that of a field.
+  __hash__ = None  # pyright: ignore[reportAssignmentType]
+
 
 def choose_layers(
   model: DropoutModel,

@@ -34,7 +34,16 @@ from jaxdia.core.types import (
 from jaxdia.models import discovery
 from jaxdia.models.convolutions import CONVOLVE, Convolve, is_faster_as_product
 from jaxdia.models.hooks import Hooks, ignore_sites
-from jaxdia.models.layers import Convolution, DenseLayer, Entry, Shape, Site, Taps, drop
+from jaxdia.models.layers import (
+  Convolution,
+  DenseLayer,
+  Entry,
+  Shape,
+  Site,
+  Taps,
+  check_masks,
+  drop,
+)
 
 # added(inputs, shape of the outputs) -> what is added to them
 Added = Callable[[Float[Array, "..."], Shape], Float[Array, "..."]]
@@ -276,16 +285,7 @@ class DropoutModel:
 
   def _call(self, params, masks, images, on_linear, run=None) -> Any:
     name = self.network.name
-    if masks is not None and not isinstance(masks, Mapping):
-      raise InputError(
-        f"masks is {type(masks).__name__}; expected a dict of the mask of each site,"
-        f" {sorted(self.rates)}. Take them from sample_masks or expected_masks."
-      )
-    if masks is not None and set(masks) != set(self.rates):
-      raise InputError(
-        f"masks have the sites {sorted(masks)}; {name} has {sorted(self.rates)}. Take them from"
-        " sample_masks or expected_masks."
-      )
+    check_masks(name, masks, self.rates)
 
     def drop_at(call):
       assert masks is not None  # without masks, sites are ignored

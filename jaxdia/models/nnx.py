@@ -272,7 +272,7 @@ def _contracted_axes(node: Any) -> int:
 
 def _widen(node: Any) -> None:
   """Lets a layer of Flax that has a type of its own compute in float64, as it is given that."""
-  is_layer = isinstance(node, nnx.Module) and type(node).__module__.startswith("flax.")
+  is_layer = issubclass(type(node), nnx.Module) and type(node).__module__.startswith("flax.")
   if is_layer and getattr(node, "dtype", None) is not None:
     node.dtype = None
 
