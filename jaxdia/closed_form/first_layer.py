@@ -35,6 +35,18 @@ _TOLERANCE = 1e-5
 _CLIPPED = 4
 
 
+def name_of(kernel: Path, bias: Path | None) -> str:
+  """Returns what messages call a layer: what its kernel and its bias lie in, or the kernel.
+
+  Args:
+    kernel: path of its kernel.
+    bias: path of its bias, if it has one.
+  """
+  pairs = zip(kernel, bias or kernel[:-1], strict=False)
+  common = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+  return "/".join(common or kernel)
+
+
 class FirstLayer(NamedTuple):
   """A dense layer that is fed with one row of pixels an image, `factors * pixel + shifts`.
 
@@ -58,10 +70,8 @@ class FirstLayer(NamedTuple):
 
   @property
   def name(self) -> str:
-    """What messages call the layer: what its kernel and its bias lie in, or the kernel."""
-    pairs = zip(self.kernel, self.bias, strict=False)
-    common = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    return "/".join(common or self.kernel)
+    """What messages call the layer."""
+    return name_of(self.kernel, self.bias)
 
   def read(self, leaves: Mapping[Path, Any]) -> "Inputs | None":
     """Returns what a gradient says of its inputs; None if a part of it was not sent.
