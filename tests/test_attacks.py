@@ -120,6 +120,19 @@ def test_true_images_and_masks_have_zero_distance(model, victims):
     assert abs(float(terms.distance)) < 1e-6
 
 
+@pytest.mark.parametrize("factor", [4.0, 0.1])
+@pytest.mark.parametrize("name", ["dlg", "idlg"])
+def test_the_squared_distance_finds_the_image_whatever_the_factor(name, factor):
+  model = models.create("mlp", (8, 8, 1), 10, 0.0, hidden_sizes=(64, 64))
+  image = np.random.default_rng(0).uniform(size=(1, 8, 8, 1)).astype(np.float32)
+  seen, _ = observe(jax.random.key(1), model, model.init(jax.random.key(0)), image, [3])
+  gradient = jax.tree.map(lambda x: factor * x, seen.gradient)
+  attack = attacks.create(name, model, max_iterations=100)
+  state = attacks.solve(jax.random.key(0), attack, dataclasses.replace(seen, gradient=gradient))
+  assert state.status == Status.CONVERGED
+  assert np.mean((state.best.candidate.images - image) ** 2) < 1e-3
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.3, 0.5, 0.6, 0.8])
 @pytest.mark.parametrize("size", [10, 250, 1000])
 def test_masks_that_meet_a_traced_rate_have_no_prior_and_no_slope(rate, size):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 from jaxdia import attacks, data, engine, evaluation, models, updates
 from jaxdia.audit.attempts import choose_attack
@@ -28,6 +29,18 @@ class Net(nn.Module):
       x = nn.BatchNorm(use_running_average=not train, momentum=self.momentum)(x)
       x = nn.Dropout(0.1)(nn.gelu(x), deterministic=not train)
     return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+class NNXNet(nnx.Module):
+  """A dense layer with BatchNorm and dropout."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.hidden, self.norm = nnx.Linear(144, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+    self.dropout, self.out = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(8, 10, rngs=rngs)
+
+  def __call__(self, x):
+    return self.out(self.dropout(self.norm(self.hidden(x.reshape(len(x), -1)))))
 
 
 def _observe(model, size=2, side=28):
@@ -65,6 +78,37 @@ def test_they_are_those_of_the_plain_module():
   assert set(found) == set(expected) == set(model.network.constants())
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_those_of_nnx_are_those_of_the_plain_module():
+  module = NNXNet()
+  module.train()
+  model = models.from_nnx(module, (12, 12, 1))
+  assert models.follows_averages(model)
+  params, names = model.init(jax.random.key(0)), ("norm.mean", "norm.var")
+  images = jax.random.uniform(jax.random.key(1), (3, 12, 12, 1))
+  own = {name: jax.random.uniform(jax.random.key(i), (8,)) for i, name in enumerate(names)}
+  for before in ({}, own):
+    found = models.averages_after(model, params, None, images, before)
+    other = nnx.clone(module)
+    for name, value in before.items():
+      getattr(other.norm, name.partition(".")[2])[...] = value
+    other(images)
+    assert set(found) == set(names)
+    for name, value in zip(names, (other.norm.mean, other.norm.var), strict=True):
+      np.testing.assert_allclose(found[name], value[...], rtol=1e-5, atol=1e-6)
+  assert not np.any(module.norm.mean[...])  # untouched
+  # And a search is held to them.
+  seen, secret = observe(jax.random.key(5), model, params, images, [0, 1, 2])
+  after = models.averages_after(model, params, secret.masks, secret.images, own)
+  seen = dataclasses.replace(seen, averages={n: Averages(own[n], after[n]) for n in names})
+  assert attacks.average_distance(model, seen, secret.masks, secret.images) < 1e-8
+  state = attacks.solve(jax.random.key(0), _weighted(model), seen)
+  assert np.isfinite(state.best.objective) and state.best.objective > state.best.distance
+
+
+def _weighted(model):
+  return attacks.dia(model, average_weight=1.0, max_iterations=2)
 
 
 def test_nothing_is_left_at_the_truth_and_the_momentum_has_no_part_in_it():

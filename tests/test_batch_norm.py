@@ -205,3 +205,29 @@ def test_attacks_run_on_batch_norm_and_max_pooling(name):
     for count in (1, 100)
   )
   assert long < 0.5 * short
+
+
+def _of_several(params, drop, images):
+  """As PyTorch's BatchNorm over a single value a channel, which takes no single image."""
+  x = images.reshape(len(images), -1) @ params["hidden"]["kernel"]
+  if len(x) == 1:
+    raise ValueError("Expected more than 1 value per channel when training")
+  x = (x - jnp.mean(x, axis=0)) / jnp.sqrt(jnp.var(x, axis=0) + 1e-5)
+  return drop("dropout", jax.nn.relu(x)) @ params["out"]["kernel"]
+
+
+def test_a_network_may_refuse_single_images():
+  def init(key):
+    shapes = {"hidden": (36, 12), "out": (12, 5)}
+    return {name: {"kernel": jax.random.normal(key, shape)} for name, shape in shapes.items()}
+
+  model = models.from_functions(init, _of_several, SHAPE, {"dropout": 0.5})
+  params, images = model.init(jax.random.key(0)), _images(2)
+  assert models.batch_axes(model) == {"dropout": 0} and model.convolutions == ()
+  seen, _ = observe(jax.random.key(2), model, params, images, [0, 3])
+  state = attacks.solve(jax.random.key(0), attacks.dia(model, max_iterations=2), seen)
+  assert np.isfinite(state.best.distance)
+  recovery = recover(jax.random.key(3), model, seen)
+  assert "cannot be computed on one image alone (Expected more than 1 value" in recovery.reason
+  with pytest.raises(InputError, match=r"ended in a ValueError: Expected more than 1 .* 1 image\("):
+    observe(jax.random.key(2), model, params, images[:1], [0])

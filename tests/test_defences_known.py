@@ -21,7 +21,6 @@ from jaxdia.gradients import noise_distance
 EXACT = (
   ("top_k", {"share": 0.1}, "cosine"),
   ("top_k,clipping", {"share": 0.3, "max_norm": 1e-3}, "squared_l2"),
-  ("clipping", {"max_norm": 0.1}, "squared_l2"),
   ("soteria", {"pruned": 0.5}, "cosine"),
   ("soteria,top_k", {"pruned": 0.5, "share": 0.2}, "cosine"),
   ("dp_sgd", {"max_norm": 0.5, "noise_multiplier": 0.0}, "cosine"),

@@ -28,6 +28,8 @@ class Net(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=True):
+    if self.kind == "cast":
+      x = ((x - 0.5) / 0.3).astype(jnp.float32)
     x = x.reshape(x.shape[0], -1)
     if self.kind == "permuted":
       x = jnp.concatenate([2 * x[:, ::-1] - 0.5, jnp.ones((len(x), 3))], axis=1)
@@ -37,6 +39,8 @@ class Net(nn.Module):
     x = dense(48, name="first")(x)
     if self.kind == "residual":
       x = x + nn.Dense(48)(nn.relu(x))
+    if self.kind == "cast":
+      x = nn.LayerNorm()(x)
     if self.kind == "attention":
       y = x.reshape(len(x), 6, 8)
       x = nn.MultiHeadAttention(2)(y, deterministic=True).reshape(len(x), -1)
@@ -70,7 +74,7 @@ def _changed(observation, change):
 
 
 @pytest.mark.parametrize(
-  "kind", ["relu", "residual", "attention", "convolution", "remat", "permuted"]
+  "kind", ["relu", "residual", "attention", "convolution", "remat", "permuted", "cast"]
 )
 def test_the_image_is_read_whatever_comes_after(kind):
   model, observation, secret = _victim(kind)
@@ -134,6 +138,21 @@ def test_a_gradient_of_two_images_is_no_image():
   both = jax.tree.map(jnp.add, observation.gradient, other.gradient)
   recovery = recover(jax.random.key(0), model, dataclasses.replace(observation, gradient=both))
   assert recovery.parts.verdict[0] != Verdict.EXACT and recovery.residual[0] > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["bent", "features"])
+def test_what_is_bent_a_little_or_fed_with_features_is_no_first_layer(kind):
+  def apply(params, drop, images):
+    x = images.astype(jnp.float32).reshape(len(images), -1)
+    x = x + 1e-3 * x**2 if kind == "bent" else x @ params["mix"]
+    return drop("hidden", jnp.tanh(x @ params["w"] + params["b"])) @ params["v"]
+
+  def init(key):
+    shapes = {"w": (36, 40), "b": (40,), "v": (40, 5), "mix": (36, 36)}
+    return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+
+  model = models.from_functions(init, apply, SHAPE, {"hidden": 0.5})
+  assert find_first_layer(model.network) is None
 
 
 def test_an_average_over_positions_or_a_layer_without_bias_is_no_first_layer():

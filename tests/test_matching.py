@@ -108,9 +108,9 @@ def _formed(model, observation, labels):
   def compare(masks, images):
     tree = client_gradient(model, observation.params, masks, images, labels)
     gradient = jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
-    return gradients.Comparison(
-      gradient @ target, gradient @ gradient, target @ target, jnp.sum((gradient - target) ** 2)
-    )
+    inner, norm = gradient @ target, gradient @ gradient
+    left = target - inner / norm * gradient
+    return gradients.Comparison(inner, norm, target @ target, left @ left)
 
   return compare
 
@@ -334,3 +334,23 @@ def test_the_squared_distance_is_taken_of_formed_gradients():
   assert gradients.suits("squared_l2", "auto") == "formed"
   assert gradients.suits("cosine", "auto") == "auto"
   assert gradients.suits("squared_l2", "factored") == "factored"
+
+
+@pytest.mark.parametrize("method", ["formed", "factored"])
+def test_no_distance_sees_a_factor_of_the_gradient(method):
+  with jax.enable_x64(True):
+    model, observation, images, labels = _case(MODELS["mlp"](), 2)
+    masks = models.expected_masks(model, 2, jnp.float64)
+    found = []
+    for factor in (1, 4, 0.1, -1):
+      scaled = jax.tree.map(lambda x: factor * x, observation.gradient)  # noqa: B023
+      target, compare = _prepared(
+        model, dataclasses.replace(observation, gradient=scaled), labels, method
+      )
+      comparison = compare(masks, images)
+      found.append([distance(comparison) for distance in gradients.DISTANCES.values()])
+    np.testing.assert_allclose(found[1:3], [found[0]] * 2, rtol=1e-6)
+    # But a gradient of the opposite sign is as far on the other side.
+    np.testing.assert_allclose(found[3], 2 - np.array(found[0]), rtol=1e-6)
+    nothing = gradients.Comparison(0.0, 0.0, 1.0, 1.0)
+    assert gradients.squared_l2_distance(nothing) == 1

@@ -235,6 +235,10 @@ def test_masks_of_another_model_or_batch_are_refused(model):
     model.apply(params, {}, images)
   with pytest.raises(InputError, match="'dropout_0' has shape"):
     model.apply(params, models.expected_masks(model, 3), images)
+  # Annotations are checked in tests, so what apply does with it is called.
+  none = {site.name: None for site in model.sites}
+  with pytest.raises(InputError, match=r"mask of site 'dropout_.' is None; expected an array"):
+    model._call(params, none, images, None)
 
 
 def test_a_module_of_nnx_in_a_bridge_is_refused_with_the_mend():

@@ -13,7 +13,7 @@ from flax.core import freeze
 from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 
-from jaxdia import attacks, engine, models
+from jaxdia import attacks, engine, gradients, models
 from jaxdia.client import Observation, defences, observe
 from jaxdia.closed_form import recover
 from jaxdia.core.errors import InputError
@@ -26,6 +26,13 @@ def seen(model):
 
 def _with(seen, **changes):
   return dataclasses.replace(seen, **changes)
+
+
+def test_the_hash_of_what_holds_arrays_is_refused_by_its_own_name(model, seen):
+  _, _, (secret,) = make_victims(model, 1, batch_size=2)
+  for value in (seen, secret, gradients.prepare(model, seen)):
+    with pytest.raises(TypeError, match=f"unhashable type: '{type(value).__name__}'"):
+      hash(value)
 
 
 class Tensor:

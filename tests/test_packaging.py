@@ -101,8 +101,9 @@ def test_extras_that_errors_and_pages_name_exist():
 def test_every_package_has_a_lower_bound():
   for lines in (CORE, *(EXTRAS[name] for name in PACKAGE_EXTRAS)):
     for line in lines.values():
-      # Dropout of PyTorch is intercepted inside torchax, so that is pinned.
-      assert re.fullmatch(r"[\w.-]+ >= [\d.]+|torchax == [\d.]+", line), line
+      # Dropout of PyTorch is intercepted inside torchax, so that is pinned, and PyTorch with it.
+      bounds = r"[\w.-]+ >= [\d.]+|torch >= [\d.]+, < [\d.]+|torchax == [\d.]+"
+      assert re.fullmatch(bounds, line), line
 
 
 def test_the_core_works_where_the_extras_are_not_installed():

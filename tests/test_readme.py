@@ -62,6 +62,8 @@ def _library(found, printed):
 
 def _models(found, printed):
   assert found["logits"].shape == (4, 10)
+  # The last of its models is that of plain functions.
+  assert found["model"].network.name == "apply" and found["model"].rates == {"hidden": 0.5}
 
 
 def _studies(found, printed):

@@ -42,6 +42,19 @@ def normed():
   )
 
 
+def normed_single_values():
+  """PyTorch takes no batch statistics of one image where a channel has one value, as at the end of
+  a ResNet of small images."""
+  return torch.nn.Sequential(
+    torch.nn.Conv2d(1, 4, 8),
+    torch.nn.BatchNorm2d(4),
+    torch.nn.GELU(),
+    torch.nn.Flatten(),
+    torch.nn.Dropout(0.3),
+    torch.nn.Linear(4, 5),
+  )
+
+
 def resnet18():
   torchvision = pytest.importorskip("torchvision")
   return torchvision.models.resnet18(num_classes=5)
@@ -55,6 +68,7 @@ def vit():
 CASES = [
   (Encoder, (8, 8, 1), 8),
   (normed, (8, 8, 1), 1),
+  (normed_single_values, (8, 8, 1), 1),
   pytest.param(resnet18, (32, 32, 3), 0, marks=pytest.mark.slow),
   pytest.param(vit, (32, 32, 3), 9, marks=pytest.mark.slow),
 ]
@@ -120,6 +134,28 @@ def test_running_averages_of_a_file_take_the_place_of_the_modules_own():
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
   logits = models.evaluation_mode(model).apply(params, {}, images)
   assert np.abs(logits - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_averages_after_a_step_are_pytorchs_own(momentum):
+  torch.manual_seed(0)
+  module = normed()
+  module[1].momentum = momentum
+  module(torch.rand(16, 1, 8, 8))  # moves the averages
+  model = models.from_torch(module, (8, 8, 1))
+  assert models.follows_averages(model)
+  params, images = (
+    model.init(jax.random.key(0)),
+    jax.random.uniform(jax.random.key(1), (3, 8, 8, 1)),
+  )
+  before = {"1.running_mean": np.array([0.1, 0.2, 0.3, 0.4], np.float32)}
+  found = jax.jit(models.averages_after)(model, params, None, images, before)
+  module[1].running_mean.copy_(torch.tensor(before["1.running_mean"]))
+  module(to_torch(images))
+  expected = dict(module.named_buffers())
+  assert set(found) == set(expected)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value.numpy(), rtol=1e-5, atol=1e-6)
 
 
 class Noisy(torch.nn.Linear):

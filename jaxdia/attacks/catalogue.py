@@ -54,7 +54,8 @@ _LBFGS = {
 }
 
 CATALOGUE: dict[str, Preset] = {
-  # Deep Leakage from Gradients (Zhu et al. 2019): the labels are searched too.
+  # Deep Leakage from Gradients (Zhu et al. 2019): the labels are searched too. Its distance is not
+  # the authors' where the dummy gradient is of another length; see `squared_l2_distance`.
   "dlg": Preset(AttackSettings(**_LBFGS, labels="free"), _search),
   # Improved DLG (Zhao et al. 2020): the label is read from the last layer.
   "idlg": Preset(AttackSettings(**_LBFGS, labels="recovered"), _search),

@@ -63,7 +63,7 @@ class AttackSettings:
       "free" (searched).
     labels: "given" in the observation, "recovered" from it, or "free": soft
       labels are searched.
-    distance: between gradients: "cosine" or "squared_l2".
+    distance: between gradients: "cosine" or "squared_l2"; neither sees a factor of the client's.
     optimizer: "signed_adam" (the sign of the images' derivative, then Adam; plain
       Adam for all else), "adam", or "lbfgs" with a line search.
     schedule: of the learning rate: "plateau" (times `plateau_factor` after

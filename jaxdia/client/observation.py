@@ -70,6 +70,9 @@ class Observation:
   local: LocalUpdate | None = None
   defence: Defence = identity
 
+  # Arrays have no hash; so Python's own message names this type, and not that of a field.
+  __hash__ = None  # pyright: ignore[reportAssignmentType]
+
   def __post_init__(self):
     size = check_count("batch_size of the observation", self.batch_size, 1)
     unboxed = nn.unbox(self.params)
@@ -115,6 +118,8 @@ class Secret:
   images: Images
   labels: Labels
   masks: Masks | None
+
+  __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
 def check_observation(observation: Any) -> None:

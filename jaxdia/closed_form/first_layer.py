@@ -28,8 +28,23 @@ from jaxdia.models import Network
 
 # No more kernels with a bias are tried.
 _MOST_PLACES = 8
+# What rounding may make of inputs, relative to the largest: a network may cast its images to
+# float32. A function that is no more bent than that leaves the image as exact as it is read.
+_TOLERANCE = 1e-5
 # So many entries of the same largest size were clipped to it.
 _CLIPPED = 4
+
+
+def name_of(kernel: Path, bias: Path | None) -> str:
+  """Returns what messages call a layer: what its kernel and its bias lie in, or the kernel.
+
+  Args:
+    kernel: path of its kernel.
+    bias: path of its bias, if it has one.
+  """
+  pairs = zip(kernel, bias or kernel[:-1], strict=False)
+  common = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+  return "/".join(common or kernel)
 
 
 class FirstLayer(NamedTuple):
@@ -55,10 +70,8 @@ class FirstLayer(NamedTuple):
 
   @property
   def name(self) -> str:
-    """What messages call the layer: what its kernel and its bias lie in, or the kernel."""
-    pairs = zip(self.kernel, self.bias, strict=False)
-    common = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    return "/".join(common or self.kernel)
+    """What messages call the layer."""
+    return name_of(self.kernel, self.bias)
 
   def read(self, leaves: Mapping[Path, Any]) -> "Inputs | None":
     """Returns what a gradient says of its inputs; None if a part of it was not sent.
@@ -151,7 +164,7 @@ def _try(model, params, place, gradients) -> FirstLayer | None:
     leaves = gradients(params, masks, jnp.asarray(image).reshape(1, *model.image_shape))
     read = layer.read(leaves)
     assert read is not None  # all of them were asked for
-    return read.values if read.residual < 1e-9 else np.full(len(read.values), np.nan)
+    return read.values if read.residual < _TOLERANCE else np.full(len(read.values), np.nan)
 
   size = int(np.prod(model.image_shape))
   expected = {s.name: (1 - s.rate) * full_masks(model)[s.name] for s in model.sites}
@@ -161,15 +174,16 @@ def _try(model, params, place, gradients) -> FirstLayer | None:
   if not all(np.isfinite(x).all() for x in (none, one, each)):
     return None
   factors = one - none
-  varies = np.abs(factors) > 1e-9
+  varies = np.abs(factors) > _TOLERANCE * np.max(np.abs([none, one]))
   pixels = np.rint(np.divide(each - none, factors, out=np.zeros_like(each), where=varies) * size)
   pixels = np.clip(pixels.astype(int), 0, size - 1)
   factors = np.where(varies, factors, 0)
   image = np.random.default_rng(1).standard_normal(size)
   complete = len(np.unique(pixels[varies])) == size
-  if not complete or not close(inputs_of(expected, image), factors * image[pixels] + none):
+  found = inputs_of(expected, image)
+  if not complete or not close(found, factors * image[pixels] + none, _TOLERANCE):
     return None
-  source = find_input(model, inputs_of)
+  source = find_input(model, inputs_of, _TOLERANCE)
   return layer._replace(pixels=pixels, factors=factors, shifts=none, source=source)
 
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdia.client import Observation, check_fit
+from jaxdia.closed_form.last_layer import find_last_layer
 from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision
 from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import is_traced
 from jaxdia.core.types import Labels
-from jaxdia.gradients import layer_gradient
 from jaxdia.models import DropoutModel, discovery
 
 _DUMMIES = 32
@@ -32,7 +32,8 @@ def is_turned(model: DropoutModel, observation: Observation) -> bool:
     model: the network.
     observation: of one client, with concrete values.
   """
-  layer = {} if model.classifier is None else layer_gradient(observation.gradient, model.classifier)
+  last = find_last_layer(model.network)
+  layer = {} if last is None else last.read(observation.gradient, model.num_classes)
   loss = observation.loss
   if "bias" not in layer or loss.kind != "cross_entropy" or loss.label_smoothing:
     return False
@@ -60,8 +61,9 @@ def check_sign(model: DropoutModel, observation: Observation) -> None:
       " traced."
     )
   if is_turned(model, observation):
+    last = find_last_layer(model.network)
     raise InputError(
-      f"the gradient by the bias of {'/'.join(model.classifier or ())} is negative for more than"
+      f"the gradient by the bias of {last.name if last else ''} is negative for more than"
       f" {observation.batch_size} classes; of a batch of {observation.batch_size} it is so for no"
       " more than that. It has the opposite sign: use its negative, as old weights minus new ones."
     )
@@ -107,39 +109,39 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
       no known classifier, or the loss tells no labels.
   """
   check_fit(model, observation)
-  if model.classifier is None:
+  last = find_last_layer(model.network)
+  if last is None:
     raise InputError(
       "labels=recovered reads the gradient of a dense layer that gives the logits; this model"
       " has none. Use labels=free or labels=given."
     )
-  layer = layer_gradient(observation.gradient, model.classifier)
+  layer = last.read(observation.gradient, model.num_classes)
   if "kernel" not in layer:
     raise InputError(
-      f"labels=recovered reads the gradient of {'/'.join(model.classifier)}, which the observation"
+      f"labels=recovered reads the gradient of {last.name}, which the observation"
       " lacks: the layer is frozen. Use labels=free or labels=given."
     )
-  layer["kernel"] = layer["kernel"].reshape(-1, model.num_classes)
   loss, single = observation.loss, observation.batch_size == 1
   if loss.kind != "cross_entropy" and discovery.discover(model.network, 2).is_shifted:
     raise InputError(
-      f"labels=recovered takes the outputs of {'/'.join(model.classifier)} as logits; what follows"
+      f"labels=recovered takes the outputs of {last.name} as logits; what follows"
       f" it (log_softmax, say) makes no difference to the cross-entropy, but to the loss"
       f" {loss.name}. Use labels=free or labels=given."
     )
   if loss.kind not in _SQUASHED and not (single and "bias" in layer):
     raise InputError(
       f"labels=recovered cannot read the labels from the gradient of the loss {loss.name} by"
-      f" {'/'.join(model.classifier)}: it tells that of a single image alone, where the layer has"
+      f" {last.name}: it tells that of a single image alone, where the layer has"
       " a bias. Use labels=free or labels=given."
     )
   with full_precision():
-    return (_recover_label if single else _recover_counts)(model, observation, layer)
+    return (_recover_label if single else _recover_counts)(model, observation, last, layer)
 
 
-def _recover_label(model, observation, layer) -> Labels:
+def _recover_label(model, observation, last, layer) -> Labels:
   loss = observation.loss
   if "bias" in layer and (loss.kind not in _SQUASHED or loss.label_smoothing):
-    label = _label_by_direction(model, observation, layer)
+    label = _label_by_direction(model, observation, last, layer)
   elif "bias" in layer:
     label = jnp.argmin(layer["bias"])
   else:
@@ -152,21 +154,20 @@ def _recover_label(model, observation, layer) -> Labels:
   return jax.lax.convert_element_type(label, jnp.int32)[None]
 
 
-def _label_by_direction(model, observation, layer) -> jax.Array:
+def _label_by_direction(model, observation, last, layer) -> jax.Array:
   kernel, delta = layer["kernel"], layer["bias"]
-  params = layer_gradient(observation.params, model.classifier)
+  params = last.read(observation.params, model.num_classes)
   tiny = jnp.finfo(delta.dtype).tiny
   # The gradient of the kernel is the outer product of the layer's inputs and delta.
   inputs = kernel @ delta / jnp.maximum(jnp.sum(delta**2), tiny)
-  weights = params["kernel"].reshape(kernel.shape)
-  logits = (inputs @ weights + params["bias"])[None]
+  logits = (inputs @ params["kernel"] + params["bias"])[None]
   classes = jnp.arange(model.num_classes, dtype=jnp.int32)
   slope = jax.grad(lambda logits, label: observation.loss(logits, label[None]))
   slopes = jax.vmap(slope, (None, 0))(logits, classes)[:, 0]
   return jnp.argmax(slopes @ delta / (jnp.linalg.norm(slopes, axis=1) + tiny))
 
 
-def _recover_counts(model, observation, layer) -> Labels:
+def _recover_counts(model, observation, last, layer) -> Labels:
   size, loss = observation.batch_size, observation.loss
   images = jax.random.normal(jax.random.key(0), (_DUMMIES, *model.image_shape), jnp.float32)
   images = images.astype(observation.dtype)
@@ -179,7 +180,7 @@ def _recover_counts(model, observation, layer) -> Labels:
   if "bias" in layer:
     shares = outputs - layer["bias"] * terms
   else:
-    inputs = _mean_inputs(model, observation, images)
+    inputs = _mean_inputs(model, observation, last, images)
     slopes = inputs @ layer["kernel"] * (terms / jnp.sum(inputs**2))
     # The inputs of real images may be larger or smaller than those of noise. Of more classes than
     # images one is absent; then its share, 0, gives the scale.
@@ -198,16 +199,11 @@ def _recover_counts(model, observation, layer) -> Labels:
   )
 
 
-def _mean_inputs(model, observation, images):
-  taps = {
-    layer.path: tuple(jnp.zeros((rows, layer.outputs), images.dtype) for rows in layer.rows)
-    for layer in model.dense(len(images))
-    if layer.path == model.classifier
-  }
-  if not taps:
-    raise InputError(
-      "the labels of a batch cannot be read from a classifier that has no bias and cannot be"
-      " tapped. Use labels=free or labels=given."
-    )
-  _, inputs = model.apply_tapped(observation.params, None, images, taps)
-  return jnp.mean(inputs[model.classifier][0], axis=0)
+def _mean_inputs(model, observation, last, images):
+  """Returns the mean inputs of the last layer: what a logit's derivative by its weights is."""
+
+  def difference(params):
+    logits = jnp.mean(model.apply(params, None, images), axis=0)
+    return logits[0] - logits[1]  # what is added to all of them cancels
+
+  return last.read(jax.grad(difference)(observation.params), model.num_classes)["kernel"][:, 0]

@@ -9,6 +9,7 @@ from jaxdia.client import Observation
 from jaxdia.closed_form.chain import last_delta
 from jaxdia.closed_form.first_layer import find_first_layer, read_inputs
 from jaxdia.closed_form.found import Found
+from jaxdia.closed_form.last_layer import find_last_layer
 from jaxdia.closed_form.patches import Patching, solve_patches
 from jaxdia.closed_form.structure import LayerChain
 from jaxdia.core.trees import leaves_by_path
@@ -100,13 +101,14 @@ def scale_by_classifier(
   model: DropoutModel, observation: Observation, gradient: Gradient, tolerance: float
 ) -> float:
   """Returns by which factor the gradient of one image exceeds that of the loss; NaN if unknown."""
-  leaves = {} if model.classifier is None else layer_gradient(gradient, model.classifier)
-  if set(leaves) != {"kernel", "bias"}:
+  last, num_classes = find_last_layer(model.network), model.num_classes
+  leaves = {} if last is None else last.read(gradient, num_classes)
+  if last is None or set(leaves) != {"kernel", "bias"}:
     return math.nan
-  read = read_inputs(leaves["kernel"].reshape(-1, leaves["bias"].size), leaves["bias"])
-  params = layer_gradient(observation.params, model.classifier)
+  read = read_inputs(leaves["kernel"], leaves["bias"])
+  params = last.read(observation.params, num_classes)
   kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
-  logits = read.values @ kernel.reshape(-1, bias.size) + bias
+  logits = read.values @ kernel + bias
   rounding = float(np.finfo(observation.dtype).eps)
   delta = np.asarray(last_delta(logits, jnp.asarray(leaves["bias"]), observation.loss, rounding)[1])
   scale = delta @ leaves["bias"] / (delta @ delta)

@@ -106,9 +106,11 @@ def find_chain(network: Network) -> LayerChain | None:
     known classifier, or it cannot be tapped.
 
   Raises:
-    InputError: the network cannot be computed in float64, in which its structure is tried.
+    InputError: the network cannot be computed on one image and in float64, by which its structure
+      is tried.
   """
   model = model_to_try(network)
+  _check_single(model)
   _check_float64(model)
   shapes = leaves_by_path(jax.eval_shape(model.init, jax.random.key(0)))
   layers = [layer for layer in model.dense(1) if layer.rows == (1,)]
@@ -128,6 +130,15 @@ def find_chain(network: Network) -> LayerChain | None:
       links.insert(0, link)
       first -= 1
     return _chain(model, params, layers[first : last + 1], links)
+
+
+def _check_single(model: DropoutModel) -> None:
+  """Refuses a network that takes several images only, as BatchNorm does of one value a channel."""
+  try:
+    model.dense(1)
+  except InputError as error:
+    cause = first_line(error.__cause__ or error)
+    raise InputError(f"the network cannot be computed on one image alone ({cause})") from error
 
 
 def _check_float64(model: DropoutModel) -> None:
@@ -276,9 +287,11 @@ def replace_layer(params: Params, path: Path, change: Callable[[Any], Any]) -> P
   return with_leaves(params, {p: change(x) if p[:-1] == path else x for p, x in leaves})
 
 
-def close(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> bool:
-  """Returns whether arrays are equal up to rounding in float64."""
-  return bool(jnp.max(jnp.abs(a - b)) <= _TOLERANCE * (jnp.max(jnp.abs(b)) + 1e-30))
+def close(
+  a: Float[Array, "*shape"], b: Float[Array, "*shape"], tolerance: float = _TOLERANCE
+) -> bool:
+  """Returns whether arrays are equal up to rounding, by default that of float64."""
+  return bool(jnp.max(jnp.abs(a - b)) <= tolerance * (jnp.max(jnp.abs(b)) + 1e-30))
 
 
 def _random(number: int, shape) -> jax.Array:
@@ -324,13 +337,16 @@ def _find_input(model, params, layer) -> Input:
 
 
 def find_input(
-  model: DropoutModel, inputs_of: Callable[[Masks, Images], Float[Array, " n"]]
+  model: DropoutModel,
+  inputs_of: Callable[[Masks, Images], Float[Array, " n"]],
+  tolerance: float = _TOLERANCE,
 ) -> Input:
   """Finds the dropout site that multiplies inputs.
 
   Args:
     model: the network.
     inputs_of: the inputs f64[n] of masks and of an image f64[1, H, W, C].
+    tolerance: what rounding may make of them, relative to the largest.
 
   Returns:
     The site, if there is one.
@@ -341,7 +357,7 @@ def find_input(
   value = inputs_of(ones, images[0])
   for site, mask in ones.items():
     # Twice the mask of the wanted site is twice the inputs.
-    if not close(inputs_of(ones | {site: 2 * mask}, images[0]), 2 * value):
+    if not close(inputs_of(ones | {site: 2 * mask}, images[0]), 2 * value, tolerance):
       continue
     # A mask of which no two entries are alike tells which one each input met.
     values = 1 + np.arange(mask.size) / mask.size
@@ -353,7 +369,7 @@ def find_input(
     ratios = np.divide(after, before, out=np.ones_like(after), where=seen)
     entries = np.rint((ratios - 1) * values.size).astype(int)
     in_range = (entries >= 0) & (entries < values.size)
-    if seen.any() and in_range.all() and close(before * values[entries], after):
+    if seen.any() and in_range.all() and close(before * values[entries], after, tolerance):
       return Input(site, np.where(seen, entries, -1))
   return Input()
 

@@ -15,7 +15,7 @@ class Comparison(NamedTuple):
     inner: <g, T>.
     squared_norm: |g|².
     target_squared_norm: |T|².
-    squared_distance: |g - T|².
+    squared_distance: |c g - T|², of the multiple c g that is the nearest to T.
   """
 
   inner: Scalar
@@ -42,8 +42,22 @@ def cosine_distance(comparison: Comparison) -> Scalar:
 
 
 def squared_l2_distance(comparison: Comparison) -> Scalar:
-  """Returns the squared Euclidean distance of two gradients (Zhu et al. 2019)."""
-  return comparison.squared_distance
+  """Returns the squared Euclidean distance of two gradients (Zhu et al. 2019) but for a factor.
+
+  Summed losses, clipping and learning rates multiply a client's gradient by a number that nobody
+  has to know: it is the one that fits best, and the distance is the share of the target that it
+  leaves. Of a gradient as it is that number is 1 at the solution, so this changes the way there.
+  Where it is negative the distance goes on beyond 1, so that a search finds its way back.
+
+  Args:
+    comparison: of the gradients, each taken as one vector.
+
+  Returns:
+    f[], in [0, 2].
+  """
+  norm = comparison.target_squared_norm
+  left = comparison.squared_distance / jnp.where(norm > 0, norm, 1)
+  return jnp.where(comparison.inner < 0, 2 - left, left)
 
 
 DISTANCES = {"cosine": cosine_distance, "squared_l2": squared_l2_distance}
@@ -60,16 +74,16 @@ def noise_distance(distance: str, noise: Scalar, squared_norm: Scalar) -> Scalar
   Returns:
     f[]; 0 where as much as all that was sent may be noise, as its distance then tells nothing.
   """
-  value = noise
+  value = noise / squared_norm
   if distance == "cosine":  # noise is orthogonal to the gradient, but for chance
-    value = 1 - jnp.sqrt(jnp.maximum(1 - noise / squared_norm, 0))
+    value = 1 - jnp.sqrt(jnp.maximum(1 - value, 0))
   return jnp.where(noise < squared_norm, value, 0)
 
 
 def suits(distance: str, method: str) -> str:
   """Returns the method by which a distance can be computed to float tolerance.
 
-  |g|² - 2<g, T> + |T|² is a small difference of large numbers near the solution,
+  c² |g|² - 2 c <g, T> + |T|² is a small difference of large numbers near the solution,
   so the squared distance is taken of formed gradients; the cosine needs no such
   difference.
 

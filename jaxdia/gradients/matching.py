@@ -96,6 +96,9 @@ class Prepared:
   local: LocalUpdate | None = None
   defence: Defence = identity
 
+  # Arrays have no hash; so Python's own message names this type, and not that of a field.
+  __hash__ = None  # pyright: ignore[reportAssignmentType]
+
 
 def choose_layers(
   model: DropoutModel,
@@ -291,9 +294,7 @@ def compare(
       formed = {path: adapted[path] for path in formed}
     inner = sum(_dot(formed[path], target.formed[path]) for path in formed)
     squared_norm = sum(_dot(g, g) for g in formed.values())
-    squared_distance = sum(
-      _dot(d, d) for d in (formed[path] - target.formed[path] for path in formed)
-    )
+    products = []
     for layer in layers:
       kernel = target.kernels[layer.path]
       a, delta = rows[layer.path]
@@ -306,7 +307,12 @@ def compare(
         kernel_norm = _dot(kernel, kernel)
       inner += layer_inner
       squared_norm += layer_norm
-      squared_distance += layer_norm - 2 * layer_inner + kernel_norm
+      products.append((layer_inner, layer_norm, kernel_norm))
+    c = inner / jnp.where(squared_norm > 0, squared_norm, 1)
+    left = (c * formed[path] - target.formed[path] for path in formed)
+    squared_distance = sum(_dot(x, x) for x in left)
+    for layer_inner, layer_norm, kernel_norm in products:
+      squared_distance += c**2 * layer_norm - 2 * c * layer_inner + kernel_norm
   return Comparison(inner, squared_norm, target.squared_norm, squared_distance)
 
 

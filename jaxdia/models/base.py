@@ -32,7 +32,7 @@ from jaxdia.core.types import (
   as_numbers,
   check_key,
 )
-from jaxdia.models import discovery
+from jaxdia.models import discovery, layers
 from jaxdia.models.convolutions import CONVOLVE, Convolve, is_faster_as_product
 from jaxdia.models.hooks import Hooks, ignore_sites
 from jaxdia.models.layers import Convolution, DenseLayer, Entry, Shape, Site, Taps, drop
@@ -154,12 +154,17 @@ class DropoutModel:
   @property
   def convolutions(self) -> tuple[Convolution, ...]:
     """The convolutions that are called once and can be tapped."""
-    found = discovery.discover(self.network, 1).convolutions
+    # Of a single image some networks cannot take statistics.
+    found = discovery.discover(self.network, 2).convolutions
     return tuple(
       Convolution(path, *calls[0], apply)
       for path, (apply, calls) in found.items()
       if len(calls) == 1
     )
+
+  def _discover(self, batch_size: int) -> discovery.Discovery:
+    with discovery.naming_failures(self.network, f"{batch_size} image(s)"):
+      return discovery.discover(self.network, batch_size)
 
   def dense(self, batch_size: int) -> tuple[DenseLayer, ...]:
     """Returns the dense layers that can be tapped, in the order in which they are called."""
@@ -171,7 +176,7 @@ class DropoutModel:
         calls[0][1][-1],
         tuple(z for _, z in calls),
       )
-      for path, calls in discovery.discover(self.network, batch_size).dense.items()
+      for path, calls in self._discover(batch_size).dense.items()
     )
 
   def products(self, batch_size: int) -> tuple[DenseLayer, ...]:
@@ -180,7 +185,7 @@ class DropoutModel:
     Args:
       batch_size: number of images.
     """
-    found = discovery.discover(self.network, batch_size).convolutions
+    found = self._discover(batch_size).convolutions
     shapes = leaves_by_path(discovery.params_shape(self.network))
     layers = list(self.dense(batch_size))
     for path, (convolution, calls) in found.items():
@@ -201,7 +206,7 @@ class DropoutModel:
 
   def mask_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each site's mask for a batch."""
-    found = discovery.discover(self.network, batch_size).sites
+    found = self._discover(batch_size).sites
     return {name: shape for name, (_, shape) in found.items()}
 
   def init(self, key: Key) -> Params:
@@ -268,7 +273,7 @@ class DropoutModel:
 
   def as_products(self) -> set[Path]:
     """Returns the paths of the convolutions that are computed as products."""
-    found = discovery.discover(self.network, 1).convolutions if self.convolve != "native" else {}
+    found = discovery.discover(self.network, 2).convolutions if self.convolve != "native" else {}
     if self.convolve == "product":
       return set(found)
     platform = jax.default_backend()
@@ -276,16 +281,7 @@ class DropoutModel:
 
   def _call(self, params, masks, images, on_linear, run=None) -> Any:
     name = self.network.name
-    if masks is not None and not isinstance(masks, Mapping):
-      raise InputError(
-        f"masks is {type(masks).__name__}; expected a dict of the mask of each site,"
-        f" {sorted(self.rates)}. Take them from sample_masks or expected_masks."
-      )
-    if masks is not None and set(masks) != set(self.rates):
-      raise InputError(
-        f"masks have the sites {sorted(masks)}; {name} has {sorted(self.rates)}. Take them from"
-        " sample_masks or expected_masks."
-      )
+    layers.check_masks(name, masks, self.rates)
 
     def drop_at(call):
       assert masks is not None  # without masks, sites are ignored

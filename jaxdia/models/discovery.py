@@ -247,11 +247,12 @@ def _count_products(program: jex_core.Jaxpr, variable) -> float:
 
 
 @contextlib.contextmanager
-def naming_failures(network: "Network") -> Iterator[None]:
+def naming_failures(network: "Network", given: str = "1 and with 2 images") -> Iterator[None]:
   """Lets an error inside a user's module be an InputError that says how the module was called.
 
   Args:
     network: of the module.
+    given: with how many images.
   """
   try:
     yield
@@ -259,8 +260,8 @@ def naming_failures(network: "Network") -> Iterator[None]:
     raise
   except Exception as error:  # of whatever the module does
     raise InputError(
-      f"{network.name} ended in a {type(error).__name__}: {first_line(error)} It was called with 1"
-      f" and with 2 images of {network.image_shape} as JAX traces it, without values; expected a"
+      f"{network.name} ended in a {type(error).__name__}: {first_line(error)} It was called with"
+      f" {given} of {network.image_shape} as JAX traces it, without values; expected a"
       " module that computes any number of such images by its library alone. Check image_shape and"
       " the arguments of its call."
     ) from error

@@ -76,8 +76,9 @@ def from_functions(
 ) -> DropoutModel:
   """Turns plain functions, of whatever library, into a `DropoutModel`.
 
-  Its dense layers are not known, so gradients are compared whole, labels cannot be recovered,
-  and of the closed forms only that of patches applies.
+  Its dense layers are not known, so gradients are compared whole. The first and the last one are
+  found by trial: of the closed forms those of a single image behind a first layer with a bias and
+  of patches apply, and labels are recovered.
 
   Args:
     init: `init(key) -> params`, a pytree of arrays.

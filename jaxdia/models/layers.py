@@ -1,11 +1,13 @@
 """What a network is made of, as far as attacks need to know it."""
 
 import math
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxdia.core.errors import InputError
 from jaxdia.core.trees import Path
 from jaxdia.core.types import Array, Number
 from jaxdia.models.convolutions import PlainConvolution
@@ -155,3 +157,32 @@ def drop(
   """
   # The division comes first so that the expected mask gives a factor of exactly 1.
   return inputs * (mask / jnp.asarray(1 - rate, mask.dtype))
+
+
+def check_masks(name: str, masks: object, sites: Collection[str]) -> None:
+  """Refuses masks that are not a mapping with one for each site.
+
+  Args:
+    name: of the network, for the message.
+    masks: that it is called with; None is the evaluation mode.
+    sites: their names.
+
+  Raises:
+    InputError: they are not that; the message says which sites there are.
+  """
+  if masks is None:
+    return
+  mend = "Take them from sample_masks or expected_masks."
+  if not isinstance(masks, Mapping):
+    raise InputError(
+      f"masks is {type(masks).__name__}; expected a dict of the mask of each site,"
+      f" {sorted(sites)}. {mend}"
+    )
+  if set(masks) != set(sites):
+    raise InputError(f"masks have the sites {sorted(masks)}; {name} has {sorted(sites)}. {mend}")
+  for site, mask in masks.items():
+    if mask is None:
+      raise InputError(
+        f"the mask of site {site!r} is None; expected an array. {mend} Without any mask pass None"
+        " in place of the dict, which is the evaluation mode."
+      )

@@ -96,9 +96,9 @@ def batch_axes(model: DropoutModel) -> dict[str, int | None]:
   Returns:
     {site name: axis}, None where all images share one mask.
   """
-  one, two = model.mask_shapes(1), model.mask_shapes(2)
+  two, three = model.mask_shapes(2), model.mask_shapes(3)
   grows = {
-    name: [axis for axis, (a, b) in enumerate(zip(one[name], two[name], strict=True)) if a != b]
-    for name in one
+    name: [axis for axis, (a, b) in enumerate(zip(two[name], three[name], strict=True)) if a != b]
+    for name in two
   }
   return {name: axes[0] if axes else None for name, axes in grows.items()}

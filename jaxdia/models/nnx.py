@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from flax.core import tracers
 from flax.nnx.nn.attention import dot_product_attention_weights
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError
@@ -69,6 +70,20 @@ class NNXNetwork(InstanceNetwork):
 
   def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
+    return self._step(params, images, hooks, self._rest, rngs)[0]
+
+  def constants_after(
+    self, params: Params, images: Images, hooks: Hooks, before: Mapping[str, Shaped[Array, "..."]]
+  ) -> dict[str, Shaped[Array, "..."]]:
+    """Returns what a step makes of the other variables, such as running averages, by name."""
+    own, structure = _by_name(self._rest), jax.tree.structure(self._rest)
+    rest = jax.tree.unflatten(structure, [before.get(name, own[name]) for name in own])
+    module = self._step(params, images, hooks, rest, None)[1]
+    others = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
+    return _by_name(nnx.state(module, others))
+
+  def _step(self, params, images, hooks, rest, rngs):
+    """Returns logits, and the module after the step."""
     arrays = arrays_of(self.entries(), params)
     structure = jax.tree.structure(self._params)
     state = jax.tree.unflatten(structure, [arrays[name] for name in self.arrays])
@@ -76,14 +91,16 @@ class NNXNetwork(InstanceNetwork):
     if isinstance(rngs, nnx.Module):
       random = nnx.state(rngs, nnx.RngState)
     # What a call changes, such as running averages and counts of random numbers, must not be seen.
-    module = nnx.merge(self._graph, state, *jax.tree.map(lambda x: x, (random, self._rest)))
+    module = nnx.merge(self._graph, state, *jax.tree.map(lambda x: x, (random, rest)))
     interception = _NNXInterception(hooks)
     for path, node in list(nnx.iter_graph(module)):
+      if images.dtype == jnp.float64:
+        _widen(node)
       interception.put_into(node, tuple(map(str, path)))
     kwargs = dict(self._kwargs)
     if "rngs" in inspect.signature(type(module).__call__).parameters:
       kwargs.setdefault("rngs", rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(0))
-    return module(images, **kwargs)
+    return module(images, **kwargs), module
 
 
 def _by_name(state: nnx.State) -> dict[str, Any]:
@@ -109,8 +126,10 @@ class _NNXInterception:
           " be made explicit. Use nnx.dot_product_attention, or dropout_rate=0 there."
         )
       node.attention_fn = _Attention(self, where, node.dropout_rate)
-    elif type(node) is nnx.Linear and _is_plain(node) and node.dot_general is jax.lax.dot_general:
+    elif type(node) is nnx.Linear and _contracted_axes(node):
       node.__class__ = _Linear
+    elif type(node) is nnx.LinearGeneral and _contracted_axes(node):
+      node.__class__ = _LinearGeneral
     elif type(node) is nnx.Conv and _is_plain(node) and plain_convolution(node):
       node.__class__ = _Conv
     else:
@@ -129,6 +148,17 @@ class _NNXInterception:
     rate = check_rate(rate, f"the rate of the dropout {where!r}")
     return self.hooks.on_site(SiteCall(self.names(where), rate, tuple(shape), inputs, draw))
 
+  def dense(
+    self, node: Any, inputs: Shaped[Array, "..."], outputs: Shaped[Array, "..."]
+  ) -> Shaped[Array, "..."]:
+    """Calls the hook of a dense layer."""
+    contracted = _contracted_axes(node)
+    if contracted > inputs.ndim:
+      return outputs
+    rows = inputs.shape[: inputs.ndim - contracted]
+    flat = self.linear(node, None, inputs.reshape(*rows, -1), outputs.reshape(*rows, -1))
+    return flat.reshape(outputs.shape)
+
   def linear(
     self,
     node: Any,
@@ -140,6 +170,7 @@ class _NNXInterception:
     if self.hooks.on_linear is None or (convolution is not None and outputs.ndim != 4):
       return outputs
     nested = tracers.current_trace() != self.outer
+    inputs = inputs.astype(outputs.dtype)  # in which the layer has computed
     return self.hooks.on_linear(Linear(node._where, convolution), inputs, outputs, nested)
 
 
@@ -214,7 +245,17 @@ class _Linear(nnx.Linear):
 
   def __call__(self, inputs, *args, **kwargs):
     outputs = nnx.Linear.__call__(self, inputs, *args, **kwargs)
-    return self._interception.linear(self, None, inputs, outputs)
+    return self._interception.dense(self, inputs, outputs)
+
+
+class _LinearGeneral(nnx.LinearGeneral):
+  """A dense layer over several axes that tells a hook."""
+
+  _interception: _NNXInterception
+
+  def __call__(self, inputs, *args, **kwargs):
+    outputs = nnx.LinearGeneral.__call__(self, inputs, *args, **kwargs)
+    return self._interception.dense(self, inputs, outputs)
 
 
 class _Conv(nnx.Conv):
@@ -228,8 +269,27 @@ class _Conv(nnx.Conv):
 
 
 def _is_plain(node: Any) -> bool:
-  """Returns whether a layer computes with its kernel as it is, in the type of its inputs."""
-  return node.dtype is None and getattr(node, "preferred_element_type", None) is None
+  """Returns whether a layer computes with its kernel as it is, in whatever type."""
+  promote = getattr(node, "promote_dtype", promote_dtype)
+  return promote is promote_dtype and getattr(node, "preferred_element_type", None) is None
+
+
+def _contracted_axes(node: Any) -> int:
+  """Returns over how many axes, the last ones, a dense layer sums; 0 for what is no plain one."""
+  if not _is_plain(node) or node.dot_general not in (None, jax.lax.dot_general):
+    return 0
+  if not isinstance(node, nnx.LinearGeneral):
+    return 1
+  count = len(node.axis)
+  plain = node.dot_general_cls is None and not node.batch_axis
+  return count if plain and node.axis == tuple(range(-count, 0)) else 0
+
+
+def _widen(node: Any) -> None:
+  """Lets a layer of Flax that has a type of its own compute in float64, as it is given that."""
+  is_layer = issubclass(type(node), nnx.Module) and type(node).__module__.startswith("flax.")
+  if is_layer and getattr(node, "dtype", None) is not None:
+    node.dtype = None
 
 
 def from_nnx(
@@ -241,7 +301,8 @@ def from_nnx(
   """Turns a Flax NNX classifier into a `DropoutModel`.
 
   The module is taken as it is, in the mode that it is in (`module.train()`), and stays untouched.
-  Sites are named by the path of the module, such as "blocks/0/dropout".
+  Sites are named by the path of the module, such as "blocks/0/dropout". A layer that has a type of
+  its own computes in float64 where the images are of that.
 
   Args:
     module: called as `module(images, **call_kwargs)`, it returns logits f[B, num_classes].

@@ -8,16 +8,17 @@ import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.trees import digest, replaced
-from jaxdia.core.types import Images, NamedArrays, Params
+from jaxdia.core.types import Array, Images, NamedArrays, Params
 from jaxdia.models import discovery
 from jaxdia.models.base import DropoutModel, Network, check_image_shape, model_of
 from jaxdia.models.convolutions import PlainConvolution
@@ -29,6 +30,7 @@ from jaxdia.models.layers import Entry
 try:
   import torch
   from torch import _ops, nn
+  from torch.nn.modules.batchnorm import _BatchNorm
   from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError as error:
   raise InputError(
@@ -47,12 +49,14 @@ class _Call(NamedTuple):
     names: of its sites.
     modules: the names of the modules that are being called, from the outermost on.
     drawn: the masks that PyTorch drew, where they are asked for.
+    buffers: of the network, {name: array}; BatchNorm puts its new averages there.
   """
 
   hooks: Hooks
   names: SiteNames
   modules: list[str]
   drawn: Iterator[jax.Array] | None
+  buffers: dict[str, jax.Array]
 
 
 _calls: list[_Call] = []
@@ -133,6 +137,13 @@ def _bernoulli(noise: jax.Array, p: float = 0.5, generator: Any = None) -> jax.A
   return call.hooks.on_site(site) * p
 
 
+class _Cumulative(float):
+  """The momentum of BatchNorm that averages all batches, 1 / their number.
+
+  PyTorch makes a number of None, for which it reads the traced count of batches.
+  """
+
+
 class TorchNetwork(InstanceNetwork):
   """A PyTorch module as a network; see `from_torch`."""
 
@@ -142,6 +153,9 @@ class TorchNetwork(InstanceNetwork):
     structure = _structure(module)
     # Without arrays of its own, so that none can be taken for those that it is called with.
     self._module = copy.deepcopy(module).to("meta")
+    for layer in self._module.modules():
+      if isinstance(layer, _BatchNorm) and layer.momentum is None:
+        layer.momentum = _Cumulative()
     identity = (structure, digest(self._buffers))
     name = type(module).__name__
     super().__init__(name, image_shape, arrays, _entries(module, arrays), identity)
@@ -161,12 +175,24 @@ class TorchNetwork(InstanceNetwork):
 
   def call(self, params: Params, images: Images, hooks: Hooks, rngs: Any = None) -> Any:
     """Computes logits, with dropout and linear layers intercepted."""
+    buffers = {name: jnp.asarray(x) for name, x in self._buffers.items()}
+    return self._step(params, images, hooks, rngs, buffers)
+
+  def constants_after(
+    self, params: Params, images: Images, hooks: Hooks, before: Mapping[str, Shaped[Array, "..."]]
+  ) -> dict[str, Shaped[Array, "..."]]:
+    """Returns what a step makes of the buffers, such as running averages, by name."""
+    after = {name: jnp.asarray(before.get(name, x)) for name, x in self._buffers.items()}
+    self._step(params, images, hooks, None, after)
+    return after
+
+  def _step(self, params, images, hooks, rngs, buffers):
+    """Returns logits; running averages among the buffers are as after the step then."""
     environment = _environment()
     arrays = arrays_of(self.entries(), params)
     images = images.transpose(0, 3, 1, 2)
     drawn = None if rngs is None else iter(self._draw(arrays, images, rngs))
-    call = _Call(hooks, SiteNames(), [""], drawn)
-    buffers = {name: jnp.asarray(x) for name, x in self._buffers.items()}
+    call = _Call(hooks, SiteNames(), [""], drawn, buffers)
     states, inputs = environment.j2t_iso((arrays | buffers, images))
     with _LOCK, self._hooked(call, environment):
       _calls.append(call)
@@ -198,6 +224,13 @@ class TorchNetwork(InstanceNetwork):
 
       return hook
 
+    def follow(name):
+      def hook(module, inputs, outputs):
+        del outputs
+        _follow_averages(name, module, environment.t2j_iso(inputs[0]), call.buffers)
+
+      return hook
+
     handles, on_linear = [], call.hooks.on_linear
     for name, module in self._module.named_modules():
       handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
@@ -205,6 +238,8 @@ class TorchNetwork(InstanceNetwork):
       if on_linear is not None and (convolution or _is_plain(module, nn.Linear)):
         layer = Linear(tuple(name.split(".")) if name else (), convolution)
         handles.append(module.register_forward_hook(tell(layer, on_linear)))
+      if isinstance(module, _BatchNorm):
+        handles.append(module.register_forward_hook(follow(name)))
       handles.append(module.register_forward_hook(leave))
     try:
       yield
@@ -228,6 +263,22 @@ class TorchNetwork(InstanceNetwork):
       torch.manual_seed(seed)
       torch.func.functional_call(self._module, states, (torch.from_numpy(np.array(images)),))
     return drawn
+
+
+def _follow_averages(
+  name: str, layer: Any, inputs: jax.Array, buffers: dict[str, jax.Array]
+) -> None:
+  """Puts new averages of BatchNorm in place of the old ones, as torchax does not."""
+  names = [f"{name}.{which}" for which in ("running_mean", "running_var", "num_batches_tracked")]
+  if not layer.training or names[0] not in buffers:
+    return
+  before = [buffers[name] for name in names]
+  count = before[2] + 1
+  share = 1 / count if isinstance(layer.momentum, _Cumulative) else layer.momentum
+  axes, values = (0, *range(2, inputs.ndim)), inputs.size // inputs.shape[1]
+  moments = jnp.mean(inputs, axes), jnp.var(inputs, axes, ddof=1) if values > 1 else 0
+  after = [old + share * (new - old) for old, new in zip(before[:2], moments, strict=True)]
+  buffers.update(zip(names, [*after, count], strict=True))
 
 
 def _entries(module: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, Entry]:

@@ -78,7 +78,7 @@ def find_averages(
     return NewAverages(None, ())
   what = "the update's running averages are not used:"
   if not follows_averages(model):
-    reason = f"what a step of {model.network.name} makes of them is not known, as of Flax Linen"
+    reason = f"what a step of {model.network.name} makes of them is not known"
     return NewAverages(None, (f"{what} {reason}.",))
   if local_steps > 1:
     return NewAverages(

@@ -67,7 +67,7 @@ def put_channels_last(
     found: {path: array}, changed in place.
     notes: what was assumed is added.
   """
-  dense = [(*layer.path, "kernel") for layer in model.dense(1)]
+  dense = [(*layer.path, "kernel") for layer in model.dense(2)]
   outputs = [layer.output_shape for layer in model.convolutions]
   # What comes before the first dense layer is flattened, if it is flattened at all.
   if not dense or dense[0] not in kernels:
