@@ -8,6 +8,8 @@ from jaxdia import data, evaluation, models
 from jaxdia.attacks import Candidate
 from jaxdia.client import defences, observe
 from jaxdia.closed_form import Verdict, recover
+from jaxdia.closed_form.patch_rows import find_patch_rows, smooth_prior
+from jaxdia.closed_form.span import find_span
 
 SIZE = 2
 
@@ -30,7 +32,7 @@ def _case(rate=0.1, width=128, **options):
   return model, observation, secret
 
 
-@pytest.mark.parametrize("rate", [pytest.param(0.1, marks=pytest.mark.slow), 0.2])
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 0.75])
 def test_patches_and_masks_of_two_images_are_found(rate):
   model, observation, secret = _case(rate)
   recovery = recover(jax.random.key(2), model, observation)
@@ -49,6 +51,42 @@ def test_patches_and_masks_of_two_images_are_found(rate):
       for b in range(SIZE)
     ]
     assert max(right) > 0.98
+
+
+def _rows(rate, images, chance, width=96, pixels=12, positions=6):
+  """Returns what `find_patch_rows` is given of random images, and the truth."""
+  kernel = chance.uniform(-0.3, 0.3, (pixels, width))
+  offsets = chance.standard_normal((positions, width))
+  places = np.stack(np.unravel_index(np.arange(pixels), (2, 2, 3)), axis=-1).astype(float)
+  prior = smooth_prior(places)
+  patches = chance.multivariate_normal(prior.mean, prior.covariance, (images, positions))
+  masks = chance.random((images, positions, width)) > rate
+  rows = (masks * (offsets + patches @ kernel)).reshape(-1, width)
+  span = find_span([rows.T @ chance.standard_normal((len(rows), width))], len(rows))
+  sums = np.sum(masks * chance.standard_normal(masks.shape), axis=0)
+  return (span, offsets, kernel, sums, images, rate, prior), patches, masks
+
+
+@pytest.mark.parametrize(
+  ("rate", "images", "least"),
+  [(0.1, 2, 0.9), (0.3, 2, 0.9), (0.5, 2, 0.9), (0.75, 2, 0.9), (0.1, 3, 0.4), (0.3, 3, 0.4)],
+)
+def test_rows_of_random_images_are_found_with_their_masks(rate, images, least):
+  given, patches, masks = _rows(rate, images, np.random.default_rng(3))
+  found = find_patch_rows(*given)
+  assert sum(map(len, found)) >= least * patches.shape[0] * patches.shape[1]
+  for t, rows in enumerate(found):
+    for row in rows:
+      apart = np.abs(row.patch - patches[:, t]).max(axis=1)
+      assert apart.min() < 1e-6  # what is found is right
+      assert np.mean(row.mask != masks[apart.argmin(), t]) < 0.02
+
+
+def test_of_a_space_of_chance_no_row_is_found():
+  chance = np.random.default_rng(4)
+  (_, *given), _, _ = _rows(0.5, 2, chance)
+  span = find_span([chance.standard_normal((96, 12)) @ chance.standard_normal((12, 96))], 12)
+  assert not any(find_patch_rows(span, *given))
 
 
 def _patches(images):

@@ -28,6 +28,8 @@ _JITTER, _LEAST_KEPT = (0.3, 1.2), (0.85, 1.0)
 _UNCLEAR = (0.3, 0.5, 0.7, 0.85, 0.95)
 # Two rows of one position are one if they differ in fewer entries of their masks.
 _SAME = 8
+# Entries that a row keeps more than its patch has, so that these prove it.
+_SPARE = 4
 # A row is at least that share of the offsets that it keeps.
 _LEAST_ROW = 0.1
 # Of an entry of a plane's row, the share of the others that is as good as zero.
@@ -65,7 +67,7 @@ class _Equations(NamedTuple):
     patch = _least_squares(system, -self.left @ (mask * offset))
     row = mask * (offset + patch @ self.kernel)
     # A patch that takes away what few entries are kept proves nothing.
-    is_row = mask.sum() > len(patch) + _SAME and norm(row) > _LEAST_ROW * norm(mask * offset)
+    is_row = mask.sum() >= len(patch) + _SPARE and norm(row) > _LEAST_ROW * norm(mask * offset)
     return PatchRow(patch, mask, norm(self.left @ row) / norm(row) if is_row else np.inf)
 
   def decide(
@@ -198,9 +200,9 @@ def _sparsest(basis, is_open, most) -> list[np.ndarray]:
   rows = rows / np.sqrt(np.mean(rows[is_open] ** 2, axis=0))
   kept = rows**2 / (rows**2 + _ZERO**2)
   first = int(np.argmin(kept[is_open].sum(axis=0)))
-  # The other row keeps all that the first does not.
-  others = np.where(kept[is_open & (kept[:, first] < 0.5)].min(axis=0) > 0.5, 0, np.inf)
-  second = int(np.argmin(kept[is_open].sum(axis=0) + others))
+  # The other row keeps what the first does not, but for what is next to nothing.
+  is_other = kept[is_open & (kept[:, first] < 0.5)].mean(axis=0) > 0.8
+  second = int(np.argmin(np.where(is_other, kept[is_open].sum(axis=0), np.inf)))
   return [kept[:, first], kept[:, second]]
 
 
