@@ -86,13 +86,14 @@ def _try(network, num_classes) -> LastLayer | None:
   model = model_to_try(network)
   params = probing_params(model)
   rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.standard_normal((1, *model.image_shape)))
-  masks = full_masks(model)
+  # Of a single image some networks cannot take statistics: u are the derivatives of the first.
+  images = jnp.asarray(rng.standard_normal((2, *model.image_shape)))
+  masks = full_masks(model, 2)
   ours = rng.standard_normal((2, num_classes))
 
   @jax.jit
   def derivatives(params, u):
-    gradient = jax.grad(lambda p: jnp.sum(u * model.apply(p, masks, images)))(params)
+    gradient = jax.grad(lambda p: jnp.sum(u * model.apply(p, masks, images)[0]))(params)
     return leaves_by_path(gradient)
 
   leaves = leaves_by_path(params)

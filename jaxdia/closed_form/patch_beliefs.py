@@ -63,7 +63,9 @@ class _Pairs(NamedTuple):
     rr, vv, rv = self.vv / size, self.rr / size, -self.rv / size
     return _Pairs(rr, vv, rv, rr * self.r + rv * self.v, rv * self.r + vv * self.v)
 
-  def given(self, on_r: float, on_v: float, value: np.ndarray, noise: np.ndarray):
+  def given(
+    self, on_r: float, on_v: float, value: np.ndarray, noise: np.ndarray
+  ) -> tuple["_Pairs", np.ndarray]:
     """Returns moments given that `on_r * r + on_v * v` is a value but for noise, and how likely."""
     with_r = on_r * self.rr + on_v * self.rv
     with_v = on_r * self.rv + on_v * self.vv
