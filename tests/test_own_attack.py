@@ -1,4 +1,7 @@
-"""An attack of another shape, from outside of the library: one shot, or steps of its own."""
+"""Attacks of another shape, from outside of the library: one shot, or steps of its own.
+
+What is said of them is what they say themselves.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import pytest
 from conftest import make_victims
 from experiment_cases import rows_of, silent, small
 
-from jaxdia import attacks, engine, experiment
+from jaxdia import attacks, closed_form, engine, experiment
 from jaxdia.attacks import (
   Attack,
   AttackSettings,
@@ -18,7 +21,9 @@ from jaxdia.attacks import (
   State,
   Status,
   Terms,
+  settings,
 )
+from jaxdia.attacks.analytic import ClosedForm
 from jaxdia.attacks.protocol import NOT_TOLD
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Statistics
@@ -89,6 +94,14 @@ class Fading(Attack):
     return jax.tree.map(lambda new, old: jnp.where(is_running, new, old), after, state), info
 
 
+@value_tree
+class Helped(Grey):
+  """One that begins with linear algebra, which has no verdict on its answer."""
+
+  def recover(self, key, observation):
+    return closed_form.recover(key, self.model, observation)
+
+
 SETTINGS = AttackSettings(masks="expected", max_iterations=STEPS)
 # Of the pixels, how far they are from a half at the end.
 LEFT = {"grey": 0, "fading": 0.5 ** (STEPS + 1)}
@@ -137,3 +150,46 @@ def test_an_experiment_runs_it_beside_others(tmp_path, monkeypatch):
   experiment.run(config, tmp_path, say=lines.append)
   assert rows_of(tmp_path) == rows
   assert "fading: 6 of 6 trials were finished before" in lines
+
+
+@pytest.mark.parametrize("kind", [Grey, Helped])
+def test_an_attack_without_steps_is_not_taken_for_linear_algebra(kind, tmp_path, monkeypatch):
+  monkeypatch.setitem(attacks.CATALOGUE, "one_shot", attacks.Preset(AttackSettings(), kind))
+  said = []
+  summary = experiment.run(small(name="one_shot"), tmp_path, say=said.append)["one_shot"]
+  assert "linear algebra" not in "".join(said)
+  assert "(masks searched, labels given)" in "".join(said)
+  assert summary["finished"] == 3 and not summary["not_applicable"]
+  rows = rows_of(tmp_path)
+  assert [row["status"] for row in rows] == ["no_search"] * 3
+  assert [row["objective"] for row in rows] == [None] * 3  # nothing was measured
+  assert (rows[0]["closed_form"] is None) == (kind is Grey)
+  with np.load(tmp_path / "reconstructions.npz") as file:
+    assert np.isfinite(file["one_shot"]).all()
+
+
+def test_a_closed_form_has_verdicts_and_says_what_it_is(tmp_path):
+  said = []
+  experiment.run(small(name="closed_form"), tmp_path, say=said.append)
+  assert "(linear algebra alone, nothing searched)" in "".join(said)
+  assert {row["status"] for row in rows_of(tmp_path)} <= {"exact", "approximate", "not_applicable"}
+  experiment.run(small(name="hybrid", max_iterations=2), tmp_path / "hybrid", say=said.append)
+  assert "(what linear algebra gives is fixed, the rest searched)" in "".join(said)
+
+
+def test_a_choice_brings_its_words(monkeypatch):
+  """A new value of `masks` or `labels` is described by its entry in settings.py alone."""
+  words = settings.Words("masks guessed", "told a guess of the masks")
+  for choices in (settings.MASKS, settings.LABELS):
+    monkeypatch.setitem(choices, "guessed", words)
+  names = {name: (*known, "guessed") for name, known in settings.CHOICES.items()}
+  monkeypatch.setattr(settings, "CHOICES", names)
+  chosen = AttackSettings(masks="guessed", labels="guessed")
+  assert Grey(None, chosen).assumptions == "masks guessed, masks guessed"
+  assert settings.told(chosen.masks, chosen.labels) == f"{words.told}; {words.told}"
+  assert not Grey(None, chosen).has_verdicts and ClosedForm(None, chosen).has_verdicts
+
+
+def test_the_terms_of_the_objective_stand_where_it_is_put_together():
+  """So that a new one touches settings, objective and catalogue."""
+  assert Terms.__module__ == attacks.objective.__module__ == "jaxdia.attacks.objective"
