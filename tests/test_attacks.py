@@ -299,6 +299,16 @@ def test_all_products_are_at_full_precision(model, victims):
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST") > 1
 
 
+def test_a_search_may_start_near_0(model):
+  _, observations, _ = make_victims(model, 1)
+  noise, near = (
+    attacks.dia(model, **settings).init(jax.random.key(3), observations[0]).candidate
+    for settings in ({}, {"image_std": 0.25})
+  )
+  np.testing.assert_array_equal(near.images, noise.images / 4)
+  jax.tree.map(np.testing.assert_array_equal, near.masks, noise.masks)
+
+
 def test_total_variation():
   images = jnp.array([[0.0, 1.0], [0.0, 4.0]]).reshape(1, 2, 2, 1)
   assert float(attacks.total_variation(images)) == (1 + 4) / 2 + (0 + 3) / 2
@@ -314,6 +324,7 @@ def test_total_variation():
     ({"max_iterations": 1.5}, "max_iterations is 1.5"),
     ({"tv_weight": -1.0}, "tv_weight is -1.0"),
     ({"mask_weight": float("nan")}, "mask_weight is nan"),
+    ({"image_std": -0.1}, "image_std is -0.1"),
     ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ({"plateau_factor": 1.0}, "plateau_factor is 1.0"),
     ({"optimizer": "lbfgs"}, "schedule=constant"),

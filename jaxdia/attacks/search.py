@@ -74,7 +74,7 @@ class Search(Attack):
     return self.start(self.draw(key, observation), Known(masks, labels))
 
   def draw(self, key: Key, observation: Observation) -> Candidate:
-    """Draws what is searched: images and labels N(0, 1), masks as training draws them.
+    """Draws what is searched: images N(0, image_std²), labels N(0, 1), masks as in training.
 
     Args:
       key: random key.
@@ -87,8 +87,9 @@ class Search(Attack):
     def normal(key, *shape):
       return jax.random.normal(key, (size, *shape), jnp.float32).astype(dtype)
 
+    std = jnp.asarray(self.settings.image_std, dtype)
     return Candidate(
-      images=normal(images_key, *self.model.image_shape),
+      images=std * normal(images_key, *self.model.image_shape),
       masks=draw_masks(masks_key, *drawn) if self.masks == "free" else None,
       labels=normal(labels_key, self.model.num_classes) if self.labels == "free" else None,
     )

@@ -70,6 +70,8 @@ class AttackSettings:
       `plateau_patience` iterations without improvement), "step" (times 0.1 at 3/8,
       5/8 and 7/8 of `max_iterations`, as Geiping et al. 2020), "cosine" (to 0 at
       `max_iterations`) or "constant".
+    image_std: standard deviation of the images that a search starts from, which are normalised;
+      the mean is 0. Where weights are large, a start near 0 finds images that noise does not.
     learning_rate: at the start, for images, masks and labels.
     tv_weight: of the total variation of the images.
     mask_weight: of the mask prior.
@@ -93,6 +95,7 @@ class AttackSettings:
   distance: str = static(default="cosine")
   optimizer: str = static(default="signed_adam")
   schedule: str = static(default="plateau")
+  image_std: float = 1.0
   learning_rate: float = 0.1
   tv_weight: float = 1e-5
   mask_weight: float = 1e-4
@@ -115,7 +118,8 @@ class AttackSettings:
     if self.round_masks_after is not None:
       self._convert("round_masks_after", check_count, 0, self.max_iterations - 1)
     left_out = [n for n in ("feature_weight", "average_weight") if getattr(self, n) is None]
-    for name in ("tv_weight", "mask_weight", "feature_weight", "average_weight", "tolerance"):
+    weights = ("tv_weight", "mask_weight", "feature_weight", "average_weight")
+    for name in ("image_std", *weights, "tolerance"):
       if name not in left_out:
         self._convert(name, check_number, lambda v: v >= 0, "a finite number of at least 0")
     above_0 = (lambda v: v > 0), "a finite number above 0"
