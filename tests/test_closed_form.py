@@ -21,8 +21,14 @@ from jaxdia.closed_form.structure import find_chain
 from jaxdia.experiment import config
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("size", [1, 6])
+@pytest.mark.parametrize(
+  ("size", "use_bias"),
+  [
+    (1, True),
+    (6, False),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in [(1, False), (6, True)]),
+  ],
+)
 def test_an_mlp_gives_everything_away(size, use_bias):
   model = make_model(hidden_sizes=(128, 96, 112), use_bias=use_bias)
   observation, secret = observe_victims(model, size)
@@ -162,6 +168,7 @@ def test_several_local_steps_are_not_mistaken_for_one(size):
   assert not (recovery.parts.verdict == Verdict.EXACT).any(), recovery.summary()
 
 
+@pytest.mark.slow
 def test_a_little_noise_is_told_from_none():
   model = make_model("vit")
   observation, secret = observe_victims(model, 1)
@@ -246,6 +253,7 @@ def test_hybrid_holds_what_is_exact_and_searches_the_rest():
   assert not np.array_equal(trial.candidate.masks[other], parts.masks[other])
 
 
+@pytest.mark.slow
 def test_features_are_matched():
   model = make_lenet()
   observation, secret = observe_victims(model, 1)
@@ -334,6 +342,7 @@ def _config(network, count, size, **attack):
   return c
 
 
+@pytest.mark.slow
 def test_the_launchers_results_say_which_part_came_from_where(tmp_path):
   summary = experiment.run(_config("mlp", 4, 2), tmp_path, say=print)
   rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

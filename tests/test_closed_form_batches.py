@@ -52,6 +52,7 @@ def test_a_smaller_batch_than_was_named_is_found_whole_and_nothing_else():
   assert abs(recovery.scale - 2) < 1e-2  # a mean of 3 is twice a sixth of their sum
 
 
+@pytest.mark.slow
 def test_images_that_leave_next_to_nothing_hide_no_other():
   """As at trained weights, where images that are learnt have a loss of nearly zero."""
   weights = jnp.array([1.0, 0.03, 4e-6, 2e-6, 1e-6, 5e-7])

@@ -64,6 +64,7 @@ def test_a_batched_map_is_a_map_in_one_row(number):
   assert not side_by_side(mapped.lower(matrices).compile().as_text())[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [

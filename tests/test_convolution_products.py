@@ -125,7 +125,7 @@ def _match(name, convolve, method):
     pytest.param(
       name,
       method,
-      marks=[pytest.mark.slow] * (name == "resnet18" or (name, method) == ("convnet", "factored")),
+      marks=[pytest.mark.slow] * (name in ("resnet18", "convnet")),
     )
     for name in NETWORKS
     for method in ("formed", "factored")

@@ -32,7 +32,7 @@ def _case(rate=0.1, width=128, **options):
   return model, observation, secret
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 0.75])
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, pytest.param(0.75, marks=pytest.mark.slow)])
 def test_patches_and_masks_of_two_images_are_found(rate):
   model, observation, secret = _case(rate)
   recovery = recover(jax.random.key(2), model, observation)
