@@ -74,8 +74,7 @@ def test_the_other_mode_is_tried_where_none_shows():
   assert outcome.attempts[1].outcome.startswith("of evaluation mode: ")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("stated", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_image_that_both_modes_tell_does_not_hide_the_mode(stated):
   model = models.create("vit", SHAPE, 10, 0.5, width=32, depth=1, num_heads=2, mlp_size=32)
   client = models.evaluation_mode(model) if stated else model

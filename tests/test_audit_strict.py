@@ -87,7 +87,6 @@ def test_labels_that_nothing_tells_are_searched(loss):
   assert int(state.iteration) > 0
 
 
-@pytest.mark.slow
 def test_two_searches_do_not_start_from_the_same_approximate_images(monkeypatch):
   """Else that they agree would tell nothing."""
   model, observation = seen("mlp", 1)

@@ -253,7 +253,6 @@ def test_hybrid_holds_what_is_exact_and_searches_the_rest():
   assert not np.array_equal(trial.candidate.masks[other], parts.masks[other])
 
 
-@pytest.mark.slow
 def test_features_are_matched():
   model = make_lenet()
   observation, secret = observe_victims(model, 1)
@@ -342,7 +341,6 @@ def _config(network, count, size, **attack):
   return c
 
 
-@pytest.mark.slow
 def test_the_launchers_results_say_which_part_came_from_where(tmp_path):
   summary = experiment.run(_config("mlp", 4, 2), tmp_path, say=print)
   rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

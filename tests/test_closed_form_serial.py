@@ -64,14 +64,14 @@ def test_a_batched_map_is_a_map_in_one_row(number):
   assert not side_by_side(mapped.lower(matrices).compile().as_text())[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [
-    {},
-    {"use_bias": True},
-    {"activation": "relu"},
     {"activation": "relu", "use_bias": True},
+    *(
+      pytest.param(options, marks=pytest.mark.slow)
+      for options in ({}, {"use_bias": True}, {"activation": "relu"})
+    ),
   ],
 )
 def test_the_closed_form_of_a_batch_factorises_in_one_row(monkeypatch, options):

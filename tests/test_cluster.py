@@ -50,7 +50,6 @@ def _study():
   return study.study_config("Tiny", "Does it run?", base, grid=grid)
 
 
-@pytest.mark.slow
 def test_a_study_whose_worker_is_killed_ends_with_the_numbers_of_one_process(workers, tmp_path):
   said, there, here = [], tmp_path / "there", tmp_path / "here"
 

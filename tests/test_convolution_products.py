@@ -122,11 +122,7 @@ def _match(name, convolve, method):
   ("name", "matching"),
   [
     # What takes longest to compile is an inner part of the others' too.
-    pytest.param(
-      name,
-      method,
-      marks=[pytest.mark.slow] * (name in ("resnet18", "convnet")),
-    )
+    pytest.param(name, method, marks=[pytest.mark.slow] * (name in ("resnet18", "convnet")))
     for name in NETWORKS
     for method in ("formed", "factored")
   ],

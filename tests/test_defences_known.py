@@ -134,7 +134,6 @@ def test_an_attack_that_ignores_a_defence_sees_the_gradient_alone(model):
   jax.tree.map(np.testing.assert_array_equal, one.best, other.best)
 
 
-@pytest.mark.slow
 def test_noises_of_several_sizes_and_bounds_are_compiled_once():
   base = small(name="dia", max_iterations=3)
   base.data.count = 1

@@ -148,7 +148,6 @@ def test_files_that_are_not_python_are_installed_too():
     assert path.suffix == ".py" or any(relative.match(p) for p in patterns), relative
 
 
-@pytest.mark.slow
 def test_configs_are_shipped_and_found_by_name_in_any_folder(tmp_path):
   names = [p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*.py")]
   assert sorted(config_names()) == sorted(name.removesuffix(".py") for name in names)

@@ -101,7 +101,6 @@ def test_an_experiment_from_a_file_to_a_page(tmp_path):
   assert "<script" not in page
 
 
-@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
   config = _config(tmp_path)
   whole = run_text(config, tmp_path / "whole", say=lambda text: None)

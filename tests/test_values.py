@@ -62,8 +62,8 @@ def test_a_second_equal_model_and_attack_compile_nothing():
 def test_numbers_are_leaves_and_the_rest_is_structure(model):
   attack = attacks.dia(model)
   assert attack == attacks.dia(_make()) and attack != attacks.dia(model, tv_weight=0)
-  numbers = {"learning_rate": 0.2, "tv_weight": 0, "mask_weight": 1, "tolerance": 0, "patience": 7}
-  numbers["image_std"] = 0
+  numbers = {"image_std": 0, "learning_rate": 0.2, "tv_weight": 0, "mask_weight": 1}
+  numbers |= {"tolerance": 0, "patience": 7}
   assert attacks.same_program(attack, attacks.dia(_make(0.7), **numbers, plateau_patience=3))
   for other in ({"masks": "expected"}, {"max_iterations": 3}, {"round_masks_after": 0}):
     assert not attacks.same_program(attack, attacks.dia(model, **other))
