@@ -1,10 +1,12 @@
-"""One command answers for each library and form of an update: of MNIST digits, in minutes."""
+"""One command answers for each library and form of an update: of MNIST digits, in two minutes."""
 
 import importlib.util
 import os
 import subprocess
 import sys
+import time
 
+import digits_nets
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -15,71 +17,7 @@ from experiment_cases import ROOT
 
 from jaxdia import data, models
 from jaxdia.audit.schema import Audit
-from jaxdia.client import observe
 from jaxdia.models.entries import arrays_of
-
-SIZES = (784, 512, 512, 10)
-NETS = """
-import jax
-import jax.numpy as jnp
-
-SIZES = (784, 512, 512, 10)
-
-
-def linen():
-  from flax import linen as nn
-
-  class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=True):
-      x = x.reshape(len(x), -1)
-      for size in SIZES[1:-1]:
-        x = jax.nn.gelu(nn.Dense(size)(x), approximate=False)
-        x = nn.Dropout(0.5, deterministic=not train)(x)
-      return nn.Dense(SIZES[-1])(x)
-
-  return Net()
-
-
-def nnx():
-  from flax import nnx
-
-  class Net(nnx.Module):
-    def __init__(self, rngs):
-      pairs = list(zip(SIZES[:-1], SIZES[1:]))
-      self.hidden = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in pairs[:-1]])
-      self.drop = nnx.Dropout(0.5, rngs=rngs)
-      self.out = nnx.Linear(*pairs[-1], rngs=rngs)
-
-    def __call__(self, x):
-      x = x.reshape(len(x), -1)
-      for layer in self.hidden:
-        x = self.drop(jax.nn.gelu(layer(x), approximate=False))
-      return self.out(x)
-
-  return Net(nnx.Rngs(0))
-
-
-def equinox():
-  import equinox as eqx
-
-  keys, layers = jax.random.split(jax.random.key(0), 3), [eqx.nn.Lambda(jnp.ravel)]
-  gelu = eqx.nn.Lambda(lambda x: jax.nn.gelu(x, approximate=False))
-  for key, n, m in zip(keys, SIZES[:-1], SIZES[1:]):
-    layers += [eqx.nn.Linear(n, m, key=key), gelu, eqx.nn.Dropout(0.5)]
-  return eqx.nn.Sequential(layers[:-2])
-
-
-def torch():
-  import torch
-  from torch import nn
-
-  torch.manual_seed(0)
-  layers = [nn.Flatten()]
-  for n, m in zip(SIZES[:-1], SIZES[1:]):
-    layers += [nn.Linear(n, m), nn.GELU(), nn.Dropout(0.5)]
-  return nn.Sequential(*layers[:-2])
-"""
 
 
 def _loss(logits, labels):
@@ -112,12 +50,6 @@ def _own_gradient(library, module, params, images, labels):
   return {name: x.grad for name, x in module.named_parameters()}
 
 
-def _processor_seconds():
-  """Returns those of finished processes: what is waited for at most, whatever else runs."""
-  times = os.times()
-  return times.children_user + times.children_system
-
-
 def _write(folder, **trees):
   """Writes params or gradients by the names of their library, from `(network, tree)`."""
   for name, (network, tree) in trees.items():
@@ -129,7 +61,7 @@ def _run(folder, kind, *known):
   """Runs the command on a batch of four MNIST digits, with an empty cache.
 
   Returns:
-    What is said of the update, and the seconds of a processor.
+    What is said of the update, and the seconds that it took.
   """
   command = [
     *(sys.executable, ROOT / "launch" / "audit.py", "--config=configs/audit.py", *known),
@@ -137,13 +69,15 @@ def _run(folder, kind, *known):
     *(f"--config.before={folder}/before.npz", f"--config.{kind}={folder}/{kind}.npz"),
     *(f"--config.truth={folder}/truth.npz", f"--workdir={folder / kind}"),
   ]
-  paths = f"{folder}:{ROOT}"
-  empty = {"PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": str(folder / f"cache_{kind}")}
-  start = _processor_seconds()
+  empty = {
+    "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}",
+    "JAX_COMPILATION_CACHE_DIR": str(folder / f"cache_{kind}"),
+  }
+  start = time.monotonic()
   done = subprocess.run(
     list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, **empty}
   )
-  seconds = _processor_seconds() - start
+  seconds = time.monotonic() - start
   assert done.returncode == 0, done.stderr
   (update,) = msgspec.json.decode((folder / kind / "audit.json").read_bytes(), type=Audit).updates
   return update, seconds
@@ -158,16 +92,14 @@ def _victims(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mlp", "lenet"])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_batch_of_four_digits_is_answered_by_one_command(tmp_path, library, capsys):
-  """Prints the seconds of a processor."""
+def test_a_batch_of_four_digits_is_answered_by_one_command(tmp_path, library, kind, capsys):
+  """Prints the verdicts, the scores, and the seconds."""
   needed = {"equinox": ("equinox",), "torch": ("torch", "torchax")}.get(library, ())
   if any(importlib.util.find_spec(name) is None for name in needed):
     pytest.skip(f"{library} is not installed")
-  (tmp_path / "digits_nets.py").write_text(NETS)
-  space: dict = {}
-  exec(NETS, space)
-  module = space[library]()
+  module = getattr(digits_nets, f"{library}_net")(kind)
   images, labels = _victims(tmp_path)
   model = models.from_module(module, (28, 28, 1))
   before = model.init(jax.random.key(0))
@@ -176,29 +108,17 @@ def test_a_batch_of_four_digits_is_answered_by_one_command(tmp_path, library, ca
   after = jax.tree.map(lambda w, g: w - 0.1 * g, before, gradient)
   trees = {"before": before, "gradient": gradient, "after": after}
   _write(tmp_path, **{name: (model.network, tree) for name, tree in trees.items()})
-  for kind, known in (("gradient", []), ("after", ["--config.learning_rate=0.1"])):
-    update, seconds = _run(tmp_path, kind, f"--config.model.name=digits_nets:{library}", *known)
-    worst = max(image.scores["mse"] for image in update.images)
+  network = [f"--config.model.name=digits_nets:{library}_net", f"--config.model.kind={kind}"]
+  for form, known in (("gradient", []), ("after", ["--config.learning_rate=0.1"])):
+    update, seconds = _run(tmp_path, form, *network, "--config.seconds=40", *known)
+    mse = max(image.scores["mse"] for image in update.images)
+    ssim = sorted(round(image.scores["ssim"], 2) for image in update.images)
+    said = {verdict: update.count(verdict) for verdict in ("certain", "likely", "partial")}
     with capsys.disabled():
-      print(
-        f"\n{library}, {kind}: {update.count('certain')} of 4, MSE {worst:.1e}, {seconds:.0f} s"
-      )
-    assert update.count("certain") == 4 and worst < 1e-10 and seconds < 120
-
-
-@pytest.mark.slow
-def test_four_digits_behind_a_lenet_are_answered_by_one_command(tmp_path, capsys):
-  """Prints their SSIM, and the seconds of a processor."""
-  images, labels = _victims(tmp_path)
-  model = models.create("lenet", (28, 28, 1), 10, 0.5)
-  before = model.init(jax.random.key(0))
-  statistics = data.STATISTICS["mnist"]
-  sent, _ = observe(jax.random.key(1), model, before, images, labels, statistics=statistics)
-  after = jax.tree.map(lambda w, g: w - 0.1 * g, before, sent.gradient)
-  _write(tmp_path, before=(model.network, before), after=(model.network, after))
-  known = ["--config.model.name=lenet", "--config.learning_rate=0.1", "--config.seconds=40"]
-  update, seconds = _run(tmp_path, "after", *known)
-  ssim = sorted(image.scores["ssim"] for image in update.images)
-  with capsys.disabled():
-    print(f"\n{update.count('likely')} of 4 likely, SSIM {np.round(ssim, 2)}, {seconds:.0f} s")
-  assert update.count("likely") == 4 and ssim[0] > 0.8 and seconds < 120
+      print(f"\n{library}, {kind}, {form}: {said}, MSE {mse:.1e}, SSIM {ssim}, {seconds:.0f} s")
+    assert seconds < 120
+    if kind == "mlp":
+      assert said["certain"] == 4 and mse < 1e-10
+    else:
+      # Of Linen's one is likely.
+      assert said["likely"] and said["likely"] + said["partial"] == 4 and ssim[0] > 0.7

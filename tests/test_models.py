@@ -9,6 +9,7 @@ from test_model_refusals import OffByDefault, Tempered
 
 from jaxdia import models
 from jaxdia.client import client_gradient
+from jaxdia.core.random import draw
 from jaxdia.models.zoo.convnet import ConvNet
 from jaxdia.models.zoo.lenet import LeNet
 from jaxdia.models.zoo.mlp import MLP
@@ -231,3 +232,10 @@ def test_batch_axes():
     "shared": 0,
     "shared#2": 0,
   }
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 5), (2, 3, 4, 3)])
+@pytest.mark.parametrize("sampler", [jax.random.normal, jax.random.uniform, jax.random.bernoulli])
+def test_arrays_are_drawn_with_the_numbers_of_their_shape(sampler, shape):
+  key = jax.random.key(0)
+  assert np.array_equal(draw(sampler, key, shape), sampler(key, shape=shape))

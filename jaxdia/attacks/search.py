@@ -23,6 +23,7 @@ from jaxdia.client import Observation, check_fit, draw_masks
 from jaxdia.closed_form import Parts, Verdict, recover_labels
 from jaxdia.core.errors import InputError, unknown
 from jaxdia.core.precision import usual_promotion
+from jaxdia.core.random import draw
 from jaxdia.core.trees import value_tree
 from jaxdia.core.types import Key, check_key
 from jaxdia.gradients import Prepared, noise_distance
@@ -85,7 +86,8 @@ class Search(Attack):
     drawn = (self.model, observation.local, size, dtype)
 
     def normal(key, *shape):
-      return jax.random.normal(key, (size, *shape), jnp.float32).astype(dtype)
+      numbers = draw(jax.random.normal, key, (size, *shape), dtype=jnp.float32)
+      return numbers.astype(dtype)
 
     std = jnp.asarray(self.settings.image_std, dtype)
     return Candidate(

@@ -22,6 +22,7 @@ from jaxdia.closed_form.noise import Spectrum, find_levels, spectrum
 from jaxdia.closed_form.parts import NO_LABEL
 from jaxdia.closed_form.serial import batched_map
 from jaxdia.closed_form.structure import LayerChain, activate
+from jaxdia.core.random import draw
 from jaxdia.core.types import Gradient, Key, Params
 from jaxdia.models import DropoutModel
 
@@ -236,7 +237,7 @@ def _find_planes(key, points, told, padding, noise, zeros_of, most, effort):
   counts, dimensions = filled.astype(float), points.shape[1]
   points = points / np.where(filled, sizes, 1)[:, None] * counts[:, None]
   noise = noise / np.sqrt(np.mean(sizes[filled] ** 2))
-  starts = jax.random.normal(key, (effort, max(64, 4 * dimensions), dimensions))
+  starts = draw(jax.random.normal, key, (effort, max(64, 4 * dimensions), dimensions))
   starts = starts.astype(jnp.float64) * (1 - padding)[None, None]
   starts /= jnp.linalg.norm(starts, axis=-1, keepdims=True)
   normals = np.concatenate(

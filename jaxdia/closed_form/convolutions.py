@@ -128,6 +128,7 @@ def solve(
   return Before(flat.reshape(shape), residual, error, spreads.reshape(shape), equations)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def cotangent_before(
   model: DropoutModel,
   layer: Convolution,

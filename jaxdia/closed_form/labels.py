@@ -8,6 +8,7 @@ from jaxdia.client import Observation, check_fit
 from jaxdia.closed_form.last_layer import find_last_layer
 from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision
+from jaxdia.core.random import draw
 from jaxdia.core.transfers import with_transfers
 from jaxdia.core.trees import is_traced
 from jaxdia.core.types import Labels
@@ -135,10 +136,18 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
       " a bias. Use labels=free or labels=given."
     )
   with full_precision():
-    return (_recover_label if single else _recover_counts)(model, observation, last, layer)
+    return _recover_label(model, observation) if single else _recover_counts(model, observation)
 
 
-def _recover_label(model, observation, last, layer) -> Labels:
+def _last_layer(model, observation):
+  last = find_last_layer(model.network)
+  assert last is not None  # as `recover_labels` has seen
+  return last, last.read(observation.gradient, model.num_classes)
+
+
+@jax.jit
+def _recover_label(model, observation) -> Labels:
+  last, layer = _last_layer(model, observation)
   loss = observation.loss
   if "bias" in layer and (loss.kind not in _SQUASHED or loss.label_smoothing):
     label = _label_by_direction(model, observation, last, layer)
@@ -167,9 +176,12 @@ def _label_by_direction(model, observation, last, layer) -> jax.Array:
   return jnp.argmax(slopes @ delta / (jnp.linalg.norm(slopes, axis=1) + tiny))
 
 
-def _recover_counts(model, observation, last, layer) -> Labels:
+@jax.jit
+def _recover_counts(model, observation) -> Labels:
+  last, layer = _last_layer(model, observation)
   size, loss = observation.batch_size, observation.loss
-  images = jax.random.normal(jax.random.key(0), (_DUMMIES, *model.image_shape), jnp.float32)
+  shape = (_DUMMIES, *model.image_shape)
+  images = draw(jax.random.normal, jax.random.key(0), shape, dtype=jnp.float32)
   images = images.astype(observation.dtype)
   outputs = jnp.mean(_SQUASHED[loss.kind](model.apply(observation.params, None, images)), axis=0)
   if loss.label_smoothing:

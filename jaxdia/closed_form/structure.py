@@ -390,8 +390,9 @@ def find_pixels(
   size = int(np.prod(model.image_shape))
   if len(layer.rows) != 1 or layer.rows[0] * layer.inputs != size:
     return None
+  inputs_of = jax.jit(functools.partial(layer_inputs, model, params, layer))
   images = jnp.arange(size, dtype=jnp.float64).reshape(1, *model.image_shape)
-  found = np.asarray(layer_inputs(model, params, layer, full_masks(model), images))
+  found = np.asarray(inputs_of(full_masks(model), images))
   if not np.array_equal(np.sort(found.ravel()), np.arange(size)):
     return None
   return found.astype(int)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxdia.core.errors import InputError
 from jaxdia.core.precision import full_precision, usual_promotion
+from jaxdia.core.random import draw
 from jaxdia.core.types import Images, Key, Masks, Params, check_key
 from jaxdia.models.base import DropoutModel
 from jaxdia.models.hooks import Hooks
@@ -29,8 +30,11 @@ def sample_masks(key: Key, model: DropoutModel, batch_size: int, dtype=jnp.float
   check_key(key)
   shapes = model.mask_shapes(batch_size)
   return {
-    site.name: jax.random.bernoulli(
-      jax.random.fold_in(key, i), jnp.asarray(1 - site.rate, jnp.float32), shapes[site.name]
+    site.name: draw(
+      jax.random.bernoulli,
+      jax.random.fold_in(key, i),
+      shapes[site.name],
+      p=jnp.asarray(1 - site.rate, jnp.float32),
     ).astype(dtype)
     for i, site in enumerate(model.sites)
   }

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jaxdia.client.defences.base import Defence, Step, global_norm, normal_noise
 from jaxdia.core.errors import InputError, check_number
+from jaxdia.core.random import draw
 from jaxdia.core.trees import static, value_tree
 from jaxdia.core.types import Gradient, Key, Scalar
 
@@ -40,7 +41,7 @@ class GaussianNoise(Defence):
     keys = jax.random.split(key, len(leaves))
     std = self.std * _rms(gradient) if self.relative else self.std
     noised = [
-      leaf + jnp.asarray(std, leaf.dtype) * jax.random.normal(k, leaf.shape, leaf.dtype)
+      leaf + jnp.asarray(std, leaf.dtype) * draw(jax.random.normal, k, leaf.shape, dtype=leaf.dtype)
       for k, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, noised)

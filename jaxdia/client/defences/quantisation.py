@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jaxdia.client.defences.base import Defence, Step
 from jaxdia.core.errors import InputError, unknown
+from jaxdia.core.random import draw
 from jaxdia.core.trees import static, value_tree
 from jaxdia.core.types import Gradient, Key, Scalar
 
@@ -42,7 +43,7 @@ class Quantisation(Defence):
 
     def quantise(key, leaf):
       unit = self._unit(leaf)
-      drawn = jax.random.uniform(key, leaf.shape, leaf.dtype)
+      drawn = draw(jax.random.uniform, key, leaf.shape, dtype=leaf.dtype)
       rounded = jnp.floor(leaf / jnp.where(unit > 0, unit, 1) + drawn)
       return jnp.clip(rounded, -self._most, self._most) * unit  # the sum may have been rounded up
 

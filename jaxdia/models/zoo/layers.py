@@ -1,6 +1,7 @@
 """Layers of the built-in networks, with their initialisation."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Float
 
 from jaxdia.core.errors import InputError
+from jaxdia.core.random import draw
 from jaxdia.core.types import Array
 
 ACTIVATIONS = {
@@ -16,16 +18,19 @@ ACTIVATIONS = {
   "leaky_relu": nn.leaky_relu,
 }
 
+
 # PyTorch's default for linear and convolutional layers, which the paper's models are drawn
 # with: uniform in +-1/sqrt(fan_in), kernel and bias.
-_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+def _kernel_init(key, shape, dtype=jnp.float32):
+  bound = jnp.sqrt(jnp.asarray(1 / math.prod(shape[:-1]), dtype))
+  return draw(jax.random.uniform, key, shape, dtype=dtype, minval=-1) * bound
 
 
 def _bias_init(fan_in: int) -> nn.initializers.Initializer:
   bound = fan_in**-0.5
 
   def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return draw(jax.random.uniform, key, shape, dtype=dtype, minval=-bound, maxval=bound)
 
   return init
 
@@ -45,7 +50,7 @@ def dense(
     f[..., features].
   """
   layer = nn.Dense(
-    features, use_bias, kernel_init=_KERNEL_INIT, bias_init=_bias_init(x.shape[-1]), name=name
+    features, use_bias, kernel_init=_kernel_init, bias_init=_bias_init(x.shape[-1]), name=name
   )
   return layer(x)
 
@@ -77,7 +82,7 @@ def convolution(
     stride,
     padding=size // 2,
     use_bias=use_bias,
-    kernel_init=_KERNEL_INIT,
+    kernel_init=_kernel_init,
     bias_init=_bias_init(size * size * x.shape[-1]),
     name=name,
   )

@@ -5,12 +5,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdia.core.errors import InputError
+from jaxdia.core.random import draw
 from jaxdia.core.types import Images, Logits
 from jaxdia.models.zoo.layers import dense
 
 
 def _token_init(key, shape):
-  return jax.random.normal(key, shape, jnp.float32)  # the same numbers where float64 is on
+  return draw(
+    jax.random.normal, key, shape, dtype=jnp.float32
+  )  # the same numbers where float64 is on
 
 
 class _TransformerBlock(nn.Module):
