@@ -120,5 +120,5 @@ def test_a_batch_of_four_digits_is_answered_by_one_command(tmp_path, library, ki
     if kind == "mlp":
       assert said["certain"] == 4 and mse < 1e-10
     else:
-      # Of Linen's one is likely.
-      assert said["likely"] and said["likely"] + said["partial"] == 4 and ssim[0] > 0.7
+      # Of some updates but one is likely: two searches agree less on the others.
+      assert said["likely"] and said["likely"] + said["partial"] == 4 and ssim[0] > 0.6

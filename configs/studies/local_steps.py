@@ -1,6 +1,7 @@
 """What is left to see of a client that took several local steps before it sent anything.
 
-With ":full" after the name of this file LeNet and CIFAR-10 are attacked too.
+With ":others" after the name of this file CIFAR-10 and the LeNet are attacked, at fewer of the
+steps and learning rates.
 
 python launch/evaluate.py --config=configs/studies/local_steps.py --workdir=runs/local_steps
 """
@@ -10,16 +11,22 @@ import ml_collections
 from jaxdia.core.errors import unknown
 from jaxdia.experiment.config import config_for
 from jaxdia.study import study_config
+from jaxdia.study.plan import Overrides
 
 _EPOCHS = (2, 5, 10)
 _RATES = (0.001, 0.01, 0.03)
 
 
-def get_config(size: str = "small") -> ml_collections.ConfigDict:
+def _steps(epochs: int, rate: float, steps: int = 1) -> Overrides:
+  chosen = (("local.epochs", epochs), ("local.learning_rate", rate))
+  return chosen if steps == 1 else (*chosen, ("local.steps", steps))
+
+
+def get_config(networks: str = "mlp") -> ml_collections.ConfigDict:
   """Returns the config of the study.
 
   Args:
-    size: "small" for two CPU cores and half an hour, or "full".
+    networks: "mlp" for MNIST behind the MLP, or "others"; each takes two CPU cores under an hour.
   """
   base = config_for("mlp", "mnist")
   base.model.dropout_rate = 0.5
@@ -29,26 +36,26 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
   base.attack.schedule = "cosine"
   base.attack.labels = "given"
   base.attack.max_iterations = 1_000
-  networks: list[tuple[tuple[str, object], ...]] = [()]
-  if size == "full":
+  if networks == "mlp":
+    variants = [
+      _steps(1, _RATES[0]),
+      *(_steps(epochs, rate) for epochs in _EPOCHS for rate in _RATES),
+      # Four steps with an image each, and two epochs of these.
+      *(_steps(epochs, 0.01, steps=4) for epochs in (1, 2)),
+    ]
+  elif networks == "others":
     cifar10 = (("data.source", "samples:cifar10"),)
-    networks += [cifar10, (("model.name", "lenet"),), (("model.name", "lenet"), *cifar10)]
-  elif size != "small":
-    raise unknown("size of the study:", size, ("small", "full"))
-  steps = [(("local.epochs", 1), ("local.learning_rate", _RATES[0]))]
-  steps += [
-    (("local.epochs", epochs), ("local.learning_rate", rate))
-    for epochs in _EPOCHS
-    for rate in _RATES
-  ]
-  # Four steps with an image each, and two epochs of these.
-  steps += [
-    (("local.epochs", epochs), ("local.learning_rate", 0.01), ("local.steps", 4))
-    for epochs in (1, 2)
-  ]
+    # A search behind convolutions needs more total variation and more iterations.
+    lenet = (("model.name", "lenet"), ("attack.name", "ig,wiig,dia_tv,hybrid_tv"))
+    lenet += (("attack.max_iterations", 2_000),)
+    steps = [_steps(epochs, 0.01) for epochs in (1, *_EPOCHS)]
+    steps += [_steps(5, rate) for rate in (0.001, 0.03)]
+    variants = [(*of, *one) for of in (cifar10, lenet, (*lenet, *cifar10)) for one in steps]
+  else:
+    raise unknown("networks of the study:", networks, ("mlp", "others"))
   return study_config(
     "Local steps",
     "What is left to see of a client that takes several local steps?",
     base,
-    variants=[(*network, *chosen) for network in networks for chosen in steps],
+    variants=variants,
   )

@@ -2,7 +2,6 @@
 
 import numpy as np
 from jaxtyping import Integer, Shaped
-from scipy.stats import rankdata
 
 from jaxdia.client import LocalUpdate
 from jaxdia.core.types import Array, Masks
@@ -74,6 +73,8 @@ def _compare(mask, true, counts) -> dict[str, float]:
   pairs = kept * (true.size - kept)
   auc = np.nan
   if pairs:
+    from scipy.stats import rankdata  # slow to import, and no command needs it to start
+
     auc = (np.sum(rankdata(mask)[true]) - kept * (kept + 1) / 2) / pairs
   return {
     "accuracy": float(np.mean((mask >= 0.5) == true)),

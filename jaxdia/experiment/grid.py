@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxdia.core.files import write_atomically
 from jaxdia.core.types import HostImages
@@ -27,6 +26,8 @@ def write_grid(
     reconstructions: of the same shape, by attack; NaN where there is none.
     captions: a text under each reconstruction, by attack.
   """
+  from matplotlib.figure import Figure  # slow to import, and no command needs it to start
+
   columns = min(len(originals), _MAX_COLUMNS)
   rows = 1 + len(reconstructions)
   # Without pyplot, which belongs to the user's own program.
