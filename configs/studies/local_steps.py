@@ -26,7 +26,7 @@ def get_config(networks: str = "mlp") -> ml_collections.ConfigDict:
   """Returns the config of the study.
 
   Args:
-    networks: "mlp" for MNIST behind the MLP, or "others"; each takes two CPU cores under an hour.
+    networks: "mlp" for MNIST behind the MLP, half an hour on two CPU cores, or "others".
   """
   base = config_for("mlp", "mnist")
   base.model.dropout_rate = 0.5
