@@ -239,3 +239,19 @@ def test_batch_axes():
 def test_arrays_are_drawn_with_the_numbers_of_their_shape(sampler, shape):
   key = jax.random.key(0)
   assert np.array_equal(draw(sampler, key, shape), sampler(key, shape=shape))
+
+
+class _FirstConvolution(nn.Module):
+  """That of the built-in LeNet, drawn by Flax's own initialiser."""
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    return nn.Conv(12, (5, 5), 2, kernel_init=init, name="conv_0")(x)
+
+
+def test_built_in_networks_have_the_weights_that_flax_draws():
+  key, images = jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)
+  params = models.create("lenet", (8, 8, 3), 5, 0.5).init(key)
+  expected = _FirstConvolution().init(key, images)["params"]
+  assert np.array_equal(params["conv_0"]["kernel"], expected["conv_0"]["kernel"])

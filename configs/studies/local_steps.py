@@ -17,9 +17,8 @@ _EPOCHS = (2, 5, 10)
 _RATES = (0.001, 0.01, 0.03)
 
 
-def _steps(epochs: int, rate: float, steps: int = 1) -> Overrides:
-  chosen = (("local.epochs", epochs), ("local.learning_rate", rate))
-  return chosen if steps == 1 else (*chosen, ("local.steps", steps))
+def _epochs(number: int, rate: float) -> Overrides:
+  return (("local.epochs", number), ("local.learning_rate", rate))
 
 
 def get_config(networks: str = "mlp") -> ml_collections.ConfigDict:
@@ -38,18 +37,18 @@ def get_config(networks: str = "mlp") -> ml_collections.ConfigDict:
   base.attack.max_iterations = 1_000
   if networks == "mlp":
     variants = [
-      _steps(1, _RATES[0]),
-      *(_steps(epochs, rate) for epochs in _EPOCHS for rate in _RATES),
+      _epochs(1, _RATES[0]),
+      *(_epochs(number, rate) for number in _EPOCHS for rate in _RATES),
       # Four steps with an image each, and two epochs of these.
-      *(_steps(epochs, 0.01, steps=4) for epochs in (1, 2)),
+      *((*_epochs(number, 0.01), ("local.steps", 4)) for number in (1, 2)),
     ]
   elif networks == "others":
     cifar10 = (("data.source", "samples:cifar10"),)
     # A search behind convolutions needs more total variation and more iterations.
     lenet = (("model.name", "lenet"), ("attack.name", "ig,wiig,dia_tv,hybrid_tv"))
     lenet += (("attack.max_iterations", 2_000),)
-    steps = [_steps(epochs, 0.01) for epochs in (1, *_EPOCHS)]
-    steps += [_steps(5, rate) for rate in (0.001, 0.03)]
+    steps = [_epochs(number, 0.01) for number in (1, *_EPOCHS)]
+    steps += [_epochs(5, rate) for rate in _RATES if rate != 0.01]
     variants = [(*of, *one) for of in (cifar10, lenet, (*lenet, *cifar10)) for one in steps]
   else:
     raise unknown("networks of the study:", networks, ("mlp", "others"))

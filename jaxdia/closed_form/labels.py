@@ -1,5 +1,7 @@
 """Labels from the gradient of the classifier."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,18 +138,11 @@ def recover_labels(model: DropoutModel, observation: Observation) -> Labels:
       " a bias. Use labels=free or labels=given."
     )
   with full_precision():
-    return _recover_label(model, observation) if single else _recover_counts(model, observation)
+    return (_recover_label if single else _recover_counts)(model, observation, last, layer)
 
 
-def _last_layer(model, observation):
-  last = find_last_layer(model.network)
-  assert last is not None  # as `recover_labels` has seen
-  return last, last.read(observation.gradient, model.num_classes)
-
-
-@jax.jit
-def _recover_label(model, observation) -> Labels:
-  last, layer = _last_layer(model, observation)
+@functools.partial(jax.jit, static_argnums=2)
+def _recover_label(model, observation, last, layer) -> Labels:
   loss = observation.loss
   if "bias" in layer and (loss.kind not in _SQUASHED or loss.label_smoothing):
     label = _label_by_direction(model, observation, last, layer)
@@ -176,9 +171,8 @@ def _label_by_direction(model, observation, last, layer) -> jax.Array:
   return jnp.argmax(slopes @ delta / (jnp.linalg.norm(slopes, axis=1) + tiny))
 
 
-@jax.jit
-def _recover_counts(model, observation) -> Labels:
-  last, layer = _last_layer(model, observation)
+@functools.partial(jax.jit, static_argnums=2)
+def _recover_counts(model, observation, last, layer) -> Labels:
   size, loss = observation.batch_size, observation.loss
   shape = (_DUMMIES, *model.image_shape)
   images = draw(jax.random.normal, jax.random.key(0), shape, dtype=jnp.float32)

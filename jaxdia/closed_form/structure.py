@@ -224,6 +224,7 @@ def full_masks(model: DropoutModel, batch_size: int = 1) -> Masks:
   }
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def layer_inputs(
   model: DropoutModel,
   params: Params,
@@ -329,11 +330,10 @@ def _find_link(model, params, layer, after) -> Link | None:
 def _find_input(model, params, layer) -> Input:
   """Finds the dropout site that multiplies the inputs of a layer."""
 
-  @jax.jit
-  def inputs_of(params, masks, images):
+  def inputs_of(masks, images):
     return layer_inputs(model, params, layer, masks, images)[0]
 
-  return find_input(model, functools.partial(inputs_of, params))
+  return find_input(model, inputs_of)
 
 
 def find_input(
@@ -390,9 +390,8 @@ def find_pixels(
   size = int(np.prod(model.image_shape))
   if len(layer.rows) != 1 or layer.rows[0] * layer.inputs != size:
     return None
-  inputs_of = jax.jit(functools.partial(layer_inputs, model, params, layer))
   images = jnp.arange(size, dtype=jnp.float64).reshape(1, *model.image_shape)
-  found = np.asarray(inputs_of(full_masks(model), images))
+  found = np.asarray(layer_inputs(model, params, layer, full_masks(model), images))
   if not np.array_equal(np.sort(found.ravel()), np.arange(size)):
     return None
   return found.astype(int)

@@ -15,7 +15,7 @@ def draw(
 ) -> Shaped[Array, "..."]:
   """Draws an array: the numbers that the sampler draws of this shape, but compiled sooner.
 
-  Of four axes XLA takes three seconds on a CPU to compile a sampler, of one a third of a second.
+  On a CPU XLA takes ten times as long to compile a sampler of four axes (docs/decisions.md).
 
   Args:
     sampler: of `jax.random`, as `jax.random.normal`.

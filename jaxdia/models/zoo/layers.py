@@ -20,7 +20,8 @@ ACTIVATIONS = {
 
 
 # PyTorch's default for linear and convolutional layers, which the paper's models are drawn
-# with: uniform in +-1/sqrt(fan_in), kernel and bias.
+# with: uniform in +-1/sqrt(fan_in), kernel and bias. The numbers are those of Flax's
+# variance_scaling(1/3, "fan_in", "uniform"), but drawn as a vector; see `draw`.
 def _kernel_init(key, shape, dtype=jnp.float32):
   bound = jnp.sqrt(jnp.asarray(1 / math.prod(shape[:-1]), dtype))
   return draw(jax.random.uniform, key, shape, dtype=dtype, minval=-1) * bound

@@ -11,9 +11,8 @@ from jaxdia.models.zoo.layers import dense
 
 
 def _token_init(key, shape):
-  return draw(
-    jax.random.normal, key, shape, dtype=jnp.float32
-  )  # the same numbers where float64 is on
+  # The same numbers where float64 is on.
+  return draw(jax.random.normal, key, shape, dtype=jnp.float32)
 
 
 class _TransformerBlock(nn.Module):
